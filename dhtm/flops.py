@@ -1,0 +1,70 @@
+"""Counting FLOPs with fvcore, as the paper does: 1 multiply-add = 1 FLOP, attention products included."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from timm.models.vision_transformer import VisionTransformer
+
+from dhtm import kernels
+from dhtm.regions import grid_pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one image.
+
+    Attributes:
+        total: the whole model, merging included.
+        merging: spent in the reducer, over all layers.
+        by_layer: each block, its merging included.
+    """
+
+    total: int
+    merging: int
+    by_layer: tuple[int, ...]
+
+
+def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None = None) -> FlopCount:
+    """FLOPs of a timm VisionTransformer, patched or not, for one image.
+
+    The count is the same on every device, for every backend, and for fused and unfused attention. Element-wise
+    arithmetic is not counted, norms are, at 5 a value, as fvcore has it; see :func:`dhtm.kernels.merge_flops` for merging.
+
+    Args:
+        model: on any real device; it stays as it is.
+        image_size: side, or height and width, in pixels; by default what the model was made for.
+    """
+    size = model.patch_embed.img_size if image_size is None else image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    # A copy, because tracing runs the model: it shares the parameters, but not the mode or the last forward's regions.
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+    weight = model.patch_embed.proj.weight
+    images = torch.zeros(1, weight.shape[1], height, width, dtype=weight.dtype, device=weight.device)
+    count = FlopCountAnalysis(model, images).ancestor_mode("caller")
+    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+    count.set_op_handle("dhtm::hierarchical_merge", _merge_flops)
+    with torch.no_grad():
+        by_module = count.by_module()
+    blocks = [int(by_module[f"blocks.{i}"]) for i in range(len(model.blocks))]
+    return FlopCount(int(by_module[""]), int(by_module["reducer"]), tuple(blocks))
+
+
+def _attention_flops(inputs, outputs) -> int:
+    """Q·Kᵀ and the product with V, [B, heads, N, d] each; fvcore does not know the fused operator."""
+    queries, keys, values = (get_shape(value) for value in inputs[:3])
+    return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+def _merge_flops(inputs, outputs) -> int:
+    tokens, features, assignment = (get_shape(value) for value in inputs[:3])
+    k, height, width, connectivity = (value.toIValue() for value in inputs[4:8])
+    batch, n, channels = tokens
+    channels = channels if features is None else features[-1]
+    n_pairs = len(grid_pairs((height, width), connectivity))
+    return batch * kernels.merge_flops(n, k, channels, n_pairs, assignment[-1], connectivity)

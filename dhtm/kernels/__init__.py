@@ -1,0 +1,76 @@
+"""The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dhtm.kernels import batched
+from dhtm.regions import Regions
+
+# Every backend takes (tokens, features, regions, k, connectivity, similarity, linkage), returns (merged, token_map,
+# weights) and chooses the same merges. dhtm.merge adds "reference".
+BACKENDS: dict[str, Callable] = {"torch": batched.merge}
+
+
+@torch.library.custom_op("dhtm::hierarchical_merge", mutates_args=())
+def hierarchical_merge(
+    tokens: Tensor,
+    features: Tensor | None,
+    assignment: Tensor,
+    sizes: Tensor,
+    k: int,
+    height: int,
+    width: int,
+    connectivity: int,
+    similarity: str,
+    linkage: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`dhtm.hierarchical_merge`, which checks the arguments.
+
+    Returns:
+        merged [B, N - k, D]; token_map int64 [B, N]; weights float32 [B, N], with which each token entered its average.
+    """
+    regions = Regions(assignment, sizes, (height, width))
+    return BACKENDS[backend](tokens.detach(), features, regions, k, connectivity, similarity, linkage)
+
+
+@hierarchical_merge.register_fake
+def _(tokens, features, assignment, sizes, k, height, width, connectivity, similarity, linkage, backend):
+    batch, n, channels = tokens.shape
+    return (
+        tokens.new_empty(batch, n - k, channels),
+        assignment.new_empty(batch, n),
+        tokens.new_empty(batch, n, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, token_map, weights = output
+    ctx.save_for_backward(token_map, weights)
+    ctx.mark_non_differentiable(token_map, weights)
+
+
+def _backward(ctx, grad_merged, _grad_map, _grad_weights):
+    """The gradient of an average; the choice of what to average has none."""
+    token_map, weights = ctx.saved_tensors
+    grad = grad_merged.gather(1, token_map[..., None].expand(-1, -1, grad_merged.shape[-1]))
+    return (grad * weights[..., None].to(grad.dtype), *[None] * 10)
+
+
+hierarchical_merge.register_autograd(_backward, setup_context=_setup_context)
+
+
+def merge_flops(n_tokens: int, k: int, channels: int, n_pairs: int, n_patches: int, connectivity: int) -> int:
+    """What k merges cost in multiply-adds, by convention, so that it depends on neither image nor backend.
+
+    Counted are the products of the similarities: one a channel for every adjacent pair of tokens at the start (taken
+    as the grid's pairs in proportion to the tokens left), then, at each merge, for every neighbour of the new token
+    (taken as those of two patches side by side: 10 with 8-connectivity, 6 with 4). Averages, norms and comparisons
+    are not counted, as fvcore counts no element-wise arithmetic.
+    """
+    if k == 0:
+        return 0
+    neighbours = {8: 10, 4: 6}[connectivity]
+    return round(channels * (n_pairs * n_tokens / n_patches + k * neighbours))

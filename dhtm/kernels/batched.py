@@ -1,0 +1,119 @@
+"""Backend ``torch``: the merges of a whole batch at once, in plain PyTorch, on any device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dhtm.regions import Regions, contract, renumber
+
+# Similarities below this are not told apart, so that NaN and -inf stay mergeable: only what is not an adjacent pair is -inf.
+_LOWEST = torch.finfo(torch.float32).min
+_CHUNK = 2**24  # elements of float64 held at once while the first similarities are computed
+
+
+def merge(
+    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k merges in each image of a batch; see :func:`dhtm.hierarchical_merge` for the arguments.
+
+    The edges of the region adjacency graph are the pairs of adjacent patches, each end named by the token that the
+    patch is in. A merge renames one end; an edge with both ends in one token is dead.
+
+    Returns:
+        merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
+        token it went into.
+    """
+    batch, n, channels = tokens.shape
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    # One tensor holds what similarity is measured on and, where that is something else, the tokens behind it.
+    carried = tokens.to(wide) if features is None else torch.cat([features.to(wide), tokens.to(wide)], dim=-1)
+    carried = carried.clone()
+    measured = channels if features is None else features.shape[-1]
+    described = _describe(carried[..., :measured], similarity)
+
+    low, high = regions.adjacent_tokens(connectivity).unbind(-1)
+    scores = _edge_scores(described, low, high, similarity)
+    scores.masked_fill_(low == high, -torch.inf)
+    sizes = regions.sizes.clone()
+    owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
+    weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
+    image = torch.arange(batch, device=tokens.device)
+
+    for _ in range(k):
+        # The best score; among equals the lexicographically smallest pair.
+        best = scores.amax(dim=1, keepdim=True)
+        pair = torch.where(scores == best, low * n + high, n * n).amin(dim=1, keepdim=True)
+        i, j = pair // n, pair % n
+        at_i, at_j = (image, i[:, 0]), (image, j[:, 0])
+
+        n_i, n_j = (1, 1) if linkage == "mean" else (sizes[at_i][:, None], sizes[at_j][:, None])
+        # Products of float32 and small integers are exact in float64: every backend rounds alike, fused or not.
+        new = ((carried[at_i].double() * n_i + carried[at_j].double() * n_j) / (n_i + n_j)).to(wide)
+        carried[at_i] = new
+        sizes[at_i] += sizes[at_j]
+        joined = (owner == i) | (owner == j)
+        owner = torch.where(joined, i, owner)
+        if linkage == "mean":
+            weights = torch.where(joined, weights / 2, weights)
+
+        low, high = contract(low, high, i, j)
+        described[at_i] = _describe(new[:, :measured], similarity)
+        to_new = _scores_to(described[at_i], described, similarity)
+        touched = (low == i) | (high == i)
+        scores = torch.where(touched, to_new.gather(1, torch.where(touched, low + high - i, low)), scores)
+        scores.masked_fill_(low == high, -torch.inf)
+
+    token_map = renumber(owner)
+    slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
+    merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
+    if linkage == "size":
+        weights = regions.sizes / sizes.gather(1, owner)
+    return merged.to(tokens.dtype), token_map, weights.to(torch.float32)
+
+
+def _describe(features: Tensor, similarity: str) -> Tensor:
+    """What two tokens are compared by: unit vectors, log-probabilities, or the features themselves; float64."""
+    features = features.double()
+    if similarity == "cosine":
+        return F.normalize(features, dim=-1, eps=torch.finfo(torch.float64).tiny)
+    return features.log_softmax(dim=-1) if similarity == "kl" else features
+
+
+def _score(a: Tensor, b: Tensor, similarity: str) -> Tensor:
+    """Similarity of described tokens [..., D] and [..., D], which broadcast: float32 [...].
+
+    Sums run in float64 and are rounded to float32 once, so that the order of summation, which differs between backends
+    and batch sizes, does not decide which of two nearly equal pairs is merged.
+    """
+    if similarity == "cosine":
+        score = (a * b).sum(-1)
+    elif similarity == "euclidean":
+        score = -(a - b).square().sum(-1).sqrt()
+    elif similarity == "manhattan":
+        score = -(a - b).abs().sum(-1)
+    else:  # Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)
+        score = -0.5 * ((a.exp() - b.exp()) * (a - b)).sum(-1)
+    return _mergeable(score)
+
+
+def _scores_to(new: Tensor, described: Tensor, similarity: str) -> Tensor:
+    """Similarity of one described token per image, [B, D], to all of them, [B, N, D]: float32 [B, N]."""
+    if similarity == "cosine":  # the same sum as in _score, without a temporary of B·N·D
+        return _mergeable((described @ new[..., None]).squeeze(-1))
+    return _score(new[:, None], described, similarity)
+
+
+def _mergeable(score: Tensor) -> Tensor:
+    return torch.nan_to_num(score.float(), nan=_LOWEST, posinf=-_LOWEST, neginf=_LOWEST)
+
+
+def _edge_scores(described: Tensor, low: Tensor, high: Tensor, similarity: str) -> Tensor:
+    """Similarity across every edge: float32 [B, E]; a few edges at a time, so that memory stays bounded."""
+    batch, _, channels = described.shape
+    step = max(1, _CHUNK // (batch * channels))
+
+    def ends(tokens):
+        return described.gather(1, tokens[..., None].expand(-1, -1, channels))
+
+    chunks = zip(low.split(step, dim=1), high.split(step, dim=1), strict=True)
+    return torch.cat([_score(ends(a), ends(b), similarity) for a, b in chunks], dim=1)

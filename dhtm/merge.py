@@ -1,0 +1,268 @@
+"""Dynamic Hierarchical Token Merging (Haroun et al., VISAPP 2025): Algorithm 1, and the reducer made of it.
+
+:func:`algorithm_1` is written to be read beside section 3 of the paper; its names and line numbers are the paper's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dhtm import kernels
+from dhtm.reducer import Attention, Reducer, after_merges, check_k
+from dhtm.regions import Regions, grid_pairs
+
+LINKAGES = ("mean", "size")
+FEATURES = ("tokens", "keys", "attention_output")
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """a·b / (‖a‖ ‖b‖); 0 where either is zero."""
+    norms = a.norm() * b.norm()
+    return a @ b / norms if norms > 0 else torch.zeros((), dtype=a.dtype)
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """−‖a − b‖₂."""
+    return -(a - b).norm()
+
+
+def manhattan(a: Tensor, b: Tensor) -> Tensor:
+    """−‖a − b‖₁."""
+    return -(a - b).abs().sum()
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """−½ [KL(p‖q) + KL(q‖p)] with p and q the softmax of the two tokens."""
+    log_p, log_q = a.log_softmax(0), b.log_softmax(0)
+    p_q = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    q_p = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    return -(p_q + q_p) / 2
+
+
+SIMILARITIES = {"cosine": cosine, "euclidean": euclidean, "manhattan": manhattan, "kl": kl}
+
+
+def algorithm_1(
+    tokens: list[Tensor],
+    patches: list[set[int]],
+    n_merge: int,
+    adjacent_patches: set[tuple[int, int]],
+    similarity: str,
+    linkage: str,
+    features: list[Tensor] | None = None,
+) -> tuple[list[Tensor], list[dict[int, float]]]:
+    """Algorithm 1 of the paper on the tokens of one image in one layer.
+
+    Args:
+        tokens: T, N vectors [D].
+        patches: the patches that each token stands for.
+        n_merge: N_merge, the number of merges.
+        adjacent_patches: the grid's pairs of adjacent patches, lower first.
+        similarity, linkage: as in :func:`hierarchical_merge`.
+        features: N vectors to measure similarity on instead of the tokens; they are averaged with them.
+
+    Returns:
+        T', N - N_merge vectors, and for each the indices in T of the tokens that it averages, with their weights.
+    """
+    tokens, patches = list(tokens), list(patches)
+    features = list(tokens if features is None else features)
+    members = [{i: 1.0} for i in range(len(tokens))]
+    for _ in range(n_merge):  # line 6
+        candidates = get_neighbors(patches, adjacent_patches)  # line 8, Eq. 7
+        sigma = [get_similarity(features[i], features[j], similarity) for i, j in candidates]  # line 9, Eq. 8
+        # Line 12, Eq. 9. Pairs are in lexicographic order and max() takes the first of equals.
+        t1, t2 = candidates[max(range(len(sigma)), key=sigma.__getitem__)]
+        n1, n2 = (1, 1) if linkage == "mean" else (len(patches[t1]), len(patches[t2]))
+        for values in (tokens, features):  # lines 13 and 14, Eq. 10: t_m takes the place of the lower of the two
+            values[t1] = avg_merge(values[t1], values[t2], n1, n2)
+        patches[t1] = patches[t1] | patches[t2]
+        shares = ((members[t1], n1 / (n1 + n2)), (members[t2], n2 / (n1 + n2)))
+        members[t1] = {i: weight * share for part, share in shares for i, weight in part.items()}
+        for values in (tokens, features, patches, members):
+            del values[t2]
+    return tokens, members
+
+
+def get_neighbors(patches: list[set[int]], adjacent_patches: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of tokens i < j of which a patch of one touches a patch of the other, in lexicographic order."""
+    token_of = {patch: token for token, region in enumerate(patches) for patch in region}
+    pairs = {tuple(sorted((token_of[p], token_of[q]))) for p, q in adjacent_patches}
+    return sorted((i, j) for i, j in pairs if i != j)
+
+
+def get_similarity(a: Tensor, b: Tensor, similarity: str) -> float:
+    """Eq. 8, summed in float64 and rounded to float32, below which pairs count as equally similar. NaN is lowest."""
+    score = SIMILARITIES[similarity](a.double(), b.double()).float().item()
+    lowest = torch.finfo(torch.float32).min
+    return lowest if score != score else min(max(score, lowest), -lowest)
+
+
+def avg_merge(a: Tensor, b: Tensor, n_a: int = 1, n_b: int = 1) -> Tensor:
+    """Eq. 10: the average of two tokens, weighted by n_a and n_b, rounded once to the tokens' dtype."""
+    return ((a.double() * n_a + b.double() * n_b) / (n_a + n_b)).to(a.dtype)
+
+
+def _reference(tokens, features, regions, k, connectivity, similarity, linkage):
+    """Backend ``reference``: Algorithm 1 image by image."""
+    batch, n, _ = tokens.shape
+    adjacent = {tuple(pair) for pair in grid_pairs(regions.grid, connectivity).tolist()}
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    merged, token_map, weights = [], torch.empty(batch, n, dtype=torch.int64), torch.empty(batch, n)
+    for image in range(batch):
+        patches = [set() for _ in range(n)]
+        for patch, token in enumerate(regions.assignment[image].tolist()):
+            patches[token].add(patch)
+        measured = None if features is None else list(features[image].cpu().to(wide))
+        new, members = algorithm_1(
+            list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured
+        )
+        merged.append(torch.stack(new))
+        for place, averaged in enumerate(members):
+            for token, weight in averaged.items():
+                token_map[image, token], weights[image, token] = place, weight
+    return torch.stack(merged).to(tokens), token_map.to(tokens.device), weights.to(tokens.device)
+
+
+kernels.BACKENDS["reference"] = _reference
+
+
+def hierarchical_merge(
+    tokens: Tensor,
+    k: int,
+    regions: Regions | None = None,
+    grid: tuple[int, int] | None = None,
+    connectivity: int = 8,
+    similarity: str = "cosine",
+    linkage: str = "mean",
+    backend: str = "auto",
+    features: Tensor | None = None,
+) -> tuple[Tensor, Regions]:
+    """Merge the most similar pair of adjacent tokens, k times, in every image of a batch (Algorithm 1).
+
+    Similarity is a float32 number whatever the dtype of the tokens, which are averaged in float32 or wider. The new token
+    takes the place of the lower of the two; all others keep their order. Ties go to the lexicographically smallest pair,
+    so that the result is a function of the image alone, the same in every backend and at every batch size. A
+    similarity that is NaN counts as the lowest there is.
+
+    The gradient with respect to the tokens is that of the averages; the choice of pairs has none.
+
+    Args:
+        tokens: [B, N, D], any float dtype.
+        k: merges in each image, 0 ≤ k < N.
+        regions: which patches the tokens stand for so far.
+        grid: without regions, rows and columns of patches, one patch a token.
+        connectivity: 8 (diagonal neighbours too) or 4.
+        similarity: "cosine", "euclidean", "manhattan" or "kl"; see the functions of these names.
+        linkage: "mean" (Eq. 10 as written: the plain average of the two, at every merge) or "size" (weighted by patches,
+            which is Eq. 5 over the whole region).
+        backend: "reference" (Algorithm 1, image by image), "torch" (whole batch), or "auto".
+        features: [B, N, F], what similarity is measured on instead of the tokens, and averaged with them.
+
+    Returns:
+        merged: [B, N - k, D], in the tokens' dtype.
+        regions: the regions of the merged tokens.
+
+    Raises:
+        ValueError: a shape or an option is wrong; the message names it.
+    """
+    if tokens.dim() != 3 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be floats [B, N, D], not {tokens.dtype} {list(tokens.shape)}")
+    batch, n, _ = tokens.shape
+    if regions is None:
+        if grid is None:
+            raise ValueError("give either regions or grid=(rows, columns)")
+        regions = Regions.identity(batch, grid, tokens.device)
+    elif grid is not None and tuple(grid) != regions.grid:
+        raise ValueError(f"grid={tuple(grid)} contradicts regions.grid={regions.grid}")
+    if regions.sizes.shape != (batch, n):
+        raise ValueError(f"tokens are [B, N] = {[batch, n]}, regions describe {list(regions.sizes.shape)}")
+    if features is not None and features.shape[:2] != tokens.shape[:2]:
+        raise ValueError(f"features are [B, N] = {list(features.shape[:2])}, tokens {[batch, n]}")
+    if not 0 <= k < n:
+        raise ValueError(f"k={k} merges of N={n} tokens: k must be at least 0 and below N")
+    backend = "torch" if backend == "auto" else backend
+    _check_options(connectivity, similarity, linkage, backend)
+    if k == 0:
+        return tokens, regions
+    merged, token_map, _ = kernels.hierarchical_merge(
+        tokens,
+        features,
+        regions.assignment,
+        regions.sizes,
+        k,
+        *regions.grid,
+        connectivity,
+        similarity,
+        linkage,
+        backend,
+    )
+    return merged, regions.merged(token_map, n - k)
+
+
+def _check_options(connectivity, similarity, linkage, backend):
+    options = {
+        "connectivity": (connectivity, (8, 4)),
+        "similarity": (similarity, tuple(SIMILARITIES)),
+        "linkage": (linkage, LINKAGES),
+        "backend": (backend, ("auto", *kernels.BACKENDS)),
+    }
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+
+
+class DHTM(Reducer):
+    """Dynamic Hierarchical Token Merging: k merges of adjacent tokens after attention in each of some layers.
+
+    Args:
+        k: merges in each layer.
+        layers: which layers, from 1, increasing; "all" and (4, 7, 11) are the paper's two schedules.
+        connectivity, similarity, linkage, backend: see :func:`hierarchical_merge`.
+        features: what similarity is measured on: "tokens" (the residual stream after attention), "keys" (all heads side
+            by side), or "attention_output" (the attention branch before its residual add).
+        proportional_attention: add the log of token sizes to the attention logits of later layers; the paper does not.
+
+    Raises:
+        ValueError: an option is unknown, or k is negative.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        layers: Sequence[int] | str = (4, 7, 11),
+        connectivity: int = 8,
+        similarity: str = "cosine",
+        linkage: str = "mean",
+        features: str = "tokens",
+        proportional_attention: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(layers)
+        check_k(k)
+        _check_options(connectivity, similarity, linkage, backend)
+        if features not in FEATURES:
+            raise ValueError(f"features={features!r}: choose one of {', '.join(map(repr, FEATURES))}")
+        self.k = k
+        self.options = {
+            "connectivity": connectivity, "similarity": similarity, "linkage": linkage, "backend": backend,
+        }  # fmt: skip
+        self.features = features
+        self.needs = frozenset({"keys": {"keys"}, "attention_output": {"output"}}.get(features, ()))
+        self.proportional_attention = proportional_attention
+
+    def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
+        return after_merges(n_tokens, self.k, layer)
+
+    def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
+        features = None
+        if self.features == "keys":
+            features = attention.keys.transpose(1, 2).flatten(2)
+        elif self.features == "attention_output":
+            features = attention.output
+        return hierarchical_merge(tokens, self.k, regions, features=features, **self.options)
+
+    def extra_repr(self) -> str:
+        options = {"k": self.k, "layers": self.layers, **self.options, "features": self.features}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())

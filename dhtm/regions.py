@@ -1,0 +1,108 @@
+"""Which patch is in which token: the only state that merging carries from layer to layer."""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+# Steps (row, column) from a patch to half of its neighbours; the other half sees the pair from its own side.
+_STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, -1), (1, 0), (1, 1))}
+
+
+@functools.lru_cache(maxsize=64)
+def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | None = None) -> Tensor:
+    """All pairs of adjacent patches of a grid (Figure 3 of the paper).
+
+    Args:
+        grid: rows and columns of patches, numbered row by row.
+        connectivity: 4 (horizontal and vertical neighbours) or 8 (diagonals too).
+        device: where the result goes.
+
+    Returns:
+        int64 [E, 2], each pair once, lower index first, in lexicographic order.
+
+    Raises:
+        ValueError: connectivity is neither 4 nor 8.
+    """
+    if connectivity not in _STEPS:
+        raise ValueError(f"connectivity={connectivity!r}: it must be 4 or 8")
+    height, width = grid
+    pairs = [
+        (row * width + column, (row + down) * width + column + right)
+        for row in range(height)
+        for column in range(width)
+        for down, right in _STEPS[connectivity]
+        if row + down < height and 0 <= column + right < width
+    ]
+    return torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """The map from patches to tokens for a batch of images.
+
+    Attributes:
+        assignment: int64 [B, P], the token in [0, N) that each patch is in. Methods that spread a patch over
+            several tokens give the one with the largest share.
+        sizes: int64 [B, N], patches in each token.
+        grid: rows and columns of patches, with rows · columns = P.
+    """
+
+    assignment: Tensor
+    sizes: Tensor
+    grid: tuple[int, int]
+
+    @classmethod
+    def identity(cls, batch: int, grid: tuple[int, int], device: torch.device | str | None = None) -> "Regions":
+        """One patch a token: the state before any merge."""
+        n_patches = grid[0] * grid[1]
+        return cls(
+            assignment=torch.arange(n_patches, device=device).expand(batch, n_patches),
+            sizes=torch.ones(batch, n_patches, dtype=torch.int64, device=device),
+            grid=tuple(grid),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """N, the same for every image of the batch."""
+        return self.sizes.shape[1]
+
+    def merged(self, token_map: Tensor, n_tokens: int) -> "Regions":
+        """The regions after tokens were merged.
+
+        Args:
+            token_map: int64 [B, N], the place of each token among the new ones.
+            n_tokens: how many new ones there are.
+        """
+        sizes = self.sizes.new_zeros(self.sizes.shape[0], n_tokens).scatter_add(1, token_map, self.sizes)
+        return Regions(token_map.gather(1, self.assignment), sizes, self.grid)
+
+    def adjacent_tokens(self, connectivity: int = 8) -> Tensor:
+        """The tokens on the two sides of every pair of adjacent patches.
+
+        Two tokens are adjacent when a patch of one touches a patch of the other (Eq. 7), so each adjacent pair of
+        tokens is listed once for every place where they touch, and a token with itself for every pair inside it.
+
+        Returns:
+            int64 [B, E, 2], the lower token first; E depends on the grid alone.
+        """
+        pairs = grid_pairs(self.grid, connectivity, self.assignment.device)
+        return self.assignment[:, pairs].sort(dim=-1).values
+
+
+def contract(low: Tensor, high: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    """Rename token j to i at both ends of every edge; an edge inside one token has low = high.
+
+    Args:
+        low, high: int64 [B, E], the ends of the edges, low ≤ high.
+        i, j: int64 [B, 1], the merged pair of each image, i < j.
+    """
+    low, high = torch.where(low == j, i, low), torch.where(high == j, i, high)
+    return torch.minimum(low, high), torch.maximum(low, high)
+
+
+def renumber(owner: Tensor) -> Tensor:
+    """Close the gaps: int64 [B, N] names of groups, given to each token, become 0, 1, … in the same order."""
+    used = torch.zeros_like(owner, dtype=torch.bool).scatter(1, owner, torch.ones_like(owner, dtype=torch.bool))
+    return (used.cumsum(dim=1) - 1).gather(1, owner)

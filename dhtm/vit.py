@@ -1,0 +1,208 @@
+"""Put a reducer into a timm VisionTransformer, and take it out again.
+
+No attention is rewritten: the blocks keep their attention modules, so fused kernels, LayerScale, DropPath, query and key
+norms, registers and distillation tokens stay as timm has them. A block that reduces after attention runs its two residual
+branches one after the other with the reducer in between, which is all that this module knows about a block; a model whose
+blocks have other parts is refused.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from dhtm.reducer import Attention, Reducer
+from dhtm.regions import Regions
+
+_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+
+
+class ReducingBlock(Block):
+    """A timm Block that reduces its tokens; :func:`patch` turns blocks into this class and :func:`unpatch` back."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:
+        if attn_mask is not None:
+            raise ValueError("attn_mask cannot be used on a patched model: its tokens change from layer to layer")
+        x = self.reduction.reduce(x, self.layer, "before_block")
+        attended = self.attn(self.norm1(x), attn_mask=self.reduction.attention_bias(x, self.layer), **kwargs)
+        x = x + self.drop_path1(self.ls1(attended))
+        x = self.reduction.reduce(x, self.layer, "after_attention", attended)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _Reduction:
+    """What the blocks of one patched model share: the reducer, and the regions after each layer of the last forward."""
+
+    def __init__(self, reducer: Reducer, layers: tuple[int, ...], n_prefix: int):
+        self.reducer, self.layers, self.n_prefix = reducer, layers, n_prefix
+        self.regions: dict[int, Regions] = {}  # by layer; 0 is before the first block
+        self.keys: dict[int, Tensor] = {}
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before the patch embedding: every patch is a token of its own again."""
+        images = args[0]
+        grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
+        self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
+
+    def regions_before(self, layer: int) -> Regions:
+        # Looked up by layer rather than kept as "the current ones", so that gradient checkpointing may run layers again.
+        return self.regions[max(done for done in self.regions if done < layer)]
+
+    def reduce(self, x: Tensor, layer: int, position: str, attended: Tensor | None = None) -> Tensor:
+        """[B, prefix + N, D] to fewer tokens, if the reducer acts in this layer and position."""
+        if layer not in self.layers or self.reducer.position != position:
+            return x
+        regions = self.regions_before(layer)
+        prefix, tokens = x[:, : self.n_prefix], x[:, self.n_prefix :]
+        if tokens.shape[1] != regions.n_tokens:
+            raise RuntimeError(
+                f"layer {layer} got {tokens.shape[1]} patch tokens where {regions.n_tokens} were expected: "
+                "a patched model must see every patch (patch_drop_rate=0)"
+            )
+        output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
+        attention = Attention(keys=self.keys.pop(layer, None), output=output)
+        tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
+        return torch.cat([prefix, tokens], dim=1)
+
+    def attention_bias(self, x: Tensor, layer: int) -> Tensor | None:
+        """Proportional attention: [B, 1, 1, prefix + N], the log of each token's size, 0 for prefix tokens."""
+        sizes = self.regions_before(layer).sizes
+        if not self.reducer.proportional_attention or sizes.shape == self.regions[0].sizes.shape:
+            return None
+        bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
+        return bias.to(x.dtype)[:, None, None]
+
+
+class _KeyReader:
+    """Forward hook on an attention's key norm (the identity where keys are not normalised), which all keys pass."""
+
+    def __init__(self, reduction: _Reduction, layer: int):
+        self.reduction, self.layer = reduction, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
+        self.reduction.keys[self.layer] = keys[:, :, self.reduction.n_prefix :]
+
+
+def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
+    """Make a timm VisionTransformer reduce its tokens, in place.
+
+    Parameters keep their names; those of the reducer appear under ``reducer.`` in the state dict.
+
+    Args:
+        model: any timm VisionTransformer of plain blocks: DeiT, distilled DeiT, DeiT-III, AugReg, DINOv2, SigLIP, …
+        reducer: the method, :class:`dhtm.DHTM` say.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model, or one of its blocks, is of a kind that cannot be patched.
+        ValueError: the model is patched already, a layer is outside it, or fewer tokens than needed are left in a layer.
+    """
+    _check_supported(model, reducer)
+    depth = len(model.blocks)
+    layers = tuple(range(1, depth + 1)) if reducer.layers == "all" else reducer.layers
+    if layers[-1] > depth:
+        raise ValueError(f"layers={list(layers)}: the model has layers 1 to {depth}")
+    _plan(reducer, layers, depth, model.patch_embed.grid_size)
+
+    reduction = _Reduction(reducer, layers, model.num_prefix_tokens)
+    reduction.hooks.append(model.patch_embed.register_forward_pre_hook(reduction.start))
+    for layer, block in enumerate(model.blocks, start=1):
+        # Proportional attention concerns the layers after the first reduction too.
+        if layer in layers or (reducer.proportional_attention and layer > layers[0]):
+            block.__class__, block.reduction, block.layer = ReducingBlock, reduction, layer
+        if layer in layers and "keys" in reducer.needs:
+            reduction.hooks.append(block.attn.k_norm.register_forward_hook(_KeyReader(reduction, layer)))
+    model.reduction, model.reducer = reduction, reducer
+    return model
+
+
+def unpatch(model: VisionTransformer) -> VisionTransformer:
+    """Take the reducer out again, in place: the model is what it was before :func:`patch`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    for hook in _reduction(model).hooks:
+        hook.remove()
+    for block in model.blocks:
+        if isinstance(block, ReducingBlock):
+            block.__class__ = Block
+            del block.reduction, block.layer
+    del model.reduction, model.reducer
+    return model
+
+
+def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
+    """Which patches each token stood for in the last forward pass of a patched model.
+
+    Args:
+        model: a patched model.
+        layer: after this layer, from 1; by default after the last.
+
+    Raises:
+        ValueError: the model is not patched, or has not been run.
+    """
+    reduction = _reduction(model)
+    if not reduction.regions:
+        raise ValueError("the patched model has not seen an image yet")
+    return reduction.regions_before(len(model.blocks) + 1 if layer is None else layer + 1)
+
+
+def tokens_by_layer(model: VisionTransformer) -> list[int]:
+    """Patch tokens that leave each layer, at the model's own image size; the model may be patched or not."""
+    reduction = getattr(model, "reduction", None)
+    depth, grid = len(model.blocks), model.patch_embed.grid_size
+    return _plan(reduction.reducer, reduction.layers, depth, grid) if reduction else [grid[0] * grid[1]] * depth
+
+
+@contextlib.contextmanager
+def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
+    """Within this context the images of a batch are known to the reducer by these ids, int64 [B].
+
+    What a method draws at random depends on the ids, so that it is the same in every batch an image may be in.
+    """
+    reducer = _reduction(model).reducer
+    reducer.image_ids = ids
+    try:
+        yield
+    finally:
+        del reducer.image_ids
+
+
+def _reduction(model: nn.Module) -> _Reduction:
+    if not hasattr(model, "reduction"):
+        raise ValueError(f"this {type(model).__name__} is not patched: call dhtm.patch(model, reducer) first")
+    return model.reduction
+
+
+def _plan(reducer: Reducer, layers: tuple[int, ...], depth: int, grid: tuple[int, int]) -> list[int]:
+    n_tokens, plan = grid[0] * grid[1], []
+    for layer in range(1, depth + 1):
+        if layer in layers:
+            n_tokens = reducer.tokens_after(n_tokens, layer, grid)
+        plan.append(n_tokens)
+    return plan
+
+
+def _check_supported(model: nn.Module, reducer: Reducer) -> None:
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        hint = "; patch the model before wrapping or compiling it" if hasattr(model, "_orig_mod") else ""
+        raise TypeError(f"cannot patch a {name}: only timm's VisionTransformer and its subclasses are supported{hint}")
+    if hasattr(model, "reduction"):
+        raise ValueError(f"this {name} is patched already: call dhtm.unpatch(model) first")
+    for layer, block in enumerate(model.blocks, start=1):
+        parts = {part for part, _ in block.named_children()}
+        if type(block) is not Block or parts != _BLOCK_PARTS:
+            raise TypeError(
+                f"cannot patch this {name}: layer {layer} is a {type(block).__name__} with the parts "
+                f"{', '.join(sorted(parts))}, not timm's plain Block"
+            )
+        if "keys" in reducer.needs and not isinstance(block.attn, TimmAttention):
+            raise TypeError(f"cannot read the keys of {type(block.attn).__name__} in layer {layer} of this {name}")

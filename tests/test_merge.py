@@ -1,0 +1,263 @@
+"""DHTM against an independent statement of it, every backend against the reference, and what must always hold."""
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from dhtm import Regions, hierarchical_merge
+from dhtm.kernels import BACKENDS, merge_flops
+from dhtm.regions import grid_pairs
+
+SIMILARITIES = ("cosine", "euclidean", "manhattan", "kl")
+
+
+def nx_similarity(a, b, name):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if name == "cosine":
+        norms = np.sqrt((a**2).sum()) * np.sqrt((b**2).sum())
+        value = (a * b).sum() / norms if norms else 0.0
+    elif name == "kl":
+        log_p, log_q = log_softmax(a), log_softmax(b)
+        value = -0.5 * ((np.exp(log_p) * (log_p - log_q)).sum() + (np.exp(log_q) * (log_q - log_p)).sum())
+    else:
+        value = -np.linalg.norm(a - b, ord={"euclidean": 2, "manhattan": 1}[name])
+    return np.float32(value)
+
+
+def nx_merge(tokens, grid, k, connectivity, similarity, linkage):
+    """Contract the best edge of a networkx graph k times; nodes are frozensets of patches, ordered by when they stood."""
+    height, width = grid
+    graph = nx.grid_2d_graph(height, width)
+    if connectivity == 8:
+        for row in range(height - 1):
+            graph.add_edges_from(((row, c), (row + 1, c + 1)) for c in range(width - 1))
+            graph.add_edges_from(((row, c + 1), (row + 1, c)) for c in range(width - 1))
+    order = [(row, column) for row in range(height) for column in range(width)]  # the slots, merged ones keep the lower
+    value = {node: tokens[i] for i, node in enumerate(order)}
+    patches = {node: [i] for i, node in enumerate(order)}
+    for _ in range(k):
+        place = {node: i for i, node in enumerate(order)}
+        edges = [tuple(sorted(edge, key=place.get)) for edge in graph.edges]
+        u, v = min(
+            edges, key=lambda e: (-nx_similarity(value[e[0]], value[e[1]], similarity), place[e[0]], place[e[1]])
+        )
+        weights = (1, 1) if linkage == "mean" else (len(patches[u]), len(patches[v]))
+        mean = np.average(np.stack([value[u], value[v]]).astype(np.float64), axis=0, weights=weights)
+        value[u], patches[u] = mean.astype(np.float32), patches[u] + patches[v]
+        graph = nx.contracted_nodes(graph, u, v, self_loops=False)
+        order.remove(v)
+    assignment = np.empty(height * width, dtype=np.int64)
+    for token, node in enumerate(order):
+        assignment[patches[node]] = token
+    return np.stack([value[node] for node in order]), assignment
+
+
+@st.composite
+def merges(draw):
+    """A batch of token grids, smooth or with many exact ties, and a way to merge them."""
+    grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 1))
+    n = grid[0] * grid[1]
+    batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        tokens = rng.normal(size=(batch, n, channels))
+    else:
+        tokens = rng.integers(0, 3, size=(batch, n, channels))
+    options = {
+        "connectivity": draw(st.sampled_from((4, 8))),
+        "similarity": draw(st.sampled_from(SIMILARITIES)),
+        "linkage": draw(st.sampled_from(("mean", "size"))),
+    }
+    return torch.tensor(tokens, dtype=torch.float32), grid, draw(st.integers(0, n - 1)), options
+
+
+@settings(max_examples=150, deadline=None)
+@given(merges())
+def test_reference_is_the_contraction_of_a_graph(case):
+    tokens, grid, k, options = case
+    merged, regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
+    for image in range(len(tokens)):
+        value, assignment = nx_merge(tokens[image].numpy(), grid, k, **options)
+        assert regions.assignment[image].tolist() == assignment.tolist()
+        np.testing.assert_allclose(merged[image].numpy(), value, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(merges(), st.sampled_from([name for name in BACKENDS if name != "reference"]))
+def test_every_backend_makes_the_reference_merges(case, backend):
+    tokens, grid, k, options = case
+    expected, expected_regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
+    merged, regions = hierarchical_merge(tokens, k, grid=grid, backend=backend, **options)
+    assert torch.equal(regions.assignment, expected_regions.assignment)
+    assert torch.equal(regions.sizes, expected_regions.sizes)
+    assert torch.equal(merged, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(merges(), st.integers(0, 2**32 - 1))
+def test_backends_agree_on_regions_and_features_given(case, seed):
+    """The second call of a network: regions of several patches, and similarity measured on something else."""
+    tokens, grid, k, options = case
+    tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
+    features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
+    results = [
+        hierarchical_merge(tokens, (k + 1) // 2, regions, features=features, backend=backend, **options)
+        for backend in BACKENDS
+    ]
+    for merged, new in results[1:]:
+        assert torch.equal(new.assignment, results[0][1].assignment)
+        assert torch.equal(merged, results[0][0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(merges(), st.sampled_from(list(BACKENDS)))
+def test_invariants(case, backend):
+    tokens, grid, k, options = case
+    batch, n, _ = tokens.shape
+    merged, regions = hierarchical_merge(tokens, k, grid=grid, backend=backend, **options)
+    assert merged.shape == (batch, n - k, tokens.shape[2]) and merged.dtype == tokens.dtype
+    assert regions.n_tokens == n - k and (regions.sizes.sum(1) == n).all()
+    adjacent = nx.Graph(grid_pairs(grid, options["connectivity"]).tolist())
+    for image in range(batch):
+        assignment = regions.assignment[image].numpy()
+        firsts = [np.flatnonzero(assignment == token)[0] for token in range(n - k)]
+        assert firsts == sorted(firsts), "tokens keep the order of their first patches"
+        for token in range(n - k):
+            patches = np.flatnonzero(assignment == token)
+            assert len(patches) == regions.sizes[image, token]
+            assert nx.is_connected(adjacent.subgraph(patches.tolist()))
+            if options["linkage"] == "size":
+                torch.testing.assert_close(merged[image, token], tokens[image, patches].mean(0), rtol=1e-5, atol=1e-5)
+    order = torch.arange(batch).flip(0)
+    permuted, permuted_regions = hierarchical_merge(tokens[order], k, grid=grid, backend=backend, **options)
+    assert torch.equal(permuted, merged[order])
+    assert torch.equal(permuted_regions.assignment, regions.assignment[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_diagonal_alone_joins_only_with_8_connectivity(backend):
+    # Equal tokens on the main diagonal of 3×3, nothing alike elsewhere.
+    tokens = torch.eye(9)
+    tokens[[0, 4, 8]] = torch.ones(9)
+    together = {}
+    for connectivity in (4, 8):
+        _, regions = hierarchical_merge(tokens[None], 2, grid=(3, 3), connectivity=connectivity, backend=backend)
+        together[connectivity] = regions.assignment[0, [0, 4, 8]].unique().numel() == 1
+    assert together == {4: False, 8: True}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_ties_go_to_the_first_pair(backend, similarity):
+    merged, regions = hierarchical_merge(torch.ones(1, 9, 4), 3, grid=(3, 3), similarity=similarity, backend=backend)
+    # All alike: token 0 swallows 1, then 2 (now at index 1), then 3 (its neighbour from patch 0).
+    assert regions.assignment.tolist() == [[0, 0, 0, 0, 1, 2, 3, 4, 5]]
+    assert torch.equal(merged, torch.ones(1, 6, 4))
+
+
+def test_the_batch_does_not_change_the_merges():
+    tokens = torch.randn(64, 196, 96, generator=torch.Generator().manual_seed(0))
+    merged, regions = hierarchical_merge(tokens, 56, grid=(14, 14))
+    for image in range(0, 64, 7):
+        alone, its = hierarchical_merge(tokens[image : image + 1], 56, grid=(14, 14))
+        assert torch.equal(alone[0], merged[image]) and torch.equal(its.assignment[0], regions.assignment[image])
+
+
+def test_full_size_tokens_merge_as_in_the_reference():
+    # Neighbours alike, as in a network: a smooth field, and many merges into few regions.
+    generator = torch.Generator().manual_seed(1)
+    field = torch.nn.functional.interpolate(torch.randn(1, 64, 4, 4, generator=generator), size=14, mode="bicubic")
+    tokens = field.flatten(2).transpose(1, 2) + 0.1 * torch.randn(1, 196, 64, generator=generator)
+    expected, regions = hierarchical_merge(tokens, 150, grid=(14, 14), backend="reference")
+    merged, other = hierarchical_merge(tokens, 150, grid=(14, 14), backend="torch")
+    assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    tokens = torch.randn(2, 36, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    merged, regions = hierarchical_merge(tokens, 9, grid=(6, 6))
+    assert merged.dtype == dtype
+    wide, same = hierarchical_merge(tokens.to(torch.promote_types(dtype, torch.float32)), 9, grid=(6, 6))
+    assert torch.equal(regions.assignment, same.assignment)
+    assert torch.equal(merged, wide.to(dtype))
+
+
+@pytest.mark.parametrize("linkage", ["mean", "size"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_averages(linkage, backend):
+    tokens = torch.randn(2, 12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def merge(x):
+        return hierarchical_merge(x, 5, grid=(3, 4), linkage=linkage, backend=backend)[0]
+
+    assert torch.autograd.gradcheck(merge, (tokens,))
+
+
+def test_inputs_stay_as_they_are():
+    tokens = torch.randn(2, 12, 3)
+    before, regions = tokens.clone(), Regions.identity(2, (3, 4))
+    hierarchical_merge(tokens, 5, regions)
+    assert torch.equal(tokens, before) and torch.equal(regions.sizes, torch.ones(2, 12, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf_are_merged_last(backend):
+    tokens = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(4))
+    tokens[0, 5], tokens[0, 10] = torch.nan, torch.inf
+    merged, regions = hierarchical_merge(tokens, 6, grid=(4, 4), backend=backend)
+    assert regions.sizes[0, regions.assignment[0, [5, 10]]].tolist() == [1, 1]
+    assert merged.isfinite().all(-1).sum() == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(merges())
+def test_operator_checks(case):
+    tokens, grid, k, options = case
+    assume(k > 0)
+    regions = Regions.identity(len(tokens), grid)
+    arguments = (tokens.requires_grad_(), None, regions.assignment, regions.sizes, k, *grid)
+    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options.values(), "torch"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 9}, "k=9 merges of N=9 tokens"),
+        ({"k": -1}, "k=-1"),
+        ({"grid": None}, "either regions or grid"),
+        ({"grid": (2, 4)}, "regions describe"),
+        ({"connectivity": 6}, "connectivity=6: choose one of 8, 4"),
+        ({"similarity": "dot"}, "similarity='dot': choose one of 'cosine'"),
+        ({"linkage": "ward"}, "linkage='ward'"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"tokens": torch.ones(9, 2)}, r"\[B, N, D\]"),
+        ({"tokens": torch.ones(1, 9, 2, dtype=torch.int64)}, "floats"),
+        ({"features": torch.ones(1, 8, 2)}, "features"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"tokens": torch.ones(1, 9, 2), "k": 2, "grid": (3, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        hierarchical_merge(**arguments)
+
+
+def test_counted_similarities_are_near_those_that_a_merge_needs():
+    """merge_flops counts by convention; a real merge needs all adjacent pairs once, then the new tokens' neighbours."""
+    generator = torch.Generator().manual_seed(5)
+    field = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5, generator=generator), size=14, mode="bicubic")
+    tokens, regions = field.flatten(2).transpose(1, 2), Regions.identity(1, (14, 14))
+    needed = len({tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()})
+    for _ in range(40):
+        before = {frozenset(np.flatnonzero(regions.assignment[0] == token)) for token in range(regions.n_tokens)}
+        tokens, regions = hierarchical_merge(tokens, 1, regions)
+        after = [frozenset(np.flatnonzero(regions.assignment[0] == token)) for token in range(regions.n_tokens)]
+        (new,) = (token for token, region in enumerate(after) if region not in before)
+        pairs = {tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()}
+        needed += sum(new in pair and pair[0] != pair[1] for pair in pairs)
+    counted = merge_flops(196, 40, 16, len(grid_pairs((14, 14), 8)), 196, 8) / 16
+    assert 0.8 < counted / needed < 1.25
