@@ -3,15 +3,19 @@
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
 from timm.models.vision_transformer import VisionTransformer
 
 from dhtm import kernels
 from dhtm.regions import grid_pairs
+
+with warnings.catch_warnings():  # at import fvcore compiles a loss, in a way that PyTorch has deprecated
+    warnings.simplefilter("ignore")
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import get_shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,9 +165,13 @@ def tokens_by_layer(model: VisionTransformer) -> list[int]:
 def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
     """Within this context the images of a batch are known to the reducer by these ids, int64 [B].
 
-    What a method draws at random depends on the ids, so that it is the same in every batch an image may be in.
+    What a method draws at random depends on the ids, so that it is the same in every batch an image may be in. A model
+    that is not patched has no use for them.
     """
-    reducer = _reduction(model).reducer
+    if not hasattr(model, "reduction"):
+        yield
+        return
+    reducer = model.reduction.reducer
     reducer.image_ids = ids
     try:
         yield

@@ -1,0 +1,1 @@
+"""The experiments: data, backbones, evaluation, training, run directories and tracking."""

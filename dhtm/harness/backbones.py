@@ -1,0 +1,122 @@
+"""The Vision Transformers that can be evaluated: any timm architecture, and the embedded ``deit_micro``."""
+
+import functools
+import hashlib
+import pickle
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from dhtm.harness.errors import UserError, one_line
+
+MICRO_WEIGHTS = Path(__file__).parents[1] / "assets" / "deit_micro.safetensors"
+
+# timm's register_model looks these up by this name.
+default_cfgs = generate_default_cfgs(
+    {
+        "deit_micro": {
+            "file": str(MICRO_WEIGHTS),
+            "input_size": (1, 56, 56),
+            "num_classes": 10,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": (0.5,),
+            "std": (0.5,),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def deit_micro(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The embedded model: DeiT's depth and 14×14 grid at a third of DeiT-Tiny's width, for 56×56 grey images."""
+    size = {"img_size": 56, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 12, "num_heads": 2}
+    return build_model_with_cfg(VisionTransformer, "deit_micro", pretrained, **{**size, "num_classes": 10, **kwargs})
+
+
+# The runs of a sweep follow each other in one process and mostly share their backbone.
+@functools.lru_cache(maxsize=1)
+def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -> VisionTransformer:
+    """A timm model with its weights, in evaluation mode; shared between calls, so to be copied before it is changed.
+
+    Args:
+        architecture: as timm names it.
+        checkpoint: a file that ``safetensors`` or ``torch.load(weights_only=True)`` reads, with the parameters at its
+            top or under "model" or "state_dict"; None for timm's pretrained weights.
+        num_classes: outputs of the model.
+
+    Raises:
+        UserError: the architecture is unknown, or the weights cannot be had, read, or fitted to it.
+    """
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"
+        )
+    if checkpoint is None:
+        try:
+            return timm.create_model(architecture, pretrained=True, num_classes=num_classes).eval()
+        except Exception as error:  # the hub's client raises whatever its transport does
+            raise UserError(
+                f"backbone {architecture}: its pretrained weights cannot be had ({type(error).__name__}: {one_line(error)}); "
+                "give a local file, backbone.checkpoint=FILE"
+            ) from error
+    model = timm.create_model(architecture, pretrained=False, num_classes=num_classes)
+    _fit(model, _read(checkpoint), f"backbone.checkpoint={checkpoint}", architecture)
+    return model.eval()
+
+
+def _read(checkpoint: str) -> dict[str, torch.Tensor]:
+    try:
+        state = load_state_dict(str(Path(checkpoint).expanduser()), weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"backbone.checkpoint={checkpoint}: no such file") from None
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        if "weights_only" in str(error):
+            what = "holds more than weights, and arbitrary pickles are not loaded; save model.state_dict() by itself"
+        else:
+            what = f"cannot be read as weights, it may be damaged ({one_line(error)})"
+        raise UserError(f"backbone.checkpoint={checkpoint}: {what}") from error
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"backbone.checkpoint={checkpoint}: holds no parameters; save model.state_dict()")
+    return state
+
+
+def _fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
+    wanted = model.state_dict()
+    for kind, keys in (("lacks", wanted.keys() - state.keys()), ("has", state.keys() - wanted.keys())):
+        if keys:
+            whose = "that it needs" if kind == "lacks" else "that it does not know"
+            raise UserError(
+                f"{source}: not the weights of {name}: it {kind} {len(keys)} parameters {whose}, {min(keys)} for one"
+            )
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            hint = "; set backbone.num_classes" if key.startswith("head") else ""
+            raise UserError(
+                f"{source}: not the weights of {name}: {key} is {list(state[key].shape)}, not {list(value.shape)}{hint}"
+            )
+    model.load_state_dict(state)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, by name, so that it does not depend on the file they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

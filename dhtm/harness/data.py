@@ -1,0 +1,119 @@
+"""The data sets that a backbone can be evaluated on, as map-style PyTorch data sets with a fingerprint."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
+
+from dhtm.harness import digits as scenes
+from dhtm.harness.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        dataset: item i is (image, label); the image as the transform leaves it.
+        n_classes: labels are in [0, n_classes).
+        fingerprint: SHA-256 of what identifies the images and labels.
+        in_memory: items cost next to nothing, so that loading them needs no worker processes.
+    """
+
+    dataset: Dataset
+    n_classes: int
+    fingerprint: str
+    in_memory: bool
+
+
+def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Split:
+    """The embedded scenes of handwritten digits; see :mod:`dhtm.harness.digits`.
+
+    Args:
+        split: "test", the only one to evaluate on; training draws its own scenes.
+        seed: fixes every pixel.
+        limit: the first so many scenes only.
+        transform: from a grey PIL image.
+    """
+    if split != "test":
+        raise UserError(f"data.split={split}: the digits are evaluated on data.split=test")
+    images, labels, fingerprint = _test_scenes(seed)
+    n_images = _limited(limit, len(images))
+    return Split(_Images(images[:n_images], labels[:n_images], transform), 10, fingerprint, in_memory=True)
+
+
+@functools.cache
+def _test_scenes(seed: int):
+    images, labels, _ = scenes.scenes("test", range(scenes.N_TEST_SCENES), seed)
+    return images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+
+
+class _Images(Dataset):
+    """Images held as one uint8 array [n, H, W]."""
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def imagefolder(root: str | None, split: str, limit: int | None, transform: Callable) -> Split:
+    """ImageNet as it ships: one folder of images a class, named by synset, in root/split or in root itself.
+
+    Classes are numbered by the order of their folders' names, which for the 1,000 synsets of ImageNet-1K is the
+    order of the pretrained models' outputs.
+
+    Args:
+        root: the folder that holds ``val/n01440764/…``.
+        split: its sub-folder; ignored where root has none of that name.
+        limit: the first so many images only, in the order of folders and files.
+        transform: from an RGB PIL image.
+    """
+    if root is None:
+        raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
+    folder = folder / split if (folder / split).is_dir() else folder
+    try:
+        dataset = ImageFolder(str(folder), transform)
+    except FileNotFoundError:  # no class folders, or empty ones
+        empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not any(path.iterdir())]
+        what = f"the class folder {empty[0]} is empty" if empty else "it has no folders of images, one a class"
+        raise UserError(f"data.root={root}: {what} ({folder})") from None
+    names = "\n".join(
+        f"{Path(path).relative_to(folder)} {Path(path).stat().st_size} {label}" for path, label in dataset.samples
+    )
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    n_images = _limited(limit, len(dataset))
+    return Split(Subset(dataset, range(n_images)), len(dataset.classes), fingerprint, in_memory=False)
+
+
+def _limited(limit: int | None, n_images: int) -> int:
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise UserError(f"data.limit={limit}: it must be a number of images from 1, or null for all")
+    return n_images if limit is None else min(limit, n_images)
+
+
+class Indexed(Dataset):
+    """A data set whose items say where they are in it: (index, image, label)."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return torch.tensor(index), image, torch.tensor(label)

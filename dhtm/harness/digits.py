@@ -1,0 +1,106 @@
+"""The embedded data set: real handwritten digits in cluttered 56×56 scenes.
+
+Every scene holds one whole digit, the object, from scikit-learn's ``load_digits`` (1,797 scans of
+8×8 pixels), at a random position, scale and angle, on a smooth background with noise and a few
+distractor strokes cut from other digits. With patches of 4×4 pixels the grid is 14×14 = 196 tokens,
+as in DeiT at 224 pixels, so k means the same number of merges on both.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+CANVAS = 56
+N_TEST_SCANS = 500
+N_TEST_SCENES = 4 * N_TEST_SCANS  # the test split: every scan in four scenes
+MAX_DISTRACTORS = 6
+_SPLITS = {"train": 0, "test": 1}
+
+
+@functools.cache
+def scans(split):
+    """The scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both."""
+    digits = load_digits()
+    parts = train_test_split(
+        digits.images / 16.0, digits.target, test_size=N_TEST_SCANS, stratify=digits.target, random_state=0
+    )
+    return parts[_SPLITS[split]], parts[2 + _SPLITS[split]]
+
+
+def scenes(split, indices, seed=0, difficulty=1.0):
+    """Draw the scenes with the given indices; a scene depends on (split, seed, index, difficulty) alone.
+
+    Args:
+        split: "train" (scans drawn at random) or "test" (scan = index modulo their number).
+        indices: the scenes to draw, a sequence of n non-negative integers.
+        seed: fixes every pixel.
+        difficulty: from 0 (one large digit on a plain ground) to 1 (the real task).
+
+    Returns:
+        images: uint8 [n, 56, 56].
+        labels: int64 [n], the digit in each scene.
+        centres: float64 [n, 2], where the digit is, (x, y) in pixels.
+    """
+    drawn = [_draw(split, index, seed, difficulty) for index in indices]
+    labels, patches, centres, half_sizes, angles, grounds, noise = (np.stack(part) for part in zip(*drawn, strict=True))
+    ink = torch.from_numpy(_place(patches, centres, half_sizes, angles)).amax(dim=1)
+    ground = F.interpolate(torch.from_numpy(grounds)[:, None], size=CANVAS, mode="bicubic", align_corners=True)[:, 0]
+    # Ink covers the ground in proportion to its strength, then the sensor adds its noise.
+    images = ground * (1 - ink) + ink + torch.from_numpy(noise)
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return images.numpy(), labels, centres[:, 0]
+
+
+def _draw(split, index, seed, difficulty):
+    """The random choices behind one scene; object 0 is the digit, the others are distractor strokes."""
+    images, labels = scans(split)
+    rng = np.random.default_rng([seed, _SPLITS[split], index])
+    scan = index % len(images) if split == "test" else rng.integers(len(images))
+    size = rng.uniform(*(np.array([26.0, 32.0]) * (1 - difficulty) + np.array([16.0, 30.0]) * difficulty))
+    centre = rng.uniform(size / 2, CANVAS - size / 2, 2)
+    angle = rng.uniform(-0.2, 0.2)
+    strength = rng.uniform(0.7, 1.0) * difficulty + (1 - difficulty)
+
+    patches = np.zeros((1 + MAX_DISTRACTORS, 8, 8))
+    centres = np.full((1 + MAX_DISTRACTORS, 2), CANVAS / 2)
+    half_sizes = np.full(1 + MAX_DISTRACTORS, size / 2)
+    angles = np.zeros(1 + MAX_DISTRACTORS)
+    patches[0], centres[0], angles[0] = images[scan] * strength, centre, angle
+    n_distractors = rng.integers(2, MAX_DISTRACTORS + 1)
+    for i in range(1, 1 + n_distractors):
+        other = images[rng.integers(len(images))]
+        height, width = rng.integers(3, 6, 2)
+        top, left = rng.integers(0, 9 - height), rng.integers(0, 9 - width)
+        patches[i, top : top + height, left : left + width] = other[top : top + height, left : left + width]
+        patches[i] *= rng.uniform(0.5, 0.9) * difficulty
+        # The farthest of a few places: clutter surrounds the digit more often than it hides it.
+        places = rng.uniform(0, CANVAS, (4, 2))
+        centres[i] = places[np.argmax(np.linalg.norm(places - centre, axis=1))]
+        half_sizes[i] = rng.uniform(0.7, 1.0) * size / 2
+        angles[i] = rng.uniform(-np.pi, np.pi)
+    ground = rng.uniform(0, 0.4, (4, 4)) * difficulty
+    noise = rng.normal(0, rng.uniform(0.02, 0.06) * difficulty, (CANVAS, CANVAS))
+    return labels[scan], patches, centres, half_sizes, angles, ground, noise
+
+
+def _place(patches, centres, half_sizes, angles):
+    """Turn, scale and move 8×8 patches [n, m, 8, 8] onto the canvas: [n, m, 56, 56], bilinear."""
+    n, m = half_sizes.shape
+    # affine_grid maps the canvas, from -1 to 1, back to the patch.
+    zoom = CANVAS / 2 / half_sizes
+    cos, sin = np.cos(angles) * zoom, np.sin(angles) * zoom
+    shift = centres / (CANVAS / 2) - 1
+    theta = np.stack(
+        [
+            np.stack([cos, sin, -cos * shift[..., 0] - sin * shift[..., 1]], -1),
+            np.stack([-sin, cos, sin * shift[..., 0] - cos * shift[..., 1]], -1),
+        ],
+        -2,
+    )
+    grid = F.affine_grid(torch.from_numpy(theta).reshape(n * m, 2, 3), (n * m, 1, CANVAS, CANVAS), align_corners=False)
+    placed = F.grid_sample(torch.from_numpy(patches).reshape(n * m, 1, 8, 8), grid, align_corners=False)
+    return placed.reshape(n, m, CANVAS, CANVAS).numpy()

@@ -1,0 +1,227 @@
+"""One run: one backbone with one method on one data set."""
+
+import copy
+import inspect
+import logging
+import os
+import time
+
+import pandas as pd
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from scipy.stats import binomtest
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dhtm.flops import count_flops
+from dhtm.harness.backbones import load_backbone, weights_sha256
+from dhtm.harness.data import Indexed, Split
+from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
+from dhtm.reducer import Reducer
+from dhtm.vit import image_ids, patch, tokens_by_layer
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(config: DictConfig) -> dict:
+    """Carry out the run that a config describes, or find it done.
+
+    Returns:
+        The run's metrics, as in its metrics.json.
+
+    Raises:
+        UserError: the config asks for something that cannot be had.
+    """
+    device = pick_device(config.device)
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
+    backbone = load_backbone(**_arguments(config.backbone, drop=("name",)))
+    model = copy.deepcopy(backbone)
+    preprocessing = resolve_data_config(model=model)
+    split = load_data(config.data, preprocessing, model.num_classes)
+    reducer = build_reducer(config.method)
+    determinants = {
+        "backbone": config.backbone.architecture,
+        "weights": weights_sha256(model),
+        "method": OmegaConf.to_container(config.method, resolve=True),
+        "code": code_version(reducer),
+        "data": split.fingerprint,
+        "n_images": len(split.dataset),
+        "preprocessing": {key: str(value) for key, value in preprocessing.items()},
+        "dtype": config.dtype,
+        "seed": config.seed,
+    }
+    run = RunDirectory(config.results_dir, run_id(**determinants))
+    name = f"{config.backbone.name} · {config.method.name} {_unusual(reducer, config.method)} · {config.data.name}"
+    if not config.force and (metrics := run.metrics()) is not None:
+        log.info("%s: done before, %s", name, run.path)
+        return metrics
+
+    try:
+        patch(model, reducer)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"backbone={config.backbone.name}, method={config.method.name}: {one_line(error)}") from error
+    flops, flops_baseline = count_flops(model), count_flops(backbone)
+    batch_size = pick_batch_size(config.batch_size, device)
+    predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
+    n_images, n_correct = len(predictions), int(predictions.correct.sum())
+    interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
+    in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
+    metrics = {
+        "run_id": run.path.name,
+        "experiment": config.experiment,
+        "backbone": config.backbone.name,
+        "method": config.method.name,
+        "knobs": knobs(config.method),
+        "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
+        "data": config.data.name,
+        "split": config.data.split,
+        "n_images": n_images,
+        "n_failed": 0,
+        "n_nonfinite": int(predictions.nonfinite.sum()),
+        "top1": 100 * n_correct / n_images,
+        "top1_ci95": [100 * interval.low, 100 * interval.high],
+        "top5": 100 * sum(in_top5) / n_images,
+        "flops_g": flops.total / 1e9,
+        "flops_baseline_g": flops_baseline.total / 1e9,
+        "flops_reduction_pct": 100 * (1 - flops.total / flops_baseline.total),
+        "merge_flops_g": flops.merging / 1e9,
+        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "tokens_by_layer": tokens_by_layer(model),
+        "images_per_s": n_images / seconds,
+        "batch_size": batch_size,
+        "dtype": config.dtype,
+        "device": device.type,
+        "seed": config.seed,
+        "wall_s": seconds,
+        "weights_sha256": determinants["weights"],
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    if metrics["n_nonfinite"]:
+        log.warning("%s: %d images have logits that are not finite", name, metrics["n_nonfinite"])
+    run.save(config, predictions.drop(columns="nonfinite"), metrics)
+    log.info(
+        "%s: top-1 %.2f%% [%.2f, %.2f], %.4f GFLOPs (-%.1f%%), %.0f images/s, %s",
+        name, metrics["top1"], *metrics["top1_ci95"], metrics["flops_g"], metrics["flops_reduction_pct"],
+        metrics["images_per_s"], run.path,
+    )  # fmt: skip
+    return metrics
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    num_workers: int | None = None,
+) -> tuple[pd.DataFrame, float]:
+    """The five best classes for every image of a split.
+
+    Args:
+        model: a patched model, which is moved to the device and dtype.
+        num_workers: processes that load images; None for one a core where images are on disk.
+
+    Returns:
+        index, label, top5 (best first), correct (is the first right) and nonfinite, a row an image in order; and the
+        seconds that it took, loading included.
+    """
+    model.to(device=device, dtype=dtype).eval()
+    if num_workers is None:
+        num_workers = 0 if split.in_memory else min(16, os.cpu_count() or 1)
+    loader = DataLoader(
+        Indexed(split.dataset), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
+    )  # fmt: skip
+    parts = []
+    start = time.perf_counter()
+    with tqdm(total=len(split.dataset), desc=name, unit=" images", disable=None) as bar:
+        for indices, images, labels in loader:
+            with image_ids(model, indices):
+                logits = model(images.to(device=device, dtype=dtype, non_blocking=True)).float()
+            top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "index": indices.numpy(),
+                        "label": labels.numpy(),
+                        "top5": list(top5.numpy()),
+                        "correct": (top5[:, 0] == labels).numpy(),
+                        "nonfinite": ~logits.isfinite().all(dim=1).cpu().numpy(),
+                    }
+                )
+            )
+            bar.update(len(indices))
+    return pd.concat(parts, ignore_index=True), time.perf_counter() - start
+
+
+def build_reducer(method: DictConfig) -> Reducer:
+    """The reducer that a config of the group ``method`` names."""
+    try:
+        return instantiate(_arguments(method, drop=("name",)), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UserError(f"method={method.name}: {one_line(cause)}") from error
+
+
+def load_data(data: DictConfig, preprocessing: dict, n_classes: int) -> Split:
+    """The split that a config of the group ``data`` names, checked against the outputs of the backbone."""
+    try:
+        split = instantiate(_arguments(data, drop=("name",)), transform=create_transform(**preprocessing))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
+    if split.n_classes != n_classes:
+        raise UserError(
+            f"data={data.name} has {split.n_classes} classes, the backbone {n_classes}: "
+            "choose a backbone for this data (backbone=...), or the number of its outputs (backbone.num_classes=...)"
+        )
+    return split
+
+
+def knobs(method: DictConfig) -> dict:
+    """A method's options as configured, all but its name, class and layers."""
+    return OmegaConf.to_container(DictConfig(_arguments(method, drop=("name", "_target_", "layers"))), resolve=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config asks for; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name}: not to be had here ({one_line(error)}); device=auto takes what is there"
+        ) from error
+    return device
+
+
+def pick_batch_size(batch_size: int | None, device: torch.device) -> int:
+    """The configured batch size, or one that is fast on the device; results do not depend on it."""
+    if batch_size is None:
+        return 512 if device.type == "cuda" else 64
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: it must be a number from 1")
+    return batch_size
+
+
+def _arguments(config: DictConfig, drop: tuple[str, ...] = ()) -> dict:
+    return {key: value for key, value in config.items() if key not in drop}
+
+
+def _unusual(reducer: Reducer, method: DictConfig) -> str:
+    """The options in which a method differs from its defaults, to name a run by."""
+    defaults = {name: option.default for name, option in inspect.signature(type(reducer)).parameters.items()}
+    return " ".join(f"{name}={value}" for name, value in knobs(method).items() if value != defaults[name])

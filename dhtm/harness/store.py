@@ -1,0 +1,134 @@
+"""Run directories: one finished evaluation each, under the hash of what determines its result."""
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dhtm.harness.errors import UserError
+from dhtm.reducer import Reducer
+
+PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
+_LIBRARY = Path(__file__).parents[1]
+
+
+def run_id(**determinants: Any) -> str:
+    """The name of a run: 16 hexadecimal digits of the SHA-256 of everything that determines its result."""
+    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_version(reducer: Reducer) -> str:
+    """SHA-256 of the code that decides what a method computes: its own module and the library's, comments aside."""
+    files = {*_LIBRARY.glob("*.py"), *_LIBRARY.glob("kernels/*.py"), Path(inspect.getfile(type(reducer)))}
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.parts[-2:]):  # the same order wherever the project lies
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and ast.get_docstring(node, clean=False) is not None:
+                node.body[0] = ast.Pass()
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+class RunDirectory:
+    """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json last of all.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+
+    def __init__(self, results_dir: str, run_id: str):
+        self.path = Path(results_dir).expanduser() / run_id
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise UserError(
+                f"results_dir={results_dir}: cannot write there ({error.strerror}); choose another, results_dir=DIR"
+            ) from error
+
+    def metrics(self) -> dict | None:
+        """The metrics of a finished run, None of any other."""
+        try:
+            return json.loads((self.path / "metrics.json").read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{self.path / 'metrics.json'}: damaged ({error}); remove it, or compute the run again with force=true"
+            ) from error
+
+    def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
+        """Make the run a finished one; killed at any moment, it is either that or not there."""
+        (self.path / "metrics.json").unlink(missing_ok=True)
+        write_atomically(
+            self.path / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config, resolve=True))
+        )
+        write_atomically(self.path / "environment.json", lambda path: path.write_text(_json(environment())))
+        write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
+        write_atomically(self.path / "metrics.json", lambda path: path.write_text(_json(metrics)))
+
+
+def finished_runs(results_dir: str) -> pd.DataFrame:
+    """The metrics of all finished runs, one row each, knobs and layers as they were configured."""
+    files = sorted(Path(results_dir).expanduser().glob("*/metrics.json"))
+    return pd.DataFrame([RunDirectory(results_dir, file.parent.name).metrics() for file in files])
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in its place; a crash leaves the old file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "-dirty" where tracked files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=_LIBRARY, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
+
+
+def environment() -> dict:
+    """The machine and the software of a run, without names of hosts, users or secrets."""
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+    }
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2) + "\n"

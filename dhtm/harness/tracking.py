@@ -1,0 +1,57 @@
+"""Logging to Weights & Biases. Nothing here may stop an evaluation: what goes wrong is a warning."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import wandb
+from omegaconf import DictConfig, OmegaConf
+
+from dhtm.harness.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+
+def log_run(config: DictConfig, metrics: dict) -> None:
+    """Log a finished evaluation: its config, and its metrics as the summary."""
+    name = f"{metrics['backbone']} {metrics['method']} k={metrics['knobs'].get('k')}"
+    described = OmegaConf.to_container(config, resolve=True)
+    with _run(config.tracker, id=metrics["run_id"], name=name, group=metrics["experiment"], config=described) as run:
+        if run:
+            run.summary.update(metrics)
+
+
+def log_report(config: DictConfig, tables: dict[str, pd.DataFrame], figures: dict[str, Path]) -> None:
+    """Log the tables and figures of a report under their names."""
+    with _run(config.tracker, name="report", job_type="report") as run:
+        if run:
+            run.log({name: wandb.Table(dataframe=table) for name, table in tables.items()})
+            run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+
+
+@contextmanager
+def _run(tracker: DictConfig, **options: Any) -> Iterator[Any]:
+    """A W&B run, or None where the tracker is "none" or W&B cannot be started."""
+    if tracker.name == "none":
+        yield None
+        return
+    mode = tracker.mode or ("online" if wandb.api.api_key else "offline")
+    if mode not in ("online", "offline", "disabled"):
+        raise UserError(f"tracker.mode={mode}: choose one of online, offline, disabled, or null")
+    Path(tracker.dir).mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(
+            project=tracker.project, entity=tracker.entity, dir=tracker.dir, mode=mode, reinit="finish_previous",
+            settings=wandb.Settings(silent=True), **options,
+        )  # fmt: skip
+    except Exception as error:
+        log.warning("W&B could not be started, nothing is logged to it: %s", one_line(error))
+        yield None
+        return
+    try:
+        yield run
+    finally:
+        run.finish()

@@ -1,0 +1,43 @@
+"""The whole report: every table and figure that the finished runs allow."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dhtm.harness import tracking
+from dhtm.harness.errors import UserError
+from dhtm.harness.store import write_atomically
+from dhtm.report.figure4 import figure4
+from dhtm.report.runs import load_runs
+from dhtm.report.style import save_figure
+from dhtm.report.table1 import table1
+
+log = logging.getLogger(__name__)
+
+
+def report(config: DictConfig) -> None:
+    """Write output_dir/tables and output_dir/figures from the runs in results_dir.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    runs = load_runs(config.results_dir)
+    log.info("%d finished runs in %s", len(runs), config.results_dir)
+    output = Path(config.output_dir).expanduser()
+    try:
+        (output / "tables").mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            output / "tables" / "runs.csv", lambda file: runs.drop(columns="plain").to_csv(file, index=False)
+        )
+        tables = {"table1": table1(runs)}
+        for name, table in tables.items():
+            table.save(output / "tables" / name)
+        figures = {"figure4": save_figure(figure4(runs), output / "figures" / "figure4")}
+    except OSError as error:
+        raise UserError(
+            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another, output_dir=DIR"
+        ) from error
+    log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
+    log.info("tables: %s\nfigures: %s", output / "tables", output / "figures")
+    tracking.log_report(config, {name: table.data for name, table in tables.items()} | {"runs": runs}, figures)

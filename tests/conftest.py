@@ -1,0 +1,54 @@
+"""What the tests share: composing configs, running scripts, and small data of the real form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+# No test may reach for the network: what is downloaded in real use must fail as it would offline.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+
+
+@pytest.fixture(scope="session")
+def composed():
+    """Compose a config as a script would: composed("method.k=10", config_name="evaluate")."""
+
+    def compose_config(*overrides, config_name="evaluate"):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return compose(config_name, list(overrides))
+
+    return compose_config
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Run a script of scripts/ in a process of its own: script("evaluate", "method.k=10")."""
+
+    def run(name, *arguments, cwd=ROOT, **options):
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A data root as ImageNet ships, but small: val/ with three synsets of JPEGs, one of them grey, of odd sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for synset, n_images in (("n01440764", 3), ("n02102040", 2), ("n02979186", 3)):
+        folder = root / "val" / synset
+        folder.mkdir(parents=True)
+        for i in range(n_images):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            image = coarse.resize((320 + 16 * i, 260), Image.Resampling.BICUBIC)
+            image = image.convert("L") if (synset, i) == ("n02979186", 1) else image
+            image.save(folder / f"ILSVRC2012_val_{i:08d}.JPEG")
+    return root
