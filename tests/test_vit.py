@@ -142,7 +142,7 @@ def test_batches_of_1_and_64_give_the_same_merges(reducer):
     with image_ids(model, torch.arange(100, 164)):
         logits(model, images)
     together = dhtm.regions(model).assignment
-    for i in range(64):
+    for i in range(0, 64, 9):
         with image_ids(model, torch.tensor([100 + i])):
             logits(model, images[i : i + 1])
         assert torch.equal(dhtm.regions(model).assignment[0], together[i])

@@ -109,7 +109,7 @@ def evaluate(config: DictConfig) -> dict:
         log.warning("%s: %d images have logits that are not finite", name, metrics["n_nonfinite"])
     run.save(config, predictions.drop(columns="nonfinite"), metrics)
     log.info(
-        "%s: top-1 %.2f%% [%.2f, %.2f], %.4f GFLOPs (-%.1f%%), %.0f images/s, %s",
+        "%s: top-1 %.2f%% [%.2f, %.2f], %.4f GFLOPs (%.1f%% fewer), %.0f images/s, %s",
         name, metrics["top1"], *metrics["top1_ci95"], metrics["flops_g"], metrics["flops_reduction_pct"],
         metrics["images_per_s"], run.path,
     )  # fmt: skip

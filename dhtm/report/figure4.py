@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dhtm.report.runs import over_k, published
-from dhtm.report.style import BACKBONES, METHODS, plt
+from dhtm.report.style import BACKBONES, DATA, METHODS, plt
 
 
 def figure4(runs: pd.DataFrame) -> Figure:
@@ -21,7 +21,7 @@ def figure4(runs: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
     for ax, (backbone, data) in zip(axes[0], panels, strict=True):
         n_images = _draw_ours(ax, runs, backbone, data)
-        what = f"{BACKBONES.get(backbone, backbone)}, {data}"
+        what = f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}"
         if (backbone, data) == ("deit_small", "imagenet"):
             _draw_published(ax)
             what = f"{what}{'' if n_images else ': published only'}"
@@ -51,9 +51,8 @@ def _draw_ours(ax: Axes, runs: pd.DataFrame, backbone: str, data: str) -> int:
 
 def _draw_published(ax: Axes) -> None:
     table = published("table1").query("backbone == 'deit_small'")
-    points = {"dhtm": (table.flops_g, table.top1), "random": None}
     text = published("figure4").query("method == 'random'")
-    points["random"] = (text.flops_g, text.top1)
+    points = {"dhtm": (table.flops_g, table.top1), "random": (text.flops_g, text.top1)}
     for method, (flops, top1) in points.items():
         name, colour, marker = METHODS[method]
         ax.plot(flops, top1, marker, color=colour, markerfacecolor="none", linestyle=":", label=f"{name}, published")

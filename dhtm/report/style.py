@@ -18,6 +18,7 @@ BACKBONES = {
     "deit_base": "DeiT-Base",
     "deit_micro": "deit_micro (embedded)",
 }
+DATA = {"imagenet": "ImageNet-1K", "digits": "digits"}
 
 plt.rcParams.update(
     {

@@ -6,24 +6,23 @@ import pandas as pd
 import timm
 
 import dhtm
-from dhtm.harness import backbones as backbones  # registers deit_micro with timm
 from dhtm.report.runs import over_k, published
-from dhtm.report.style import BACKBONES
+from dhtm.report.style import BACKBONES, DATA
 from dhtm.report.tables import Table, interval, number
 
 SCHEDULES = ((4, 7, 11), (4, 7, 10))
 
 NOTES = [
-    "FLOPs are multiply-adds counted by fvcore, attention products and merging included. The paper's text names layers "
-    "4, 7 and 11, which is our default; layers 4, 7 and 10 are shown beside because the printed FLOPs are nearer to them. "
-    "Δ is ours less published.",
-    "DeiT-Small unmerged is printed as 4.65 G; fvcore counts 4.608 G. Its first step, k = 0 to 10, falls by 0.44 G in print, "
-    "where the same ten merges a layer save about 0.32 G.",
-    "DeiT-Base: k = 10 to 30 fall by an even 1.06 G in print; k = 40 is off that line (13.97 G, a fall of 0.46 G), and k = 48 "
-    "then falls by 1.63 G.",
-    "The paper contradicts itself on DeiT-Base: Table 2 gives DHTM 80.68% at 12.34 G and says k = 40, but in Table 1 these "
-    "are the figures of k = 48; k = 40 has 81.11% at 13.97 G there, 21% less than unmerged and not 30%.",
-    "Section 4.4 gives an embedding of 384 to DeiT-Base and 768 to DeiT-Small; it is the other way round.",
+    "FLOPs are multiply-adds counted by fvcore, attention products and merging included; Δ is ours less published.",
+    "The paper's text names layers 4, 7 and 11, our default. The printed FLOPs are nearer to layers 4, 7 and 10 for "
+    "DeiT-Tiny, and for DeiT-Small up to k = 40; for DeiT-Base they fit neither.",
+    "DeiT-Small unmerged is printed as 4.65 G; fvcore counts 4.608 G. Its first step, k = 0 to 10, falls by 0.44 G in "
+    "print, where ten merges a layer save about 0.32 G.",
+    "DeiT-Base: k = 10 to 30 fall by an even 1.06 G in print; k = 40 is off that line (13.97 G, a fall of 0.46 G), and "
+    "k = 48 then falls by 1.63 G.",
+    "The paper contradicts itself on DeiT-Base: Table 2 gives DHTM 80.68% at 12.34 G and says k = 40, but in Table 1 "
+    "these are the figures of k = 48; k = 40 has 81.11% at 13.97 G there, 21% less than unmerged and not 30%.",
+    "Section 4.4 gives an embedding of 384 to DeiT-Base and of 768 to DeiT-Small; it is the other way round.",
 ]
 
 
@@ -59,7 +58,7 @@ def table1(runs: pd.DataFrame) -> Table:
             frame[f"flops_g_{name}"] = [gflops(f"{backbone}_patch16_224", k, layers) for k in frame.index]
             frame[f"flops_difference_pct_{name}"] = 100 * (frame[f"flops_g_{name}"] / frame.published_flops_g - 1)
         frames.append(frame.reset_index().assign(backbone=backbone, data="imagenet"))
-        parts.append((f"{BACKBONES[backbone]} on ImageNet-1K{_how_many(frame)}", _beside_published(frame)))
+        parts.append((f"{BACKBONES[backbone]} on {DATA['imagenet']}{_how_many(frame)}", _beside_published(frame)))
     others = runs[(runs.method == "dhtm") & (runs.data != "imagenet")]
     for backbone, data in others[["backbone", "data"]].drop_duplicates().itertuples(index=False):
         frame = over_k(runs, backbone, data, "dhtm")
@@ -67,7 +66,9 @@ def table1(runs: pd.DataFrame) -> Table:
             continue
         frame = frame[["top1", "ci_low", "ci_high", "top5", "n_images", "flops_g", "flops_reduction_pct"]]
         name = BACKBONES.get(backbone, backbone)
-        parts.append((f"{name} on {data}, {frame.n_images.max():,} images, layers 4, 7, 11", _ours_alone(frame)))
+        parts.append(
+            (f"{name} on {DATA.get(data, data)}, {frame.n_images.max():,} images, layers 4, 7, 11", _ours_alone(frame))
+        )
         frames.append(
             frame.reset_index().assign(backbone=backbone, data=data).rename(columns={"flops_g": "flops_g_4_7_11"})
         )

@@ -27,7 +27,11 @@ class Table:
     def save(self, path: Path) -> None:
         """Write ``path`` with the endings .csv, .md and .tex."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        for ending, text in ((".csv", self.data.to_csv(index=False)), (".md", self.markdown()), (".tex", self.latex())):
+        for ending, text in (
+            (".csv", self.data.to_csv(index=False, float_format="%.8g")),
+            (".md", self.markdown()),
+            (".tex", self.latex()),
+        ):
             write_atomically(path.with_suffix(ending), lambda file, text=text: file.write_text(text, encoding="utf-8"))
 
     def markdown(self) -> str:

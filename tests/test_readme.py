@@ -1,0 +1,141 @@
+"""Every command and every line of code in the README, run; and its figures are the committed ones."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+SHORT_TRAINING = "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]"
+
+needs_make = pytest.mark.skipif(
+    not (ROOT / ".venv" / ".ready").exists(), reason="needs the .venv that `make setup` builds"
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """For each DeiT a checkpoint of random weights: pretrained ones are not to be had in a test."""
+    folder = tmp_path_factory.mktemp("weights")
+    for size in ("tiny", "small"):
+        model = timm.create_model(f"deit_{size}_patch16_224", num_classes=3)
+        torch.save(model.state_dict(), folder / f"deit_{size}.pth")
+    return folder
+
+
+@pytest.fixture
+def shortened(photos, weights, tmp_path):
+    """A command's arguments on small data, with results in a folder of the test's own."""
+
+    def shorten(arguments):
+        script = arguments[0]
+        arguments = [
+            argument.replace("/imagenet", str(photos)).replace("/weights", str(weights)) for argument in arguments
+        ]
+        if script.endswith("train.py"):
+            return [*arguments, SHORT_TRAINING, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
+        if script.endswith("report.py"):
+            return [script, f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}"]
+        if "data=imagenet" in arguments:
+            arguments = ["backbone=deit_tiny" if "," in argument else argument for argument in arguments]
+            arguments.append("backbone.num_classes=3")
+            if not any(argument.startswith("backbone.checkpoint") for argument in arguments):
+                arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
+        if "tracker=wandb" in arguments:
+            arguments += [f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+        if "--help" not in arguments:
+            arguments += ["data.limit=2", f"results_dir={tmp_path}/runs"]
+        return arguments
+
+    return shorten
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python ")])
+def test_script(command, shortened):
+    arguments = shortened(shlex.split(command)[1:])
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_make
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make sweep")])
+def test_make_sweep(command, shortened, tmp_path):
+    overrides = shlex.split(command)[2:]
+    arguments = shlex.split(overrides[0].removeprefix("ARGS=")) if overrides else []
+    arguments = " ".join([*shortened(["evaluate", *arguments])[1:], f"output_dir={tmp_path}"])
+    result = subprocess.run(
+        ["make", "sweep", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for file in (
+        "tables/table1.csv",
+        "tables/table1.md",
+        "tables/table1.tex",
+        "figures/figure4.pdf",
+        "figures/figure4.png",
+    ):
+        assert (tmp_path / file).stat().st_size > 1000
+    assert "**DeiT-Tiny on ImageNet-1K" in result.stdout
+
+
+@needs_make
+def test_make_test():
+    assert "make test" in COMMANDS
+    result = subprocess.run(
+        ["make", "test", "ARGS=--collect-only"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "test_readme.py" in result.stdout
+
+
+def test_make_setup_takes_another_torch(tmp_path):
+    """Dry, in a copy without .venv: the chosen versions reach pip, and the constraints on them are dropped."""
+    (command,) = [command for command in COMMANDS if command.startswith("make setup")]
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    result = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "torch==2.11.0 torchvision==0.26.0 -e '.[dev]'" in result.stdout
+    assert "grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt" in result.stdout
+
+
+def test_every_command_is_of_a_kind_that_is_run_here():
+    kinds = ("python scripts/", "make sweep", "make test", "make setup TORCH=")
+    assert all(command.startswith(kinds) for command in COMMANDS)
+    assert {"make sweep", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
+def test_code(code, monkeypatch, capsys):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
+    scope = {}
+    exec(code, scope)
+    assert scope["logits"].shape == (8, 1000)
+    assert scope["merged"].shape == (2, 156, 384)
+    assert capsys.readouterr().out.startswith("3.34")
+
+
+def test_the_results_are_the_committed_ones():
+    shown = re.search(r"<!-- results:.*?-->\n(.*?)<!-- end of results -->", README, re.DOTALL).group(1).strip()
+    table = (ROOT / "results" / "embedded" / "tables" / "table1.md").read_text(encoding="utf-8")
+    assert shown
+    assert shown in table
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,159 @@
+"""Tables and figures from run directories, published numbers beside ours."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+from conftest import ROOT
+from PIL import Image
+
+import dhtm
+from dhtm.harness.errors import UserError
+from dhtm.report import table1 as table1_module
+from dhtm.report.figure4 import figure4
+from dhtm.report.report import report
+from dhtm.report.runs import load_runs, over_k, published
+from dhtm.report.style import BACKBONES, METHODS
+
+KS = [0, 10, 20, 30, 40, 48, 56]
+
+
+def finished_run(folder, number, **changes):
+    """A finished run's metrics.json with made-up figures."""
+    k = changes.pop("k", 40)
+    options = {"connectivity": 8, "similarity": "cosine", "linkage": "mean", "features": "tokens"}
+    metrics = {
+        "run_id": f"{number:016x}", "experiment": None, "backbone": "deit_micro", "method": "dhtm",
+        "knobs": {"k": k, **options, "proportional_attention": False, "backend": "auto"} | changes.pop("knobs", {}),
+        "layers": [4, 7, 11], "data": "digits", "split": "test", "n_images": 2000, "n_failed": 0, "top1": 90.0,
+        "top1_ci95": [89.0, 91.0], "top5": 99.0, "flops_g": 0.17 - k / 1000, "flops_baseline_g": 0.17,
+        "flops_reduction_pct": 100 * k / 170, "merge_flops_g": 0.0, "params_m": 0.6, "tokens_by_layer": [196, 156],
+        "dtype": "float32", "device": "cpu", "seed": 0, "weights_sha256": "0" * 64,
+    }  # fmt: skip
+    path = folder / metrics["run_id"]
+    path.mkdir(parents=True)
+    (path / "metrics.json").write_text(json.dumps(metrics | changes))
+
+
+@pytest.fixture
+def closed_form_flops(monkeypatch):
+    """FLOPs of DeiT without tracing it 42 times."""
+    monkeypatch.setattr(
+        table1_module, "gflops", lambda architecture, k, layers: len(architecture) - k * sum(layers) / 1000
+    )
+
+
+@pytest.fixture
+def report_config(composed, tmp_path):
+    return composed(f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}/out", config_name="report")
+
+
+def test_flops_of_the_published_backbones_are_counted():
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=48, layers=(4, 7, 10)))
+    expected = dhtm.count_flops(model).total / 1e9
+    assert table1_module.gflops("deit_tiny_patch16_224", 48, (4, 7, 10)) == expected == pytest.approx(0.81, rel=0.01)
+
+
+@pytest.mark.usefixtures("closed_form_flops")
+def test_without_imagenet_there_are_dashes_and_nothing_is_taken_from_the_paper(report_config, tmp_path):
+    for number, k in enumerate(KS):
+        finished_run(tmp_path / "runs", number, k=k)
+        finished_run(tmp_path / "runs", 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0])
+    report(report_config)
+    table = pd.read_csv(tmp_path / "out/tables/table1.csv")
+    deit = table[table.data == "imagenet"]
+    assert len(deit) == 21
+    assert deit.top1.isna().all()
+    assert deit.top1_difference.isna().all()
+    micro = table[table.backbone == "deit_micro"]
+    assert micro.k.tolist() == KS
+    assert (micro.top1 == 90).all()
+    text = (tmp_path / "out/tables/table1.md").read_text()
+    assert "|  40 |               71.66 |              – |          – |               0.88 |" in text
+    assert "90.00 [89.00, 91.00]" in text
+    assert "these are the figures of k = 48" in text
+    assert r"\toprule" in (tmp_path / "out/tables/table1.tex").read_text()
+    assert "_" not in (tmp_path / "out/tables/table1.tex").read_text().replace(r"\_", "")
+    assert len(pd.read_csv(tmp_path / "out/tables/runs.csv")) == 14
+    picture = np.asarray(Image.open(tmp_path / "out/figures/figure4.png").convert("RGB"))
+    for _, colour, _ in METHODS.values():
+        rgb = np.array([round(255 * c) for c in matplotlib.colors.to_rgb(colour)])
+        assert (abs(picture.astype(int) - rgb).max(-1) < 4).sum() > 50, "each method is drawn in its colour"
+    assert (tmp_path / "out/figures/figure4.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.usefixtures("closed_form_flops")
+def test_imagenet_runs_stand_beside_the_published_numbers(report_config, tmp_path):
+    finished_run(
+        tmp_path / "runs",
+        1,
+        k=40,
+        backbone="deit_small",
+        data="imagenet",
+        top1=79.40,
+        top1_ci95=[79.05, 79.75],
+        n_images=50000,
+    )
+    report(report_config)
+    table = pd.read_csv(tmp_path / "out/tables/table1.csv").set_index(["backbone", "k"])
+    row = table.loc["deit_small", 40]
+    assert row.top1_difference == pytest.approx(-0.06)
+    assert row.published_top1 == 79.46
+    text = (tmp_path / "out/tables/table1.md").read_text()
+    assert "DeiT-Small on ImageNet-1K, 50,000 images" in text
+    assert "79.40 [79.05, 79.75]" in text
+    assert "−0.06" in text
+
+
+@pytest.mark.usefixtures("closed_form_flops")
+def test_a_report_without_runs_has_the_papers_part(report_config, tmp_path):
+    report(report_config)
+    assert len(pd.read_csv(tmp_path / "out/tables/table1.csv")) == 21
+
+
+def test_only_runs_under_the_papers_options_are_shown(tmp_path):
+    runs = tmp_path / "runs"
+    finished_run(runs, 1, k=40, top1=90.0)
+    finished_run(runs, 2, k=40, top1=1.0, knobs={"linkage": "size"})
+    finished_run(runs, 3, k=40, top1=2.0, layers=[4, 7, 10])
+    finished_run(runs, 4, k=40, top1=3.0, n_images=100)
+    finished_run(runs, 5, k=40, top1=4.0, dtype="bfloat16")
+    (runs / "0000000000000006").mkdir()  # an unfinished run
+    assert over_k(load_runs(str(runs)), "deit_micro", "digits", "dhtm").top1.to_dict() == {40: 90.0}
+
+
+def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
+    for number, k in enumerate(KS):
+        finished_run(tmp_path, number, k=k)
+        finished_run(tmp_path, 100 + number, k=k, method="random")
+        finished_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet")
+    figure = figure4(load_runs(str(tmp_path)))
+    titles = [ax.get_title() for ax in figure.axes]
+    assert len(titles) == 2
+    assert titles[0].startswith(BACKBONES["deit_micro"])
+    assert titles[1].startswith("DeiT-Small, ImageNet-1K")
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert {"DHTM", "DHTM, published", "random merging, published"} == set(labels)
+
+
+def test_damaged_metrics_and_unwritable_output_are_named(composed, tmp_path):
+    (tmp_path / "runs" / "0123").mkdir(parents=True)
+    (tmp_path / "runs" / "0123" / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"0123/metrics.json: damaged"):
+        report(composed(f"results_dir={tmp_path}/runs", config_name="report"))
+    with pytest.raises(UserError, match=r"output_dir=/proc/nowhere: cannot write there"):
+        report(composed(f"results_dir={tmp_path}/none", "output_dir=/proc/nowhere", config_name="report"))
+
+
+def test_published_numbers():
+    table = published("table1").set_index(["backbone", "k"])
+    assert len(table) == 21
+    assert table.loc[("deit_tiny", 0), "top1"] == 72.20
+    assert table.loc[("deit_base", 40), "flops_g"] == 13.97
+    assert table.groupby("backbone").top1.is_monotonic_decreasing.all()
+    assert len(published("table2")) == 30
+    for file in (ROOT / "results" / "paper").glob("*.csv"):
+        assert pd.read_csv(file).place.notna().all()

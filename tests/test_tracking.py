@@ -1,0 +1,78 @@
+"""W&B: offline runs are really written, and W&B's failures stop nothing."""
+
+import json
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from dhtm.harness import tracking
+from dhtm.harness.errors import UserError
+from dhtm.harness.evaluate import evaluate
+
+
+def records(folder):
+    """Everything in the one .wandb file below a folder: after a header of 7 bytes, LevelDB's log of protobuf records."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, offset, record = file.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        if 2**15 - offset % 2**15 < 7:  # too little is left of this block of 32 KiB for a chunk's header
+            offset += 2**15 - offset % 2**15
+            continue
+        length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        record += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # whole, or the last chunk
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_an_offline_run_holds_config_and_metrics(composed, tmp_path):
+    config = composed(
+        "tracker=wandb",
+        f"tracker.dir={tmp_path}",
+        "tracker.mode=offline",
+        "data.limit=4",
+        f"results_dir={tmp_path}/runs",
+    )
+    metrics = evaluate(config)
+    tracking.log_run(config, metrics)
+    logged, described = {}, {}
+    for record in records(tmp_path):
+        for item in record.summary.update:
+            logged[item.key] = json.loads(item.value_json)
+        for item in record.run.config.update:
+            described[item.key] = json.loads(item.value_json)
+    assert logged["top1"] == metrics["top1"]
+    assert logged["flops_g"] == metrics["flops_g"]
+    assert described["method"]["k"] == 40
+
+
+def test_without_a_login_it_is_offline(composed, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = composed("tracker=wandb", f"tracker.dir={tmp_path}")
+    with tracking._run(config.tracker, name="x") as run:
+        assert run.settings._offline
+
+
+def test_failing_to_start_is_a_warning(composed, tmp_path, monkeypatch, caplog):
+    def fail(**options):
+        raise wandb.errors.CommError("no route")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline")
+    tracking.log_run(config, {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
+    assert "nothing is logged" in caplog.text
+
+
+def test_mode_is_checked(composed, tmp_path):
+    config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=sometimes")
+    with pytest.raises(UserError, match=r"tracker.mode=sometimes: choose one of online, offline, disabled"):
+        tracking.log_run(config, {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
+
+
+def test_by_default_there_is_no_tracker(composed, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("W&B was started"))
+    tracking.log_run(composed(), {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
