@@ -12,11 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from dhtm import kernels
 from dhtm.regions import grid_pairs
 
-with warnings.catch_warnings():  # at import fvcore compiles a loss, in a way that PyTorch has deprecated
-    warnings.simplefilter("ignore")
-    from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import get_shape
-
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
@@ -43,6 +38,10 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
         model: on any real device; it stays as it is.
         image_size: side, or height and width, in pixels; by default what the model was made for.
     """
+    with warnings.catch_warnings():  # at import fvcore compiles a loss, in a way that PyTorch has deprecated
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis  # here, so that merging alone needs no fvcore
+
     size = model.patch_embed.img_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     # A copy, because tracing runs the model: it shares the parameters, but not the mode or the last forward's regions.
@@ -59,14 +58,19 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     return FlopCount(int(by_module[""]), int(by_module["reducer"]), tuple(blocks))
 
 
+def _shape(value) -> list[int] | None:
+    """The shape of a value in a traced graph, None of what is not a tensor."""
+    return value.type().sizes() if value.isCompleteTensor() else None
+
+
 def _attention_flops(inputs, outputs) -> int:
     """Q·Kᵀ and the product with V, [B, heads, N, d] each; fvcore does not know the fused operator."""
-    queries, keys, values = (get_shape(value) for value in inputs[:3])
+    queries, keys, values = (_shape(value) for value in inputs[:3])
     return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
 def _merge_flops(inputs, outputs) -> int:
-    tokens, features, assignment = (get_shape(value) for value in inputs[:3])
+    tokens, features, assignment = (_shape(value) for value in inputs[:3])
     k, height, width, connectivity = (value.toIValue() for value in inputs[4:8])
     batch, n, channels = tokens
     channels = channels if features is None else features[-1]

@@ -1,5 +1,6 @@
 """The data sets that a backbone can be evaluated on, as map-style PyTorch data sets with a fingerprint."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -85,18 +86,25 @@ def imagefolder(root: str | None, split: str, limit: int | None, transform: Call
     if not folder.is_dir():
         raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
     folder = folder / split if (folder / split).is_dir() else folder
+    listed, fingerprint = _listed(folder)
+    dataset = copy.copy(listed)
+    dataset.transform = transform
+    return Split(
+        Subset(dataset, range(_limited(limit, len(dataset)))), len(dataset.classes), fingerprint, in_memory=False
+    )
+
+
+@functools.cache
+def _listed(folder: Path) -> tuple[ImageFolder, str]:
+    """A folder of class folders, and the SHA-256 of its images' names, sizes and labels; the same for a whole sweep."""
     try:
-        dataset = ImageFolder(str(folder), transform)
+        dataset = ImageFolder(str(folder))
     except FileNotFoundError:  # no class folders, or empty ones
         empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not any(path.iterdir())]
         what = f"the class folder {empty[0]} is empty" if empty else "it has no folders of images, one a class"
-        raise UserError(f"data.root={root}: {what} ({folder})") from None
-    names = "\n".join(
-        f"{Path(path).relative_to(folder)} {Path(path).stat().st_size} {label}" for path, label in dataset.samples
-    )
-    fingerprint = hashlib.sha256(names.encode()).hexdigest()
-    n_images = _limited(limit, len(dataset))
-    return Split(Subset(dataset, range(n_images)), len(dataset.classes), fingerprint, in_memory=False)
+        raise UserError(f"data.root: {folder}: {what}") from None
+    files = [f"{Path(path).relative_to(folder)} {Path(path).stat().st_size} {label}" for path, label in dataset.samples]
+    return dataset, hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def _limited(limit: int | None, n_images: int) -> int:

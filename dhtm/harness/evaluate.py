@@ -43,39 +43,36 @@ def evaluate(config: DictConfig) -> dict:
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
     backbone = load_backbone(**_arguments(config.backbone, drop=("name",)))
-    model = copy.deepcopy(backbone)
-    preprocessing = resolve_data_config(model=model)
-    split = load_data(config.data, preprocessing, model.num_classes)
+    preprocessing = resolve_data_config(model=backbone)
+    split = load_data(config.data, preprocessing, backbone.num_classes)
     reducer = build_reducer(config.method)
-    determinants = {
-        "backbone": config.backbone.architecture,
-        "weights": weights_sha256(model),
-        "method": OmegaConf.to_container(config.method, resolve=True),
-        "code": code_version(reducer),
-        "data": split.fingerprint,
-        "n_images": len(split.dataset),
-        "preprocessing": {key: str(value) for key, value in preprocessing.items()},
-        "dtype": config.dtype,
-        "seed": config.seed,
-    }
-    run = RunDirectory(config.results_dir, run_id(**determinants))
+    model = copy.deepcopy(backbone)
+    try:
+        patch(model, reducer)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"backbone={config.backbone.name}, method={config.method.name}: {one_line(error)}") from error
+    weights = weights_sha256(model)
+    identity = run_id(
+        backbone=config.backbone.architecture,
+        weights=weights,
+        method=OmegaConf.to_container(config.method, resolve=True),
+        code=code_version(reducer),
+        data=split.fingerprint,
+        n_images=len(split.dataset),
+        preprocessing={key: str(value) for key, value in preprocessing.items()},
+        dtype=config.dtype,
+    )
+    run = RunDirectory(config.results_dir, identity)
     name = f"{config.backbone.name} · {config.method.name} {_unusual(reducer, config.method)} · {config.data.name}"
     if not config.force and (metrics := run.metrics()) is not None:
         log.info("%s: done before, %s", name, run.path)
         return metrics
 
-    try:
-        patch(model, reducer)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"backbone={config.backbone.name}, method={config.method.name}: {one_line(error)}") from error
-    flops, flops_baseline = count_flops(model), count_flops(backbone)
     batch_size = pick_batch_size(config.batch_size, device)
+    cost = _cost(model, backbone)
     predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
-    n_images, n_correct = len(predictions), int(predictions.correct.sum())
-    interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
-    in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
     metrics = {
-        "run_id": run.path.name,
+        "run_id": identity,
         "experiment": config.experiment,
         "backbone": config.backbone.name,
         "method": config.method.name,
@@ -83,25 +80,15 @@ def evaluate(config: DictConfig) -> dict:
         "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
         "data": config.data.name,
         "split": config.data.split,
-        "n_images": n_images,
-        "n_failed": 0,
-        "n_nonfinite": int(predictions.nonfinite.sum()),
-        "top1": 100 * n_correct / n_images,
-        "top1_ci95": [100 * interval.low, 100 * interval.high],
-        "top5": 100 * sum(in_top5) / n_images,
-        "flops_g": flops.total / 1e9,
-        "flops_baseline_g": flops_baseline.total / 1e9,
-        "flops_reduction_pct": 100 * (1 - flops.total / flops_baseline.total),
-        "merge_flops_g": flops.merging / 1e9,
-        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        "tokens_by_layer": tokens_by_layer(model),
-        "images_per_s": n_images / seconds,
+        **_accuracy(predictions),
+        **cost,
+        "images_per_s": len(predictions) / seconds,
         "batch_size": batch_size,
         "dtype": config.dtype,
         "device": device.type,
         "seed": config.seed,
         "wall_s": seconds,
-        "weights_sha256": determinants["weights"],
+        "weights_sha256": weights,
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -114,6 +101,34 @@ def evaluate(config: DictConfig) -> dict:
         metrics["images_per_s"], run.path,
     )  # fmt: skip
     return metrics
+
+
+def _accuracy(predictions: pd.DataFrame) -> dict:
+    """Top-1 with its 95% Wilson interval and top-5, in percent."""
+    n_images, n_correct = len(predictions), int(predictions.correct.sum())
+    interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
+    in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
+    return {
+        "n_images": n_images,
+        "n_failed": 0,
+        "n_nonfinite": int(predictions.nonfinite.sum()),
+        "top1": 100 * n_correct / n_images,
+        "top1_ci95": [100 * interval.low, 100 * interval.high],
+        "top5": 100 * sum(in_top5) / n_images,
+    }
+
+
+def _cost(model: nn.Module, backbone: nn.Module) -> dict:
+    """FLOPs of the patched model and of the plain one, its parameters, and the tokens that leave each layer."""
+    flops, plain = count_flops(model), count_flops(backbone)
+    return {
+        "flops_g": flops.total / 1e9,
+        "flops_baseline_g": plain.total / 1e9,
+        "flops_reduction_pct": 100 * (1 - flops.total / plain.total),
+        "merge_flops_g": flops.merging / 1e9,
+        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "tokens_by_layer": tokens_by_layer(model),
+    }
 
 
 @torch.inference_mode()

@@ -45,6 +45,7 @@ def _run(tracker: DictConfig, **options: Any) -> Iterator[Any]:
     try:
         run = wandb.init(
             project=tracker.project, entity=tracker.entity, dir=tracker.dir, mode=mode, reinit="finish_previous",
+            resume="allow",
             settings=wandb.Settings(silent=True), **options,
         )  # fmt: skip
     except Exception as error:
