@@ -9,11 +9,22 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-EXPERIMENTS := $(sort $(basename $(notdir $(wildcard configs/experiment/*.yaml))))
 
-# TORCH, once given, holds for later set-ups of the same .venv too.
-INSTALLED_TORCH := $(shell cat $(VENV)/.torch 2>/dev/null)
-TORCH ?= $(INSTALLED_TORCH)
+# PYTHON and TORCH, once given, hold for later set-ups of the same .venv too; given anew and different, they make it stale.
+MADE_WITH := $(shell cat $(VENV)/.torch 2>/dev/null)
+ifeq ($(origin TORCH),undefined)
+TORCH := $(MADE_WITH)
+endif
+export TORCH
+ifneq ($(strip $(TORCH)),$(strip $(MADE_WITH)))
+STALE := force
+endif
+ifneq ($(origin PYTHON),file)
+ifneq ($(PYTHON),$(shell cat $(VENV)/.python 2>/dev/null))
+STALE := force
+CLEAR := --clear
+endif
+endif
 
 help: ## this list
 	@echo "dhtm: Dynamic Hierarchical Token Merging for Vision Transformers"
@@ -24,19 +35,19 @@ help: ## this list
 
 setup: $(STAMP) ## build .venv, if need be (a few minutes; PYTHON=python3.12 and TORCH='...' choose versions)
 
-$(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(INSTALLED_TORCH),$(TORCH)),force)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, make setup PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@if [ -n "$(TORCH)" ]; then grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(TORCH) -e '.[dev]'
-	@echo '$(TORCH)' > $(VENV)/.torch
+$(STAMP): pyproject.toml constraints.txt $(STALE)
+	@rm -f $@
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: make setup PYTHON=python3.12, say"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, make setup PYTHON=python3.12, say"; exit 1; }
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
+	@if [ -n "$$TORCH" ]; then grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $$TORCH -e '.[dev]'
+	@echo "$$TORCH" > $(VENV)/.torch
+	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@
 
 sweep: $(STAMP) ## run every experiment, then make the tables and figures; ARGS="key=value ..." overrides
-	@for experiment in $(EXPERIMENTS); do \
-	  $(BIN)/python scripts/evaluate.py -m experiment=$$experiment $(filter-out output_dir=%,$(ARGS)) || exit $$?; \
-	done
-	@$(BIN)/python scripts/report.py $(filter results_dir=% output_dir=% tracker=% tracker.%,$(ARGS))
+	@ARGS="$${ARGS-}" $(BIN)/python scripts/sweep.py
 
 report: $(STAMP) ## make the tables and figures from the runs that are there
 	@$(BIN)/python scripts/report.py $(ARGS)

@@ -22,12 +22,16 @@ class RandomMerge(Reducer):
         seed: any integer.
 
     Raises:
-        ValueError: k is negative, or layers are not increasing.
+        ValueError: an option is not of its kind, k is negative, or layers are not increasing.
     """
 
     def __init__(self, k: int, layers: Sequence[int] | str = (4, 7, 11), connectivity: int = 8, seed: int = 0):
         super().__init__(layers)
         check_k(k)
+        if connectivity not in (8, 4):
+            raise ValueError(f"connectivity={connectivity!r}: choose one of 8, 4")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r}: it must be an integer")
         self.k, self.connectivity, self.seed = k, connectivity, seed
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:

@@ -46,8 +46,8 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     height, width = (size, size) if isinstance(size, int) else size
     # A copy, because tracing runs the model: it shares the parameters, but not the mode or the last forward's regions.
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
-    weight = model.patch_embed.proj.weight
-    images = torch.zeros(1, weight.shape[1], height, width, dtype=weight.dtype, device=weight.device)
+    stem = next(parameter for parameter in model.parameters() if parameter.dim() == 4)  # the first convolution
+    images = torch.zeros(1, stem.shape[1], height, width, dtype=stem.dtype, device=stem.device)
     count = FlopCountAnalysis(model, images).ancestor_mode("caller")
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)

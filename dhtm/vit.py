@@ -46,6 +46,7 @@ class _Reduction:
         """Before the patch embedding: every patch is a token of its own again."""
         images = args[0]
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
+        self.keys.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
@@ -63,6 +64,7 @@ class _Reduction:
                 f"layer {layer} got {tokens.shape[1]} patch tokens where {regions.n_tokens} were expected: "
                 "a patched model must see every patch (patch_drop_rate=0)"
             )
+        self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # a small image may have too few
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
         attention = Attention(keys=self.keys.pop(layer, None), output=output)
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
@@ -90,7 +92,8 @@ class _KeyReader:
 def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
     """Make a timm VisionTransformer reduce its tokens, in place.
 
-    Parameters keep their names; those of the reducer appear under ``reducer.`` in the state dict.
+    Parameters keep their names; those of the reducer appear under ``reducer.`` in the state dict. With gradient
+    checkpointing, which runs layers again in the backward pass, call backward() before the next forward pass.
 
     Args:
         model: any timm VisionTransformer of plain blocks: DeiT, distilled DeiT, DeiT-III, AugReg, DINOv2, SigLIP, …
@@ -146,11 +149,13 @@ def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
         layer: after this layer, from 1; by default after the last.
 
     Raises:
-        ValueError: the model is not patched, or has not been run.
+        ValueError: the model is not patched, has not been run, or has no such layer.
     """
     reduction = _reduction(model)
     if not reduction.regions:
         raise ValueError("the patched model has not seen an image yet")
+    if layer is not None and not 1 <= layer <= len(model.blocks):
+        raise ValueError(f"layer={layer}: the model has layers 1 to {len(model.blocks)}")
     return reduction.regions_before(len(model.blocks) + 1 if layer is None else layer + 1)
 
 
@@ -172,11 +177,11 @@ def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
         yield
         return
     reducer = model.reduction.reducer
-    reducer.image_ids = ids
+    before, reducer.image_ids = reducer.image_ids, ids
     try:
         yield
     finally:
-        del reducer.image_ids
+        reducer.image_ids = before
 
 
 def _reduction(model: nn.Module) -> _Reduction:
@@ -199,6 +204,10 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
     if not isinstance(model, VisionTransformer):
         hint = "; patch the model before wrapping or compiling it" if hasattr(model, "_orig_mod") else ""
         raise TypeError(f"cannot patch a {name}: only timm's VisionTransformer and its subclasses are supported{hint}")
+    if reducer.position == "before_block" and reducer.needs:
+        raise ValueError(
+            f"{type(reducer).__name__} acts before a block and so cannot read its {', '.join(sorted(reducer.needs))}"
+        )
     if hasattr(model, "reduction"):
         raise ValueError(f"this {name} is patched already: call dhtm.unpatch(model) first")
     for layer, block in enumerate(model.blocks, start=1):

@@ -11,6 +11,7 @@ from dhtm.harness.evaluate import evaluate
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
 @command
 def main(config: DictConfig) -> None:
+    tracking.check(config.tracker)
     metrics = evaluate(config)
     tracking.log_run(config, metrics)
 

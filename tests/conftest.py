@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
-# No test may reach for the network: what is downloaded in real use must fail as it would offline.
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+# No test may reach for the network, or find what an earlier download left: both must be as on a new machine offline.
+_EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _EMPTY, "TORCH_HOME": _EMPTY, "WANDB_SILENT": "true"}
 
 
 @pytest.fixture(scope="session")

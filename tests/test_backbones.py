@@ -93,6 +93,9 @@ def bad_files(folder):
     (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:100_000])
     (folder / "text.safetensors").write_text("not weights")
     (folder / "empty.pth").write_bytes(b"")
+    torch.save(tiny().state_dict(), folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    (folder / "legacy_cut.pth").write_bytes((folder / "legacy.pth").read_bytes()[:20_000])
+    (folder / "picture.pth").write_bytes(b"\x89PNG\r\n" + bytes(range(256)))
     torch.save([1, 2], folder / "list.pth")
     torch.save({"epoch": 3}, folder / "nothing.pth")
     (folder / "folder.pth").mkdir()
@@ -105,11 +108,13 @@ def bad_files(folder):
         ("folder.pth", "no such file"),
         ("other_head.pth", r"head\.(weight|bias) is \[5.*\], not \[3.*\]; set backbone.num_classes"),
         ("other_depth.pth", "it lacks 120 parameters that it needs, blocks.10.attn.proj.bias for one"),
-        ("evil.pth", "holds more than weights"),
-        ("evil.pkl", "holds more than weights"),
+        ("evil.pth", "holds more than weights, which is not loaded"),
+        ("evil.pkl", "holds more than weights, which is not loaded"),
         ("cut.pth", "cannot be read as weights, it may be damaged"),
         ("cut.safetensors", "cannot be read as weights, it may be damaged"),
         ("text.safetensors", "cannot be read as weights, it may be damaged"),
+        ("legacy_cut.pth", "cannot be read as weights, it may be damaged"),
+        ("picture.pth", "damaged"),
         ("empty.pth", "cannot be read as weights, it may be damaged"),
         ("list.pth", "cannot be read as weights, it may be damaged"),
         ("nothing.pth", "holds no parameters"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def test_what_determines_the_result_is_in_the_run_id(run, tmp_path):
         ["data.limit=5"],
         ["dtype=bfloat16"],
         ["data.seed=1"],
-        ["seed=1"],
+        ["method=random"],
+        ["method=random", "seed=1"],
     ]
     ids = {run("data.limit=4", *change)["run_id"] for change in changes}
     assert len(ids) == len(changes)
@@ -215,6 +217,14 @@ def test_experiments_are_the_papers(script, tmp_path):
         (["method.similarity=dot"], r"similarity='dot': choose one of 'cosine'"),
         (["data=imagenet"], r"data.root is not set: give the folder"),
         (["data=imagenet", "data.root=/no/such/place"], r"data.root=/no/such/place: no such directory"),
+        (["method=random", "method.connectivity=6"], r"method=random: connectivity=6: choose one of 8, 4"),
+        (["method=random", "seed=abc"], r"method=random: seed='abc'"),
+        (["num_workers=-1"], r"num_workers=-1: it must be"),
+        (["device=null"], r"device=None: not to be had here"),
+        (["device=meta"], r"device=meta: not to be had here"),
+        (["results_dir=null"], r"results_dir=None: it must be a directory"),
+        (["data.seed=-1"], r"data=digits: "),
+        (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
         (["data.limit=0"], r"data.limit=0: it must be"),
         (["data.split=train"], r"data.split=train: the digits are evaluated on data.split=test"),
         (["batch_size=0"], r"batch_size=0: it must be"),
@@ -251,12 +261,28 @@ def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
 def test_data_that_does_not_fit_is_refused(run, photos, tmp_path):
     with pytest.raises(UserError, match="data=imagenet has 3 classes, the backbone 10: choose a backbone"):
         run("data=imagenet", f"data.root={photos}")
+    torch.save(timm.create_model("deit_micro", num_classes=3).state_dict(), tmp_path / "grey.pth")
+    with pytest.raises(UserError, match="data=imagenet has images of 3 channels, the backbone takes 1"):
+        run(
+            "data=imagenet", f"data.root={photos}", f"backbone.checkpoint={tmp_path}/grey.pth", "backbone.num_classes=3"
+        )
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
     with pytest.raises(UserError, match="class folder n01440764 is empty"):
         run("data=imagenet", f"data.root={tmp_path}")
     (tmp_path / "flat").mkdir()
     with pytest.raises(UserError, match="no folders of images"):
         run("data=imagenet", f"data.root={tmp_path}/flat")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_named(run, photos, checkpoint, tmp_path, num_workers):
+    shutil.copytree(photos, tmp_path / "photos")
+    file = sorted((tmp_path / "photos").glob("val/*/*.JPEG"))[4]
+    file.write_bytes(file.read_bytes()[:500])
+    overrides = ["data=imagenet", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
+    with pytest.raises(UserError, match=rf"image 4 cannot be read: {file}: ") as error:
+        run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_metrics_are_named(run, tmp_path):

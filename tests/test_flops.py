@@ -84,6 +84,12 @@ def test_random_merging_costs_what_dhtm_costs_without_its_similarities():
     assert random.merging == 0 and random.total == ours.total - ours.merging
 
 
+def test_a_model_with_a_convolutional_stem_is_counted():
+    model = timm.create_model("vit_tiny_r_s16_p8_224")
+    plain = dhtm.count_flops(model).total
+    assert 0 < dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=5))).total < plain
+
+
 def test_image_size():
     model = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True)
     assert dhtm.count_flops(model, (224, 336)).total > dhtm.count_flops(model).total

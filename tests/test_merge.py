@@ -12,6 +12,7 @@ from dhtm import Regions, hierarchical_merge
 from dhtm.kernels import BACKENDS, merge_flops
 from dhtm.regions import grid_pairs
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SIMILARITIES = ("cosine", "euclidean", "manhattan", "kl")
 
 
@@ -91,10 +92,11 @@ def test_reference_is_the_contraction_of_a_graph(case):
 def test_every_backend_makes_the_reference_merges(case, backend):
     tokens, grid, k, options = case
     expected, expected_regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
-    merged, regions = hierarchical_merge(tokens, k, grid=grid, backend=backend, **options)
-    assert torch.equal(regions.assignment, expected_regions.assignment)
-    assert torch.equal(regions.sizes, expected_regions.sizes)
-    assert torch.equal(merged, expected)
+    for device in DEVICES:
+        merged, regions = hierarchical_merge(tokens.to(device), k, grid=grid, backend=backend, **options)
+        assert torch.equal(regions.assignment.cpu(), expected_regions.assignment)
+        assert torch.equal(regions.sizes.cpu(), expected_regions.sizes)
+        assert torch.equal(merged.cpu(), expected)
 
 
 @settings(max_examples=60, deadline=None)

@@ -31,7 +31,8 @@ def finished_run(folder, number, **changes):
         "layers": [4, 7, 11], "data": "digits", "split": "test", "n_images": 2000, "n_failed": 0, "top1": 90.0,
         "top1_ci95": [89.0, 91.0], "top5": 99.0, "flops_g": 0.17 - k / 1000, "flops_baseline_g": 0.17,
         "flops_reduction_pct": 100 * k / 170, "merge_flops_g": 0.0, "params_m": 0.6, "tokens_by_layer": [196, 156],
-        "dtype": "float32", "device": "cpu", "seed": 0, "weights_sha256": "0" * 64,
+        "dtype": "float32", "device": "cpu", "seed": 0, "weights_sha256": "0" * 64, "data_fingerprint": "1" * 64,
+        "code_version": "2" * 64, "finished": f"2026-01-01T00:{number % 60:02d}:00+00:00",
     }  # fmt: skip
     path = folder / metrics["run_id"]
     path.mkdir(parents=True)
@@ -110,6 +111,9 @@ def test_imagenet_runs_stand_beside_the_published_numbers(report_config, tmp_pat
 
 @pytest.mark.usefixtures("closed_form_flops")
 def test_a_report_without_runs_has_the_papers_part(report_config, tmp_path):
+    with pytest.raises(UserError, match=r"runs: no such directory; evaluate something first"):
+        report(report_config)
+    (tmp_path / "runs").mkdir()
     report(report_config)
     assert len(pd.read_csv(tmp_path / "out/tables/table1.csv")) == 21
 
@@ -123,6 +127,16 @@ def test_only_runs_under_the_papers_options_are_shown(tmp_path):
     finished_run(runs, 5, k=40, top1=4.0, dtype="bfloat16")
     (runs / "0000000000000006").mkdir()  # an unfinished run
     assert over_k(load_runs(str(runs)), "deit_micro", "digits", "dhtm").top1.to_dict() == {40: 90.0}
+
+
+def test_a_series_over_k_is_of_one_model_and_one_code(tmp_path):
+    for number, k in enumerate(KS):
+        finished_run(tmp_path, number, k=k, top1=90.0)
+        finished_run(tmp_path, 20 + number, k=k, top1=91.0, code_version="3" * 64)
+    finished_run(tmp_path, 50, k=40, top1=1.0, weights_sha256="4" * 64)
+    finished_run(tmp_path, 51, k=25, top1=2.0, n_images=10)
+    series = over_k(load_runs(str(tmp_path)), "deit_micro", "digits", "dhtm")
+    assert series.top1.to_dict() == dict.fromkeys(KS, 91.0), "the newest of the complete ones"
 
 
 def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
@@ -144,6 +158,7 @@ def test_damaged_metrics_and_unwritable_output_are_named(composed, tmp_path):
     (tmp_path / "runs" / "0123" / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"0123/metrics.json: damaged"):
         report(composed(f"results_dir={tmp_path}/runs", config_name="report"))
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"output_dir=/proc/nowhere: cannot write there"):
         report(composed(f"results_dir={tmp_path}/none", "output_dir=/proc/nowhere", config_name="report"))
 

@@ -70,7 +70,14 @@ def test_failing_to_start_is_a_warning(composed, tmp_path, monkeypatch, caplog):
 def test_mode_is_checked(composed, tmp_path):
     config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=sometimes")
     with pytest.raises(UserError, match=r"tracker.mode=sometimes: choose one of online, offline, disabled"):
-        tracking.log_run(config, {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
+        tracking.check(config.tracker)
+
+
+@pytest.mark.parametrize("override", ["tracker.dir=/proc/nowhere", "tracker.project=a/b/c"])
+def test_no_failure_of_wandb_ends_the_run(composed, tmp_path, override):
+    config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", override)
+    metrics = {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None, "odd": object()}
+    tracking.log_run(config, metrics)
 
 
 def test_by_default_there_is_no_tracker(composed, monkeypatch):

@@ -53,6 +53,18 @@ def test_a_loss_that_is_not_finite_stops_the_training(composed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output=/proc/nowhere/micro.safetensors", "output=/proc/nowhere/micro.safetensors: cannot write there"),
+        ("backbone=deit_tiny", "backbone=deit_tiny: it does not take grey images of 56×56; deit_micro does"),
+    ],
+)
+def test_what_cannot_end_well_is_not_begun(composed, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(composed(f"output={tmp_path}/micro.safetensors", override, config_name="train"))
+
+
 def test_only_the_digits_can_be_trained_on(composed):
     with pytest.raises(UserError, match="data=imagenet: training draws its own scenes"):
         train(composed("data=imagenet", config_name="train"))

@@ -123,6 +123,39 @@ def test_features_and_proportional_attention_matter():
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
+class Spy(dhtm.Reducer):
+    """Reduces nothing and remembers what it was shown."""
+
+    needs = frozenset({"keys", "output"})
+
+    def tokens_after(self, n_tokens, layer, grid):
+        return n_tokens
+
+    def forward(self, tokens, regions, attention):
+        self.seen = attention
+        return tokens, regions
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled", "q/k norm, average pooling"])
+def test_a_reducer_sees_the_keys_and_the_output_of_the_attention_before_it(name):
+    model, inputs = build(name), []
+    spy = Spy(layers=(2,))
+    dhtm.patch(model, spy)
+    attention = model.blocks[1].attn
+    attention.register_forward_hook(lambda module, args, output: inputs.append((args[0], output)))
+    logits(model, images_for(model))
+    ((normed, output),) = inputs
+    prefix = model.num_prefix_tokens
+    with torch.inference_mode():
+        _, keys, _ = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).unbind(2)
+        keys = attention.k_norm(keys)[:, prefix:].transpose(1, 2)
+    torch.testing.assert_close(spy.seen.keys, keys)
+    torch.testing.assert_close(spy.seen.output, output[:, prefix:])
+    spy.position = "before_block"
+    with pytest.raises(ValueError, match="Spy acts before a block and so cannot read its keys, output"):
+        dhtm.patch(dhtm.unpatch(model), spy)
+
+
 def test_proportional_attention_counts_a_token_as_often_as_its_patches():
     """Equal patches: attention over merged tokens with log sizes equals attention over all of them (Bolya et al. 2023)."""
     model = build("deit_tiny", pos_embed="none")
@@ -180,6 +213,8 @@ def test_dynamic_image_size_follows_the_input():
     model = dhtm.patch(build("dynamic size"), dhtm.DHTM(k=5, layers=(2,)))
     logits(model, torch.randn(1, 3, 160, 96))
     assert dhtm.regions(model).grid == (10, 6) and dhtm.regions(model).n_tokens == 55
+    with pytest.raises(ValueError, match="k=5 merges in layer 2, but only N=4 tokens"):
+        model(torch.randn(1, 3, 32, 32))
 
 
 def test_copies_and_state_dicts_are_independent():
@@ -246,6 +281,9 @@ def test_wrong_use_is_explained():
         dhtm.regions(model)
     with pytest.raises(ValueError, match="patched already"):
         dhtm.patch(model, dhtm.DHTM(k=4, layers=(2,)))
+    model(images_for(model))
+    with pytest.raises(ValueError, match="layer=6: the model has layers 1 to 5"):
+        dhtm.regions(model, 6)
     with pytest.raises(ValueError, match="attn_mask"):
         model(images_for(model), attn_mask=torch.zeros(197, 197))
 

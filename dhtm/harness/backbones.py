@@ -2,12 +2,10 @@
 
 import functools
 import hashlib
-import pickle
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -42,7 +40,7 @@ def deit_micro(pretrained: bool = False, **kwargs) -> VisionTransformer:
 
 
 # The runs of a sweep follow each other in one process and mostly share their backbone.
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -> VisionTransformer:
     """A timm model with its weights, in evaluation mode; shared between calls, so to be copied before it is changed.
 
@@ -60,6 +58,12 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
             f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"
         )
     if checkpoint is None:
+        pretrained = timm.get_pretrained_cfg(architecture)
+        if pretrained and pretrained.num_classes != num_classes:
+            raise UserError(
+                f"backbone.num_classes={num_classes}: the pretrained weights of {architecture} have {pretrained.num_classes} "
+                "outputs; give weights of your own, backbone.checkpoint=FILE"
+            )
         try:
             return timm.create_model(architecture, pretrained=True, num_classes=num_classes).eval()
         except Exception as error:  # the hub's client raises whatever its transport does
@@ -74,22 +78,14 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
 
 def _read(checkpoint: str) -> dict[str, torch.Tensor]:
     try:
-        state = load_state_dict(str(Path(checkpoint).expanduser()), weights_only=True)
+        state = load_state_dict(str(Path(checkpoint).expanduser()), weights_only=True, use_ema=False)
     except FileNotFoundError:
         raise UserError(f"backbone.checkpoint={checkpoint}: no such file") from None
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # the file may hold anything, and its readers raise as much
         if "weights_only" in str(error):
-            what = "holds more than weights, and arbitrary pickles are not loaded; save model.state_dict() by itself"
+            what = "damaged, or holds more than weights, which is not loaded; save model.state_dict() by itself"
         else:
-            what = f"cannot be read as weights, it may be damaged ({one_line(error)})"
+            what = f"cannot be read as weights, it may be damaged ({type(error).__name__}: {one_line(error)})"
         raise UserError(f"backbone.checkpoint={checkpoint}: {what}") from error
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"backbone.checkpoint={checkpoint}: holds no parameters; save model.state_dict()")

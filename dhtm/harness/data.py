@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 
 from dhtm.harness import digits as scenes
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Split:
     Attributes:
         dataset: item i is (image, label); the image as the transform leaves it.
         n_classes: labels are in [0, n_classes).
+        channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
         in_memory: items cost next to nothing, so that loading them needs no worker processes.
     """
 
     dataset: Dataset
     n_classes: int
+    channels: int
     fingerprint: str
     in_memory: bool
 
@@ -46,7 +48,7 @@ def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Spl
         raise UserError(f"data.split={split}: the digits are evaluated on data.split=test")
     images, labels, fingerprint = _test_scenes(seed)
     n_images = _limited(limit, len(images))
-    return Split(_Images(images[:n_images], labels[:n_images], transform), 10, fingerprint, in_memory=True)
+    return Split(_Images(images[:n_images], labels[:n_images], transform), 10, 1, fingerprint, in_memory=True)
 
 
 @functools.cache
@@ -89,9 +91,8 @@ def imagefolder(root: str | None, split: str, limit: int | None, transform: Call
     listed, fingerprint = _listed(folder)
     dataset = copy.copy(listed)
     dataset.transform = transform
-    return Split(
-        Subset(dataset, range(_limited(limit, len(dataset)))), len(dataset.classes), fingerprint, in_memory=False
-    )
+    part = Subset(dataset, range(_limited(limit, len(dataset))))
+    return Split(part, len(dataset.classes), 3, fingerprint, in_memory=False)
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def _limited(limit: int | None, n_images: int) -> int:
 
 
 class Indexed(Dataset):
-    """A data set whose items say where they are in it: (index, image, label)."""
+    """A data set whose items say where they are in it: (index, image, label), or the error that reading it met."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -123,5 +124,20 @@ class Indexed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        image, label = self.dataset[index]
+        try:
+            image, label = self.dataset[index]
+        except OSError as error:  # what PIL raises on a damaged file
+            return UserError(f"image {index} cannot be read: {_file(self.dataset, index)}: {one_line(error)}")
         return torch.tensor(index), image, torch.tensor(label)
+
+
+def collate(items: list) -> list[torch.Tensor] | UserError:
+    """A batch of :class:`Indexed`, or the first error in it; raised in a worker it would come with a traceback."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return default_collate(items)
+
+
+def _file(dataset: Subset, index: int) -> str:
+    return dataset.dataset.samples[dataset.indices[index]][0]

@@ -1,6 +1,7 @@
 """One run: one backbone with one method on one data set."""
 
 import copy
+import datetime
 import inspect
 import logging
 import os
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import load_backbone, weights_sha256
-from dhtm.harness.data import Indexed, Split
+from dhtm.harness.data import Indexed, Split, collate
 from dhtm.harness.errors import UserError, one_line
 from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
 from dhtm.reducer import Reducer
@@ -40,6 +41,9 @@ def evaluate(config: DictConfig) -> dict:
         UserError: the config asks for something that cannot be had.
     """
     device = pick_device(config.device)
+    batch_size = pick_batch_size(config.batch_size, device)
+    if config.num_workers is not None and (not isinstance(config.num_workers, int) or config.num_workers < 0):
+        raise UserError(f"num_workers={config.num_workers}: it must be a number of processes from 0, or null")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
     backbone = load_backbone(**_arguments(config.backbone, drop=("name",)))
@@ -51,12 +55,14 @@ def evaluate(config: DictConfig) -> dict:
         patch(model, reducer)
     except (ValueError, TypeError) as error:
         raise UserError(f"backbone={config.backbone.name}, method={config.method.name}: {one_line(error)}") from error
-    weights = weights_sha256(model)
+    weights, code = weights_sha256(model), code_version(reducer)
+    method = OmegaConf.to_container(config.method, resolve=True)
+    method.pop("backend", None)  # all backends make the same merges
     identity = run_id(
-        backbone=config.backbone.architecture,
+        backbone=[config.backbone.name, config.backbone.architecture],
         weights=weights,
-        method=OmegaConf.to_container(config.method, resolve=True),
-        code=code_version(reducer),
+        method=method,
+        code=code,
         data=split.fingerprint,
         n_images=len(split.dataset),
         preprocessing={key: str(value) for key, value in preprocessing.items()},
@@ -68,9 +74,13 @@ def evaluate(config: DictConfig) -> dict:
         log.info("%s: done before, %s", name, run.path)
         return metrics
 
-    batch_size = pick_batch_size(config.batch_size, device)
     cost = _cost(model, backbone)
-    predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
+    try:
+        predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"device={device}: out of memory with batch_size={batch_size}; set a smaller batch_size"
+        ) from error
     metrics = {
         "run_id": identity,
         "experiment": config.experiment,
@@ -89,6 +99,9 @@ def evaluate(config: DictConfig) -> dict:
         "seed": config.seed,
         "wall_s": seconds,
         "weights_sha256": weights,
+        "data_fingerprint": split.fingerprint,
+        "code_version": code,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -152,15 +165,24 @@ def predict(
         seconds that it took, loading included.
     """
     model.to(device=device, dtype=dtype).eval()
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default would embed patches in less than float32
     if num_workers is None:
         num_workers = 0 if split.in_memory else min(16, os.cpu_count() or 1)
     loader = DataLoader(
-        Indexed(split.dataset), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
-    )  # fmt: skip
+        Indexed(split.dataset),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
     parts = []
     start = time.perf_counter()
     with tqdm(total=len(split.dataset), desc=name, unit=" images", disable=None) as bar:
-        for indices, images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            indices, images, labels = batch
             with image_ids(model, indices):
                 logits = model(images.to(device=device, dtype=dtype, non_blocking=True)).float()
             top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
@@ -193,13 +215,17 @@ def load_data(data: DictConfig, preprocessing: dict, n_classes: int) -> Split:
     try:
         split = instantiate(_arguments(data, drop=("name",)), transform=create_transform(**preprocessing))
     except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+        cause = error.__cause__ or error
+        raise cause if isinstance(cause, UserError) else UserError(f"data={data.name}: {one_line(cause)}") from error
     if split.n_classes != n_classes:
         raise UserError(
-            f"data={data.name} has {split.n_classes} classes, the backbone {n_classes}: "
-            "choose a backbone for this data (backbone=...), or the number of its outputs (backbone.num_classes=...)"
+            f"data={data.name} has {split.n_classes} classes, the backbone {n_classes}: choose a backbone for this data "
+            "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...)"
+        )
+    if split.channels != preprocessing["input_size"][0]:
+        raise UserError(
+            f"data={data.name} has images of {split.channels} channels, the backbone takes {preprocessing['input_size'][0]}: "
+            "choose a backbone for this data (backbone=...)"
         )
     return split
 
@@ -215,8 +241,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(
             f"device={name}: not to be had here ({one_line(error)}); device=auto takes what is there"
         ) from error

@@ -51,6 +51,8 @@ class RunDirectory:
     """
 
     def __init__(self, results_dir: str, run_id: str):
+        if not isinstance(results_dir, str):
+            raise UserError(f"results_dir={results_dir}: it must be a directory")
         self.path = Path(results_dir).expanduser() / run_id
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -62,14 +64,8 @@ class RunDirectory:
 
     def metrics(self) -> dict | None:
         """The metrics of a finished run, None of any other."""
-        try:
-            return json.loads((self.path / "metrics.json").read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError(
-                f"{self.path / 'metrics.json'}: damaged ({error}); remove it, or compute the run again with force=true"
-            ) from error
+        file = self.path / "metrics.json"
+        return _read_metrics(file) if file.exists() else None
 
     def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
         """Make the run a finished one; killed at any moment, it is either that or not there."""
@@ -85,7 +81,14 @@ class RunDirectory:
 def finished_runs(results_dir: str) -> pd.DataFrame:
     """The metrics of all finished runs, one row each, knobs and layers as they were configured."""
     files = sorted(Path(results_dir).expanduser().glob("*/metrics.json"))
-    return pd.DataFrame([RunDirectory(results_dir, file.parent.name).metrics() for file in files])
+    return pd.DataFrame([_read_metrics(file) for file in files])
+
+
+def _read_metrics(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); remove it, or compute the run again with force=true") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

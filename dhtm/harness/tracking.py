@@ -32,27 +32,32 @@ def log_report(config: DictConfig, tables: dict[str, pd.DataFrame], figures: dic
             run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
 
 
+def check(tracker: DictConfig) -> None:
+    """Before anything is computed: are a tracker's settings such as W&B takes?"""
+    if tracker.name != "none" and tracker.mode not in (None, "online", "offline", "disabled"):
+        raise UserError(f"tracker.mode={tracker.mode}: choose one of online, offline, disabled, or null")
+
+
 @contextmanager
 def _run(tracker: DictConfig, **options: Any) -> Iterator[Any]:
-    """A W&B run, or None where the tracker is "none" or W&B cannot be started."""
-    if tracker.name == "none":
-        yield None
-        return
-    mode = tracker.mode or ("online" if wandb.api.api_key else "offline")
-    if mode not in ("online", "offline", "disabled"):
-        raise UserError(f"tracker.mode={mode}: choose one of online, offline, disabled, or null")
-    Path(tracker.dir).mkdir(parents=True, exist_ok=True)
+    """A W&B run, or None where the tracker is "none" or W&B cannot be started; what fails inside is a warning too."""
+    run = _start(tracker, options) if tracker.name != "none" else None
     try:
-        run = wandb.init(
-            project=tracker.project, entity=tracker.entity, dir=tracker.dir, mode=mode, reinit="finish_previous",
-            resume="allow",
+        yield run
+        if run:
+            run.finish()
+    except Exception as error:
+        log.warning("W&B failed, nothing more is logged to it: %s", one_line(error))
+
+
+def _start(tracker: DictConfig, options: dict[str, Any]) -> Any:
+    try:
+        Path(tracker.dir).mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=tracker.project, entity=tracker.entity, dir=tracker.dir, reinit="finish_previous", resume="allow",
+            mode=tracker.mode or ("online" if wandb.api.api_key else "offline"),
             settings=wandb.Settings(silent=True), **options,
         )  # fmt: skip
     except Exception as error:
         log.warning("W&B could not be started, nothing is logged to it: %s", one_line(error))
-        yield None
-        return
-    try:
-        yield run
-    finally:
-        run.finish()
+        return None

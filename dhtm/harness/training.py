@@ -8,6 +8,7 @@ only the window of tokens around the digit, which costs a third.
 import copy
 import dataclasses
 import logging
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dhtm.harness.data import digits
-from dhtm.harness.digits import scenes
+from dhtm.harness.digits import CANVAS, scenes
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import pick_device, predict
 from dhtm.harness.store import write_atomically
@@ -46,8 +47,19 @@ def train(config: DictConfig) -> float:
         raise UserError(f"data={config.data.name}: training draws its own scenes, which only data=digits has")
     device = pick_device(config.device)
     output = Path(config.output).expanduser()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"output={output}: cannot write there ({error.strerror}); choose another, output=FILE"
+        ) from error
     torch.manual_seed(config.seed)
     model = timm.create_model(config.backbone.architecture, num_classes=config.backbone.num_classes)
+    if tuple(resolve_data_config(model=model)["input_size"]) != (1, CANVAS, CANVAS):
+        raise UserError(
+            f"backbone={config.backbone.name}: it does not take grey images of {CANVAS}×{CANVAS}; deit_micro does"
+        )
     side = model.patch_embed.grid_size[0]
     with torch.no_grad():  # near where training takes it: a learned position embedding finds the grid slowly
         embedding = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim, dtype=torch.float32)
@@ -90,7 +102,6 @@ def train(config: DictConfig) -> float:
 
     model.patch_drop = nn.Identity()
     weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda path: save_file(weights, path))
     model.load_state_dict(weights)
     split = digits("test", config.data.seed, config.data.limit, create_transform(**preprocessing))

@@ -110,7 +110,7 @@ def _mergeable(score: Tensor) -> Tensor:
 def _edge_scores(described: Tensor, low: Tensor, high: Tensor, similarity: str) -> Tensor:
     """Similarity across every edge: float32 [B, E]; a few edges at a time, so that memory stays bounded."""
     batch, _, channels = described.shape
-    step = max(1, _CHUNK // (batch * channels))
+    step = max(1, _CHUNK // max(1, batch * channels))
 
     def ends(tokens):
         return described.gather(1, tokens[..., None].expand(-1, -1, channels))

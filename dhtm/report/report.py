@@ -22,13 +22,19 @@ def report(config: DictConfig) -> None:
     Raises:
         UserError: nothing can be written there.
     """
+    tracking.check(config.tracker)
+    if not Path(config.results_dir).expanduser().is_dir():
+        raise UserError(
+            f"results_dir={config.results_dir}: no such directory; evaluate something first, or results_dir=DIR"
+        )
     runs = load_runs(config.results_dir)
     log.info("%d finished runs in %s", len(runs), config.results_dir)
     output = Path(config.output_dir).expanduser()
     try:
         (output / "tables").mkdir(parents=True, exist_ok=True)
         write_atomically(
-            output / "tables" / "runs.csv", lambda file: runs.drop(columns="plain").to_csv(file, index=False)
+            output / "tables" / "runs.csv",
+            lambda file: runs.drop(columns=["plain", "finished"]).to_csv(file, index=False),
         )
         tables = {"table1": table1(runs)}
         for name, table in tables.items():

@@ -10,7 +10,7 @@ PAPER = Path(__file__).parents[2] / "results" / "paper"
 _COLUMNS = [
     "run_id", "backbone", "method", "k", "layers", "data", "split", "n_images", "top1", "ci_low", "ci_high", "top5",
     "flops_g", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype", "device",
-    "seed", "weights_sha256", "plain",
+    "seed", "weights_sha256", "data_fingerprint", "code_version", "finished", "plain",
 ]  # fmt: skip
 # A run belongs in the paper's tables where every option but k and the layers is the paper's, which is the default.
 _DEFAULTS = {
@@ -20,6 +20,8 @@ _DEFAULTS = {
     "features": "tokens",
     "proportional_attention": False,
 }
+# Runs that differ in one of these do not belong in one row of k.
+_SAME = ["dtype", "n_images", "seed", "weights_sha256", "data_fingerprint", "code_version"]
 
 
 def load_runs(results_dir: str) -> pd.DataFrame:
@@ -36,7 +38,11 @@ def load_runs(results_dir: str) -> pd.DataFrame:
 
 
 def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.DataFrame:
-    """A method's runs under the paper's options in layers 4, 7 and 11, one a k: float32 first, then of most images."""
+    """A method's runs over k under the paper's options in layers 4, 7 and 11, all of the same weights, images and code.
+
+    Where there are several such series, float32 goes before other dtypes, then the one of most images, then the one of
+    most k, then the newest.
+    """
     chosen = runs[
         (runs.backbone == backbone)
         & (runs.data == data)
@@ -44,10 +50,16 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
         & (runs.layers == "4,7,11")
         & runs.plain.astype(bool)
     ]
-    chosen = chosen.assign(narrow=chosen.dtype != "float32").sort_values(
-        ["narrow", "n_images"], ascending=[True, False]
-    )
-    return chosen.drop_duplicates("k").set_index("k").sort_index()
+    series = [frame for _, frame in chosen.groupby(_SAME, dropna=False)]
+    if not series:
+        return chosen.set_index("k")
+
+    def rank(frame):
+        first = frame.iloc[0]
+        return first["dtype"] == "float32", first.n_images, frame.k.nunique(), frame.finished.max()
+
+    best = max(series, key=rank)
+    return best.drop_duplicates("k").set_index("k").sort_index()
 
 
 def published(name: str) -> pd.DataFrame:
