@@ -15,7 +15,6 @@ MADE_WITH := $(shell cat $(VENV)/.torch 2>/dev/null)
 ifeq ($(origin TORCH),undefined)
 TORCH := $(MADE_WITH)
 endif
-export TORCH
 ifneq ($(strip $(TORCH)),$(strip $(MADE_WITH)))
 STALE := force
 endif
@@ -35,6 +34,7 @@ help: ## this list
 
 setup: $(STAMP) ## build .venv, if need be (a few minutes; PYTHON=python3.12 and TORCH='...' choose versions)
 
+$(STAMP): export TORCH := $(TORCH)
 $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@rm -f $@
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: make setup PYTHON=python3.12, say"; exit 1; }

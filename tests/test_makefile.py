@@ -1,5 +1,6 @@
 """The Makefile's set-up: when it runs, with what, and what a failure leaves; pip is a stub that writes down its arguments."""
 
+import os
 import shutil
 import subprocess
 
@@ -7,6 +8,7 @@ import pytest
 from conftest import ROOT
 from test_readme import COMMANDS
 
+INHERITED = ("ARGS", "MAKEFLAGS", "MFLAGS", "PYTHON", "TORCH")
 STUB = """#!/bin/sh
 # Stands for every Python: makes a .venv whose python is this stub, and notes what pip was asked for.
 case "$*" in
@@ -30,7 +32,10 @@ def setup(tmp_path):
     def run(*arguments):
         log.write_text("")
         command = ["make", "setup", *arguments]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60, "check": False}
+        # Run by `make test`, the tests inherit what it was called with.
+        environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
+        result = subprocess.run(command, env=environment, **options)
         return result, log.read_text()
 
     return run
