@@ -2,8 +2,10 @@
 
 import json
 
+import pandas as pd
 import pytest
 import wandb
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from dhtm.harness import tracking
@@ -46,6 +48,23 @@ def test_an_offline_run_holds_config_and_metrics(composed, tmp_path):
     assert logged["top1"] == metrics["top1"]
     assert logged["flops_g"] == metrics["flops_g"]
     assert described["method"]["k"] == 40
+
+
+def test_a_report_is_logged_with_its_tables_and_figures(composed, tmp_path):
+    config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", config_name="report")
+    picture = tmp_path / "figure4.png"
+    Image.new("RGB", (20, 10)).save(picture)
+    table = pd.DataFrame({"k": [0, 40], "top1": [96.5, 96.25]})
+    tracking.log_report(config, {"table1": table}, {"figure4": picture})
+    logged = {
+        "/".join(item.nested_key): json.loads(item.value_json)
+        for record in records(tmp_path)
+        for item in record.history.item
+    }
+    assert logged["table1/_type"] == "table-file"
+    assert logged["figure4/_type"] == "image-file"
+    (stored,) = tmp_path.glob(f"wandb/offline-run-*/files/{logged['table1/path']}")
+    assert json.loads(stored.read_text())["data"] == table.to_numpy().tolist()
 
 
 def test_without_a_login_it_is_offline(composed, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import functools
 
 import pandas as pd
 import timm
+from tqdm import tqdm
 
 import dhtm
 from dhtm.report.runs import over_k, published
@@ -55,7 +56,8 @@ def table1(runs: pd.DataFrame) -> Table:
         frame["top1_difference"] = frame.top1 - frame.published_top1
         for layers in SCHEDULES:
             name = "_".join(map(str, layers))
-            frame[f"flops_g_{name}"] = [gflops(f"{backbone}_patch16_224", k, layers) for k in frame.index]
+            counting = tqdm(frame.index, f"FLOPs of {BACKBONES[backbone]}, layers {layers}", leave=False, disable=None)
+            frame[f"flops_g_{name}"] = [gflops(f"{backbone}_patch16_224", k, layers) for k in counting]
             frame[f"flops_difference_pct_{name}"] = 100 * (frame[f"flops_g_{name}"] / frame.published_flops_g - 1)
         frames.append(frame.reset_index().assign(backbone=backbone, data="imagenet"))
         parts.append((f"{BACKBONES[backbone]} on {DATA['imagenet']}{_how_many(frame)}", _beside_published(frame)))
