@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: make setup PYTHON=python3.12, say"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed, make setup PYTHON=python3.12, say"; exit 1; }
 	$(PYTHON) -m venv $(CLEAR) $(VENV)
-	@if [ -n "$$TORCH" ]; then grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	@if [ -n "$$TORCH" ]; then grep -vE '^(torch|torchvision|triton|nvidia-|cuda-|setuptools|sympy)' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $$TORCH -e '.[dev]'
 	@echo "$$TORCH" > $(VENV)/.torch
 	@echo '$(PYTHON)' > $(VENV)/.python

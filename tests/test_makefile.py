@@ -66,7 +66,8 @@ def test_another_torch_is_installed_unconstrained_and_remembered(setup, tmp_path
     assert f" {torch} -e .[dev]" in log
     constraints = (tmp_path / ".venv" / "constraints.txt").read_text()
     assert "timm==" in constraints
-    assert "\ntorch==" not in constraints
+    # Nor are those that an older torch contradicts: 2.11 wants setuptools below 82, 2.6 another sympy.
+    assert not any(f"\n{name}==" in constraints for name in ("torch", "torchvision", "triton", "setuptools", "sympy"))
     (tmp_path / ".venv" / ".ready").unlink()
     assert f" {torch} -e .[dev]" in setup("PYTHON=./python3.99")[1], "remembered"
     assert " torch>=2.9,<2.12 -e" in setup("PYTHON=./python3.99", "TORCH=torch>=2.9,<2.12")[1], "no shell redirection"

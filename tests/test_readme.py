@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -121,6 +122,8 @@ def test_the_results_are_the_committed_ones():
     table = (ROOT / "results" / "embedded" / "tables" / "table1.md").read_text(encoding="utf-8")
     assert shown
     assert shown in table
+    runs = pd.read_csv(ROOT / "results" / "embedded" / "tables" / "runs.csv").set_index(["method", "k"])
+    assert f"at random keeps {runs.loc[('random', 56), 'top1']:.2f}%" in README
 
 
 def test_links_lead_somewhere():
