@@ -31,7 +31,7 @@ def run(composed, tmp_path):
     """Evaluate in this process, results in a folder of the test's own."""
 
     def evaluate_with(*overrides):
-        return evaluate(composed(f"results_dir={tmp_path}/runs", *overrides))
+        return evaluate(composed(f"results_dir={tmp_path}/runs", "device=cpu", *overrides))
 
     return evaluate_with
 
@@ -139,8 +139,8 @@ def test_what_determines_the_result_is_in_the_run_id(run, tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, script):
-    arguments = ["data.limit=200", "batch_size=2", f"results_dir={tmp_path}/runs", "method.k=56"]
-    command = [sys.executable, "scripts/evaluate.py", *arguments]
+    arguments = ["data.limit=1000", f"results_dir={tmp_path}/runs", "method.k=56"]
+    command = [sys.executable, "scripts/evaluate.py", *arguments, "batch_size=1"]  # slow enough to be killed half way
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*")) and time.monotonic() < deadline:
@@ -155,7 +155,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, script)
     again = script("evaluate", *arguments)
     assert again.returncode == 0, again.stderr
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["n_images"] == 200
+    assert metrics["n_images"] == 1000
     assert f"{metrics['top1']:.2f}%" in again.stdout
     assert "done before" in script("evaluate", *arguments).stdout
 

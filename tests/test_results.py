@@ -39,7 +39,7 @@ def test_the_embedded_task_tells_methods_apart(committed):
 
 @pytest.mark.parametrize(("method", "k"), [("dhtm", 56), ("random", 40)])
 def test_a_part_of_it_again(committed, composed, tmp_path, method, k):
-    metrics = evaluate(composed(f"method={method}", f"method.k={k}", f"results_dir={tmp_path}"))
+    metrics = evaluate(composed(f"method={method}", f"method.k={k}", "device=cpu", f"results_dir={tmp_path}"))
     reference = committed.loc[(method, k)]
     assert metrics["n_images"] == reference.n_images
     assert metrics["flops_g"] == pytest.approx(reference.flops_g, rel=1e-7)

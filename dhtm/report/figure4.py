@@ -38,8 +38,9 @@ def _draw_ours(ax: Axes, runs: pd.DataFrame, backbone: str, data: str) -> int:
         frame = over_k(runs, backbone, data, method)
         if frame.empty:
             continue
-        errors = [frame.top1 - frame.ci_low, frame.ci_high - frame.top1]
-        ax.errorbar(frame.flops_g, frame.top1, errors, color=colour, marker=marker, markersize=4, capsize=2, label=name)
+        flops, top1 = frame.flops_g.to_numpy(), frame.top1.to_numpy()
+        errors = [top1 - frame.ci_low.to_numpy(), frame.ci_high.to_numpy() - top1]
+        ax.errorbar(flops, top1, errors, color=colour, marker=marker, markersize=4, capsize=2, label=name)
         n_images = int(frame.n_images.max())
         for k, row in frame.iterrows():
             if method == "dhtm":
