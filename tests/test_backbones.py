@@ -1,6 +1,8 @@
 """Backbones and their weights, from every place that they may come from."""
 
 import pickle
+import tempfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -74,9 +76,12 @@ def test_the_hash_is_of_the_weights_and_not_of_the_file():
     assert weights_sha256(model) != before
 
 
+EXECUTED = Path(tempfile.gettempdir()) / "dhtm-test-executed-a-pickle"
+
+
 class Evil:
     def __reduce__(self):
-        return (open, ("/tmp/should-never-exist", "w"))
+        return (open, (str(EXECUTED), "w"))
 
 
 def bad_files(folder):
@@ -127,6 +132,7 @@ def test_bad_checkpoints_are_refused_in_one_line(name, message, tmp_path):
         load_backbone("deit_tiny_patch16_224", str(path), 3)
     assert str(error.value).startswith(f"backbone.checkpoint={path}: ")
     assert "\n" not in str(error.value)
+    assert not EXECUTED.exists(), "a pickle was executed"
 
 
 def test_unknown_architecture_and_no_network():

@@ -43,6 +43,15 @@ def code_version(reducer: Reducer) -> str:
     return digest.hexdigest()
 
 
+def require_writable(folder: Path, setting: str) -> None:
+    """Make a folder if there is none; where nothing can be written, a UserError that names the setting behind it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{setting}: cannot write there ({error.strerror}); choose another place") from error
+
+
 class RunDirectory:
     """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json last of all.
 
@@ -54,13 +63,7 @@ class RunDirectory:
         if not isinstance(results_dir, str):
             raise UserError(f"results_dir={results_dir}: it must be a directory")
         self.path = Path(results_dir).expanduser() / run_id
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path).close()
-        except OSError as error:
-            raise UserError(
-                f"results_dir={results_dir}: cannot write there ({error.strerror}); choose another, results_dir=DIR"
-            ) from error
+        require_writable(self.path, f"results_dir={results_dir}")
 
     def metrics(self) -> dict | None:
         """The metrics of a finished run, None of any other."""

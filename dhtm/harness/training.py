@@ -8,7 +8,6 @@ only the window of tokens around the digit, which costs a third.
 import copy
 import dataclasses
 import logging
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from dhtm.harness.data import digits
 from dhtm.harness.digits import CANVAS, scenes
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import pick_device, predict
-from dhtm.harness.store import write_atomically
+from dhtm.harness.store import require_writable, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +46,7 @@ def train(config: DictConfig) -> float:
         raise UserError(f"data={config.data.name}: training draws its own scenes, which only data=digits has")
     device = pick_device(config.device)
     output = Path(config.output).expanduser()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"output={output}: cannot write there ({error.strerror}); choose another, output=FILE"
-        ) from error
+    require_writable(output.parent, f"output={output}")
     torch.manual_seed(config.seed)
     model = timm.create_model(config.backbone.architecture, num_classes=config.backbone.num_classes)
     if tuple(resolve_data_config(model=model)["input_size"]) != (1, CANVAS, CANVAS):

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from dhtm.harness import tracking
 from dhtm.harness.errors import UserError
-from dhtm.harness.store import write_atomically
+from dhtm.harness.store import require_writable, write_atomically
 from dhtm.report.figure4 import figure4
 from dhtm.report.runs import load_runs
 from dhtm.report.style import save_figure
@@ -20,7 +20,7 @@ def report(config: DictConfig) -> None:
     """Write output_dir/tables and output_dir/figures from the runs in results_dir.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: there is no results_dir, a run in it is damaged, or nothing can be written to output_dir.
     """
     tracking.check(config.tracker)
     if not Path(config.results_dir).expanduser().is_dir():
@@ -30,20 +30,13 @@ def report(config: DictConfig) -> None:
     runs = load_runs(config.results_dir)
     log.info("%d finished runs in %s", len(runs), config.results_dir)
     output = Path(config.output_dir).expanduser()
-    try:
-        (output / "tables").mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            output / "tables" / "runs.csv",
-            lambda file: runs.drop(columns=["plain", "finished"]).to_csv(file, index=False),
-        )
-        tables = {"table1": table1(runs)}
-        for name, table in tables.items():
-            table.save(output / "tables" / name)
-        figures = {"figure4": save_figure(figure4(runs), output / "figures" / "figure4")}
-    except OSError as error:
-        raise UserError(
-            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another, output_dir=DIR"
-        ) from error
+    require_writable(output / "tables", f"output_dir={config.output_dir}")
+    every_run = runs.drop(columns=["plain", "finished"]).to_csv(index=False, float_format="%.8g")
+    write_atomically(output / "tables" / "runs.csv", lambda file: file.write_text(every_run))
+    tables = {"table1": table1(runs)}
+    for name, table in tables.items():
+        table.save(output / "tables" / name)
+    figures = {"figure4": save_figure(figure4(runs), output / "figures" / "figure4")}
     log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
     log.info("tables: %s\nfigures: %s", output / "tables", output / "figures")
     tracking.log_report(config, {name: table.data for name, table in tables.items()} | {"runs": runs}, figures)
