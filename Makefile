@@ -4,13 +4,13 @@
 SHELL := /bin/bash
 .PHONY: help setup sweep report test lint format constraints clean force
 
-PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 # PYTHON and TORCH, once given, hold for later set-ups of the same .venv too; given anew and different, they make it stale.
+PYTHON ?= $(or $(shell cat $(VENV)/.python 2>/dev/null),python3)
 MADE_WITH := $(shell cat $(VENV)/.torch 2>/dev/null)
 ifeq ($(origin TORCH),undefined)
 TORCH := $(MADE_WITH)

@@ -81,6 +81,15 @@ def test_another_python_makes_the_environment_anew(setup):
     assert setup("PYTHON=./python3.98")[1] == ""
 
 
+def test_a_chosen_python_is_remembered(setup, tmp_path):
+    setup("PYTHON=./python3.99")
+    assert (tmp_path / ".venv" / ".python").read_text().strip() == "./python3.99"
+    (tmp_path / ".venv" / ".ready").unlink()
+    log = setup()[1]
+    assert "-m venv .venv" in log, "by the stub: the machine's own python3 writes nothing down"
+    assert "-e .[dev]" in log
+
+
 def test_no_python_and_an_old_one_are_told(setup, tmp_path):
     result, _ = setup("PYTHON=python3.97")
     assert "python3.97 is not there: make setup PYTHON=python3.12" in result.stdout
