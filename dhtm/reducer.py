@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,15 +13,23 @@ from dhtm.regions import Regions
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """What a reducer may ask of the attention just computed; patch tokens only, None where it did not ask.
+    """Where a reducer is, and what it may ask of the attention computed last; None where it did not ask.
+
+    That attention is this layer's for a reducer after attention, and the previous layer's for one before a block. All
+    tensors are of patch tokens only.
 
     Attributes:
+        layer: the layer that reduces, from 1.
         keys: [B, heads, N, D / heads], after key normalisation where the model has one.
         output: [B, N, D], the output of the attention branch before LayerScale and the residual add.
+        cls: float32 [B, N], the attention that CLS pays each token, mean over heads; in a model without CLS the attention
+            that the token receives, mean over heads and queries. Without a gradient.
     """
 
+    layer: int = 1
     keys: Tensor | None = None
     output: Tensor | None = None
+    cls: Tensor | None = None
 
 
 class Reducer(nn.Module):
@@ -34,9 +43,11 @@ class Reducer(nn.Module):
     Attributes:
         position: where in the layer: "after_attention" (after its residual add, before the MLP branch) or
             "before_block".
-        needs: which fields of :class:`Attention` the method reads.
+        needs: which of "keys", "output" and "cls" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
         image_ids: int64 [B] or None, set by whoever runs the model; see :func:`dhtm.vit.image_ids`.
+        schedule: the layers as numbers, also where ``layers`` is "all"; those of the model once it is attached to one.
+        n_prefix: prefix tokens of the model that it is attached to.
 
     Raises:
         ValueError: layers are not increasing numbers from 1.
@@ -46,6 +57,7 @@ class Reducer(nn.Module):
     needs: frozenset[str] = frozenset()
     proportional_attention: bool = False
     image_ids: Tensor | None = None
+    n_prefix: int = 1
 
     def __init__(self, layers: Sequence[int] | str = "all"):
         super().__init__()
@@ -55,6 +67,18 @@ class Reducer(nn.Module):
             if not layers or not numbers or any(a >= b for a, b in itertools.pairwise(layers)):
                 raise ValueError(f"layers={list(layers)}: give increasing layer numbers from 1, or 'all'")
         self.layers = layers
+        self.schedule: tuple[int, ...] = () if layers == "all" else layers
+
+    def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
+        """Get ready for a model, called by :func:`dhtm.patch`; methods that learn make their parameters here.
+
+        Args:
+            channels: D of the tokens.
+            n_prefix: how many prefix tokens stand before the patch tokens.
+            grid: rows and columns of patches at the model's own image size.
+            layers: the layers that reduce, in numbers.
+        """
+        self.n_prefix, self.schedule = n_prefix, layers
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
         """How many of n_tokens patch tokens are left after reducing in this layer, known before any image is seen.
@@ -67,6 +91,75 @@ class Reducer(nn.Module):
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         """Reduce [B, N, D] patch tokens; return them and the regions that they now stand for."""
         raise NotImplementedError
+
+
+class KeepRateReducer(Reducer):
+    """A method that leaves ⌊P·κ^i⌋ tokens before the i-th of its layers (Haurum et al. 2023).
+
+    Args:
+        keep_rate: κ, in (0, 1].
+        layers: which layers, from 1, increasing; or "all".
+
+    Raises:
+        ValueError: the keep rate is outside (0, 1], or layers are not increasing.
+    """
+
+    position = "before_block"
+
+    def __init__(self, keep_rate: float, layers: Sequence[int] | str = (4, 7, 10)):
+        super().__init__(layers)
+        if not isinstance(keep_rate, (int, float)) or not 0 < keep_rate <= 1:
+            raise ValueError(f"keep_rate={keep_rate!r}: it must be above 0 and at most 1")
+        self.keep_rate = keep_rate
+
+    def n_clusters(self, layer: int, grid: tuple[int, int]) -> int:
+        """M, how many tokens to leave in a layer."""
+        stage = self.schedule.index(layer) + 1
+        return math.floor(grid[0] * grid[1] * self.keep_rate**stage + 1e-9)  # 0.7 · 10 is 7, not 6
+
+    def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
+        kept = self.n_clusters(layer, grid)
+        if kept < 1:
+            raise ValueError(f"keep_rate={self.keep_rate} leaves no token in layer {layer}: choose a larger one")
+        if kept > n_tokens:
+            raise ValueError(f"{kept} clusters in layer {layer}, but only N={n_tokens} tokens are left there")
+        return kept
+
+    def extra_repr(self) -> str:
+        return f"keep_rate={self.keep_rate}, layers={self.layers}"
+
+
+class LearnedReducer(KeepRateReducer):
+    """A keep-rate method whose new tokens are weighted sums of all tokens, by a small network in each of its layers.
+
+    The networks are in ``stages``, under the number of their layer; M is fixed by the model's own grid when they are made.
+    """
+
+    def __init__(self, keep_rate: float, layers: Sequence[int] | str = (4, 7, 10)):
+        super().__init__(keep_rate, layers)
+        self.stages = nn.ModuleDict()
+
+    def make_stage(self, channels: int, n_clusters: int) -> nn.Module:
+        """The network of one layer: tokens [B, N, D] → weights [B, M, N] and values [B, N, D]."""
+        raise NotImplementedError
+
+    def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
+        super().attach(channels, n_prefix, grid, layers)
+        wanted = {str(layer): (channels, super(LearnedReducer, self).n_clusters(layer, grid)) for layer in layers}
+        if not self.stages:
+            for layer in layers:
+                self.tokens_after(grid[0] * grid[1], layer, grid)  # no network of zero outputs
+            self.stages.update({layer: self.make_stage(*shape) for layer, shape in wanted.items()})
+            self.shapes = wanted
+        elif self.shapes != wanted:
+            raise ValueError(f"this {type(self).__name__} has learned in a model of another shape: make a new one")
+
+    def n_clusters(self, layer: int, grid: tuple[int, int]) -> int:
+        return self.shapes[str(layer)][1] if self.stages else super().n_clusters(layer, grid)
+
+    def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
+        weights, values = self.stages[str(attention.layer)](tokens)
+        return weights @ values, regions.merged(weights.argmax(dim=1), weights.shape[1])
 
 
 def check_k(k: int) -> None:
@@ -100,3 +193,18 @@ def average(tokens: Tensor, token_map: Tensor, weights: Tensor, n_tokens: int) -
     weighted = tokens.to(wide) * weights[..., None].to(wide)
     new = weighted.new_zeros(tokens.shape[0], n_tokens, tokens.shape[2])
     return new.scatter_add(1, token_map[..., None].expand_as(weighted), weighted).to(tokens.dtype)
+
+
+def highest(values: Tensor, m: int) -> Tensor:
+    """Where the m largest of values [B, N] are, int64 [B, m], largest first; among equals the lower index first."""
+    return values.argsort(dim=1, descending=True, stable=True)[:, :m]
+
+
+def squared_distances(tokens: Tensor) -> Tensor:
+    """‖a − b‖² between all tokens of an image, in float32 or wider: [B, N, D] → [B, N, N]."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    tokens = tokens - tokens.mean(dim=1, keepdim=True)  # less is lost when the squares are subtracted
+    squares = tokens.square().sum(-1)
+    products = tokens @ tokens.transpose(1, 2)
+    distances = (squares[:, :, None] + squares[:, None] - 2 * products).clamp(min=0)
+    return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))

@@ -27,7 +27,7 @@ class ReducingBlock(Block):
         if attn_mask is not None:
             raise ValueError("attn_mask cannot be used on a patched model: its tokens change from layer to layer")
         x = self.reduction.reduce(x, self.layer, "before_block")
-        attended = self.attn(self.norm1(x), attn_mask=self.reduction.attention_bias(x, self.layer), **kwargs)
+        attended = self.attn(self.norm1(x), attn_mask=self.reduction.attention_bias(x.dtype, self.layer), **kwargs)
         x = x + self.drop_path1(self.ls1(attended))
         x = self.reduction.reduce(x, self.layer, "after_attention", attended)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -39,7 +39,8 @@ class _Reduction:
     def __init__(self, reducer: Reducer, layers: tuple[int, ...], n_prefix: int):
         self.reducer, self.layers, self.n_prefix = reducer, layers, n_prefix
         self.regions: dict[int, Regions] = {}  # by layer; 0 is before the first block
-        self.keys: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
+        self.cls: dict[int, Tensor] = {}
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -47,6 +48,7 @@ class _Reduction:
         images = args[0]
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
         self.keys.clear()
+        self.cls.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
@@ -66,27 +68,49 @@ class _Reduction:
             )
         self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # a small image may have too few
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
-        attention = Attention(keys=self.keys.pop(layer, None), output=output)
+        attention = Attention(layer, self.keys.pop(layer, None), output, self.cls.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
         return torch.cat([prefix, tokens], dim=1)
 
-    def attention_bias(self, x: Tensor, layer: int) -> Tensor | None:
+    def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Proportional attention: [B, 1, 1, prefix + N], the log of each token's size, 0 for prefix tokens."""
         sizes = self.regions_before(layer).sizes
         if not self.reducer.proportional_attention or sizes.shape == self.regions[0].sizes.shape:
             return None
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
-        return bias.to(x.dtype)[:, None, None]
+        return bias.to(dtype)[:, None, None]
 
 
-class _KeyReader:
-    """Forward hook on an attention's key norm (the identity where keys are not normalised), which all keys pass."""
+class _AttentionReader:
+    """Forward hooks on the norms of an attention's queries and keys (identities in most models), which all of them pass.
 
-    def __init__(self, reduction: _Reduction, layer: int):
-        self.reduction, self.layer = reduction, layer
+    Args:
+        reduction: where to put what was read.
+        source: the layer whose attention is read.
+        layer: the layer that reduces with it.
+        scale: of the attention logits.
+        has_cls: does a CLS token stand first?
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
-        self.reduction.keys[self.layer] = keys[:, :, self.reduction.n_prefix :]
+    def __init__(self, reduction: _Reduction, source: int, layer: int, scale: float, has_cls: bool):
+        self.reduction, self.source, self.layer, self.scale, self.has_cls = reduction, source, layer, scale, has_cls
+
+    def read_queries(self, module: nn.Module, args: tuple[Tensor, ...], queries: Tensor) -> None:
+        self.queries = queries[:, :, :1] if self.has_cls else queries
+
+    def read_keys(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
+        reduction = self.reduction
+        if "keys" in reduction.reducer.needs:
+            reduction.keys[self.layer] = keys[:, :, reduction.n_prefix :]
+        if "cls" in reduction.reducer.needs:
+            # Kept for the whole forward and without a gradient: gradient checkpointing may run the layer that reduces
+            # again before this one.
+            with torch.no_grad():
+                logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
+                bias = reduction.attention_bias(logits.dtype, self.source)
+                received = (logits if bias is None else logits + bias).softmax(dim=-1).mean(dim=(1, 2))
+            reduction.cls[self.layer] = received[:, reduction.n_prefix :]
+            del self.queries
 
 
 def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
@@ -111,7 +135,16 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
     layers = tuple(range(1, depth + 1)) if reducer.layers == "all" else reducer.layers
     if layers[-1] > depth:
         raise ValueError(f"layers={list(layers)}: the model has layers 1 to {depth}")
+    before = reducer.position == "before_block"
+    read = reducer.needs & {"keys", "cls"}
+    if before and read and layers[0] == 1:
+        raise ValueError(
+            f"layers={list(layers)}: {type(reducer).__name__} reads the attention of the layer before, so it starts from 2"
+        )
+    reducer.attach(model.embed_dim, model.num_prefix_tokens, tuple(model.patch_embed.grid_size), layers)
     _plan(reducer, layers, depth, model.patch_embed.grid_size)
+    weight = next(model.blocks.parameters())
+    reducer.to(device=weight.device, dtype=weight.dtype)
 
     reduction = _Reduction(reducer, layers, model.num_prefix_tokens)
     reduction.hooks.append(model.patch_embed.register_forward_pre_hook(reduction.start))
@@ -119,8 +152,13 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
         # Proportional attention concerns the layers after the first reduction too.
         if layer in layers or (reducer.proportional_attention and layer > layers[0]):
             block.__class__, block.reduction, block.layer = ReducingBlock, reduction, layer
-        if layer in layers and "keys" in reducer.needs:
-            reduction.hooks.append(block.attn.k_norm.register_forward_hook(_KeyReader(reduction, layer)))
+        if layer in layers and read:
+            source = layer - 1 if before else layer
+            attn = model.blocks[source - 1].attn
+            reader = _AttentionReader(reduction, source, layer, attn.scale, model.has_class_token)
+            if "cls" in read:
+                reduction.hooks.append(attn.q_norm.register_forward_hook(reader.read_queries))
+            reduction.hooks.append(attn.k_norm.register_forward_hook(reader.read_keys))
     model.reduction, model.reducer = reduction, reducer
     return model
 
@@ -204,10 +242,8 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
     if not isinstance(model, VisionTransformer):
         hint = "; patch the model before wrapping or compiling it" if hasattr(model, "_orig_mod") else ""
         raise TypeError(f"cannot patch a {name}: only timm's VisionTransformer and its subclasses are supported{hint}")
-    if reducer.position == "before_block" and reducer.needs:
-        raise ValueError(
-            f"{type(reducer).__name__} acts before a block and so cannot read its {', '.join(sorted(reducer.needs))}"
-        )
+    if reducer.position == "before_block" and "output" in reducer.needs:
+        raise ValueError(f"{type(reducer).__name__} acts before a block, where its attention has no output yet")
     if hasattr(model, "reduction"):
         raise ValueError(f"this {name} is patched already: call dhtm.unpatch(model) first")
     for layer, block in enumerate(model.blocks, start=1):
@@ -217,5 +253,7 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
                 f"cannot patch this {name}: layer {layer} is a {type(block).__name__} with the parts "
                 f"{', '.join(sorted(parts))}, not timm's plain Block"
             )
-        if "keys" in reducer.needs and not isinstance(block.attn, TimmAttention):
-            raise TypeError(f"cannot read the keys of {type(block.attn).__name__} in layer {layer} of this {name}")
+        if reducer.needs & {"keys", "cls"} and not isinstance(block.attn, TimmAttention):
+            raise TypeError(
+                f"cannot read the queries and keys of {type(block.attn).__name__} in layer {layer} of this {name}"
+            )

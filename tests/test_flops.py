@@ -1,11 +1,13 @@
 """FLOPs against the closed form, and against the figures that METHODS and the paper rest on."""
 
+import itertools
+
 import pytest
 import timm
 import torch
 
 import dhtm
-from baselines import RandomMerge
+from baselines import PatchMerger, RandomMerge
 
 DEIT = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
 
@@ -82,6 +84,16 @@ def test_random_merging_costs_what_dhtm_costs_without_its_similarities():
     dhtm.unpatch(model)
     random = dhtm.count_flops(dhtm.patch(model, RandomMerge(k=40)))
     assert random.merging == 0 and random.total == ours.total - ours.merging
+
+
+def test_what_learned_methods_compute_is_counted():
+    """PatchMerger in deit_tiny: a norm and two products of all tokens with the new ones, before layers 4, 7 and 10."""
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), PatchMerger(0.5))
+    count = dhtm.count_flops(model)
+    stages, width = [196, 98, 49, 24], 192
+    assert count.merging == sum(5 * n * width + 2 * m * n * width for n, m in itertools.pairwise(stages))
+    blocks = sum(3 * (12 * (n + 1) * width**2 + 2 * (n + 1) ** 2 * width + 10 * (n + 1) * width) for n in stages)
+    assert count.total == 196 * 768 * width + blocks + count.merging + 5 * 25 * width + 1000 * width
 
 
 def test_a_model_with_a_convolutional_stem_is_counted():

@@ -1,0 +1,81 @@
+"""DPC-KNN clustering of tokens (Zeng et al. 2022, "Not All Tokens Are Equal")."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dhtm.reducer import Attention, KeepRateReducer, average, highest, squared_distances
+from dhtm.regions import Regions
+
+
+class DPCKNN(KeepRateReducer):
+    """Density peaks: a cluster's centre is a token in dense surroundings, far from any in denser ones.
+
+    Distances are Euclidean over √D. A token's density is exp(−mean squared distance to its nearest other tokens), and δ
+    its distance to the nearest token of higher density (for the densest, the largest distance in the image). The M tokens
+    of largest density · δ are the centres, and each token joins the nearest; the clusters' averages replace the tokens.
+    Ties go to the lower index, also of equal densities, where the original adds noise. The new tokens are in the order of
+    their centres.
+
+    Args:
+        keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
+        layers: before which layers, from 1, increasing; or "all".
+        neighbours: how many nearest tokens make the density.
+        weighted: weight the averages by exp(Linear(x)), which is learned and starts at even weights.
+
+    Raises:
+        ValueError: the keep rate is outside (0, 1], neighbours are not above 0, or layers are not increasing.
+    """
+
+    def __init__(
+        self,
+        keep_rate: float,
+        layers: Sequence[int] | str = (4, 7, 10),
+        neighbours: int = 5,
+        weighted: bool = False,
+    ):
+        super().__init__(keep_rate, layers)
+        if not isinstance(neighbours, int) or neighbours < 1:
+            raise ValueError(f"neighbours={neighbours!r}: it must be an integer from 1")
+        self.neighbours, self.weighted = neighbours, weighted
+        self.scores = nn.ModuleDict()
+
+    def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
+        super().attach(channels, n_prefix, grid, layers)
+        if self.weighted and not self.scores:
+            self.scores.update({str(layer): nn.Linear(channels, 1) for layer in layers})
+            for linear in self.scores.values():
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
+        m = self.tokens_after(tokens.shape[1], attention.layer, regions.grid)
+        with torch.no_grad():  # the clusters have no gradient
+            cluster = density_peaks(tokens, m, self.neighbours)
+        if self.weighted:
+            scores = self.scores[str(attention.layer)](tokens).squeeze(-1).float()
+            weights = (scores - scores.amax(dim=1, keepdim=True)).exp()
+        else:
+            weights = torch.ones(cluster.shape, device=tokens.device)
+        totals = weights.new_zeros(len(tokens), m).scatter_add(1, cluster, weights)
+        shares = weights / totals.gather(1, cluster)
+        return average(tokens, cluster, shares, m), regions.merged(cluster, m)
+
+
+def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:
+    """The cluster in [0, m) of each token [B, N, D]: int64 [B, N]."""
+    n, channels = tokens.shape[1:]
+    distances = (squared_distances(tokens) / channels).sqrt()
+    others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=tokens.device), torch.inf)
+    nearest = others.topk(min(neighbours, n - 1), dim=-1, largest=False).values
+    density = (-nearest.square().mean(dim=-1)).exp() if n > 1 else torch.ones_like(distances[..., 0])
+    places = torch.arange(n, device=tokens.device)
+    mine, theirs = density[:, :, None], density[:, None]
+    denser = (theirs > mine) | ((theirs == mine) & (places < places[:, None]))
+    delta = torch.where(denser, distances, torch.inf).amin(dim=-1)
+    delta = torch.where(delta.isinf(), distances.amax(dim=(1, 2))[:, None], delta)
+    centres = highest(density * delta, m).sort(dim=1).values
+    to_centres = distances.gather(1, centres[..., None].expand(-1, -1, n))
+    ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
+    return to_centres.argmin(dim=1).scatter(1, centres, ranks)

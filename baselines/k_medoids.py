@@ -1,0 +1,65 @@
+"""K-Medoids token pooling (Marin et al. 2023, "Token Pooling in Vision Transformers for Image Classification")."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dhtm.reducer import Attention, KeepRateReducer, highest, squared_distances
+from dhtm.regions import Regions
+
+
+class KMedoids(KeepRateReducer):
+    """Keep the medoids of M clusters of tokens, found by weighted K-medoids.
+
+    A token's weight is the attention that CLS paid it in the layer before. The M tokens of highest weight are the first
+    medoids; then, in each round, every token joins the nearest medoid (Euclidean), and each cluster's medoid becomes the
+    member of least weighted distance to the others. Ties go to the lower index, and the medoids keep the tokens' order.
+
+    Args:
+        keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
+        layers: before which layers, from 2, increasing.
+        rounds: of assigning and choosing medoids.
+
+    Raises:
+        ValueError: the keep rate is outside (0, 1], rounds are negative, or layers are not increasing.
+    """
+
+    needs = frozenset({"cls"})
+
+    def __init__(self, keep_rate: float, layers: Sequence[int] | str = (4, 7, 10), rounds: int = 3):
+        super().__init__(keep_rate, layers)
+        if not isinstance(rounds, int) or rounds < 0:
+            raise ValueError(f"rounds={rounds!r}: it must be an integer from 0")
+        self.rounds = rounds
+
+    def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
+        n = tokens.shape[1]
+        m = self.tokens_after(n, attention.layer, regions.grid)
+        with torch.no_grad():  # which tokens are kept has no gradient
+            distances = squared_distances(tokens).sqrt()
+            medoids = highest(attention.cls, m).sort(dim=1).values
+            for _ in range(self.rounds):
+                medoids = _better(medoids, _nearest(medoids, distances), distances, attention.cls)
+            cluster = _nearest(medoids, distances)
+        kept = tokens.gather(1, medoids[..., None].expand(-1, -1, tokens.shape[-1]))
+        return kept, regions.merged(cluster, m)
+
+
+def _nearest(medoids: Tensor, distances: Tensor) -> Tensor:
+    """For each token the place of its nearest medoid: int64 [B, N]."""
+    return distances.gather(1, medoids[..., None].expand(-1, -1, distances.shape[-1])).argmin(dim=1)
+
+
+def _better(medoids: Tensor, cluster: Tensor, distances: Tensor, weights: Tensor) -> Tensor:
+    """The member of each cluster with the least weighted distance to the others, int64 [B, M], in the tokens' order."""
+    batch, n = cluster.shape
+    together = cluster[:, :, None] == cluster[:, None]
+    costs = (distances * together) @ weights.to(distances.dtype)[..., None]
+    costs = costs.squeeze(-1)
+    least = costs.new_full(medoids.shape, torch.inf).scatter_reduce(1, cluster, costs, "amin")
+    places = torch.arange(n, device=costs.device).expand(batch, n)
+    best = torch.where(costs == least.gather(1, cluster), places, n)
+    # A medoid that equals another loses its members to it: it stays as it is.
+    found = torch.full_like(medoids, n).scatter_reduce(1, cluster, best, "amin")
+    return torch.where(found < n, found, medoids).sort(dim=1).values

@@ -1,0 +1,74 @@
+"""Sinkhorn tokenizer (Haurum et al. 2022, "Multi-scale hybrid vision transformer and Sinkhorn tokenizer")."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dhtm.reducer import LearnedReducer
+
+
+class Sinkhorn(LearnedReducer):
+    """New tokens are sums of all normalised tokens, weighted by an optimal transport between tokens and learned centres.
+
+    Args:
+        keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
+        layers: before which layers, from 1, increasing; or "all".
+        epsilon: ε of the entropy; scores are cosine similarities over ε.
+        iterations: of Sinkhorn's algorithm.
+
+    Raises:
+        ValueError: the keep rate is outside (0, 1], epsilon is not above 0, iterations are not above 0, or layers are not
+            increasing.
+    """
+
+    def __init__(
+        self,
+        keep_rate: float,
+        layers: Sequence[int] | str = (4, 7, 10),
+        epsilon: float = 1.0,
+        iterations: int = 3,
+    ):
+        super().__init__(keep_rate, layers)
+        if not isinstance(epsilon, (int, float)) or epsilon <= 0:
+            raise ValueError(f"epsilon={epsilon!r}: it must be above 0")
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"iterations={iterations!r}: it must be an integer from 1")
+        self.epsilon, self.iterations = epsilon, iterations
+
+    def make_stage(self, channels: int, n_clusters: int) -> nn.Module:
+        return _Stage(channels, n_clusters, self.epsilon, self.iterations)
+
+
+class _Stage(nn.Module):
+    def __init__(self, channels: int, n_clusters: int, epsilon: float, iterations: int):
+        super().__init__()
+        self.epsilon, self.iterations = epsilon, iterations
+        self.centres = nn.Parameter(torch.randn(n_clusters, channels))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        normalised = F.normalize(tokens, dim=-1)
+        scores = F.normalize(self.centres, dim=-1) @ normalised.transpose(1, 2) / self.epsilon
+        m, n = scores.shape[1:]
+        weights = transport(scores.float(), self.iterations) * (m + n)
+        return weights.to(tokens.dtype), normalised
+
+
+def transport(scores: Tensor, iterations: int) -> Tensor:
+    """Sinkhorn's algorithm in the log domain, towards mass 1/M in every row and 1/N in every column.
+
+    Args:
+        scores: [B, M, N], the logarithm of the transport before it is scaled.
+        iterations: each scales the rows, then the columns; so the columns are exact and the rows nearly so.
+
+    Returns:
+        [B, M, N], of sum 1.
+    """
+    m, n = scores.shape[1:]
+    columns = scores.new_zeros(scores.shape[0], 1, n)
+    for _ in range(iterations):
+        rows = -math.log(m) - (scores + columns).logsumexp(dim=2, keepdim=True)
+        columns = -math.log(n) - (scores + rows).logsumexp(dim=1, keepdim=True)
+    return (scores + rows + columns).exp()

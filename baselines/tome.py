@@ -1,0 +1,91 @@
+"""ToMe: bipartite soft matching (Bolya et al. 2023, "Token Merging: Your ViT But Faster")."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dhtm.reducer import Attention, Reducer, highest
+from dhtm.regions import Regions
+
+
+class ToMe(Reducer):
+    """Merge r tokens of every other position into their most similar ones of the positions between, in each layer.
+
+    With the prefix tokens counted in, even positions are set A and odd positions set B. Each A token proposes the B token
+    whose attention key, averaged over heads, has the highest cosine similarity to its own; the r best proposals are
+    merged, averages weighted by patches. The unmerged A tokens come first, then B. Prefix tokens stay as they are.
+
+    Args:
+        r: tokens to merge in each layer; never more than half of those that are left.
+        layers: which layers, from 1, increasing; or "all".
+        inflect: from −1 (r falls linearly to 0 over the layers, from 2r) through 0 (constant) to 1 (rises to 2r).
+        proportional_attention: add the log of token sizes to the attention logits of later layers; on for supervised
+            models in the paper.
+
+    Raises:
+        ValueError: r is negative, inflect is outside [−1, 1], or layers are not increasing.
+    """
+
+    needs = frozenset({"keys"})
+
+    def __init__(
+        self,
+        r: int,
+        layers: Sequence[int] | str = "all",
+        inflect: float = 0.0,
+        proportional_attention: bool = True,
+    ):
+        super().__init__(layers)
+        if not isinstance(r, int) or r < 0:
+            raise ValueError(f"r={r!r}: the number of tokens to merge in a layer must be an integer from 0")
+        if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
+            raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
+        self.r, self.inflect, self.proportional_attention = r, inflect, proportional_attention
+
+    def r_of(self, layer: int) -> int:
+        """r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down."""
+        steps = len(self.schedule) - 1
+        low = int(self.r * (1 - self.inflect))
+        return int(low + (2 * self.r - 2 * low) * self.schedule.index(layer) / steps) if steps else self.r
+
+    def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
+        return n_tokens - min(self.r_of(layer), n_tokens // 2)
+
+    def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
+        n = tokens.shape[1]
+        r = n - self.tokens_after(n, attention.layer, regions.grid)
+        if r == 0:
+            return tokens, regions
+        first = self.n_prefix % 2  # where set A starts among the patch tokens
+        keys = F.normalize(attention.keys.float().mean(dim=1), dim=-1)
+        scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
+        best, partner = scores.max(dim=-1)
+        order = highest(best, best.shape[1])
+        merged, kept = order[:, :r], order[:, r:].sort(dim=1).values
+        into = partner.gather(1, merged)
+
+        n_kept, n_b = kept.shape[1], n - best.shape[1]
+        ranks = torch.arange(n_kept, device=tokens.device).expand(len(tokens), -1)
+        places = (n_kept + partner).scatter(1, kept, ranks)
+        token_map = torch.empty_like(regions.sizes)
+        token_map[:, first::2] = places
+        token_map[:, 1 - first :: 2] = torch.arange(n_kept, n_kept + n_b, device=tokens.device)
+        new = regions.merged(token_map, n - r)
+
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        a, b = tokens[:, first::2].to(wide), tokens[:, 1 - first :: 2].to(wide)
+        sizes_a, sizes_b = regions.sizes[:, first::2, None], regions.sizes[:, 1 - first :: 2, None]
+        moved = _rows(a, merged) * _rows(sizes_a, merged)
+        sums = (b * sizes_b).scatter_add(1, into[..., None].expand_as(moved), moved)
+        averages = sums / new.sizes[:, n_kept:, None]
+        return torch.cat([_rows(a, kept), averages], dim=1).to(tokens.dtype), new
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, layers={self.layers}, inflect={self.inflect}"
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x [B, N, D] that index [B, M] names: [B, M, D]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
