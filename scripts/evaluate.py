@@ -1,18 +1,28 @@
 """Evaluate one backbone with one method on one data set: `python scripts/evaluate.py --help`."""
 
+import logging
+
 import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import tracking
-from dhtm.harness.errors import command
+from dhtm.harness.errors import UnavailableError, command
 from dhtm.harness.evaluate import evaluate
+
+log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
 @command
 def main(config: DictConfig) -> None:
     tracking.check(config.tracker)
-    metrics = evaluate(config)
+    try:
+        metrics = evaluate(config)
+    except UnavailableError as error:
+        if not config.skip_unavailable:
+            raise
+        log.warning("left out: %s", error)
+        return
     tracking.log_run(config, metrics)
 
 

@@ -1,16 +1,16 @@
-"""Train the embedded model from scratch: `python scripts/train.py --help`."""
+"""Train the embedded model from scratch: `python scripts/train_micro.py --help`."""
 
 import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness.errors import command
-from dhtm.harness.training import train
+from dhtm.harness.micro import train_micro
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train_micro")
 @command
 def main(config: DictConfig) -> None:
-    train(config)
+    train_micro(config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the tests share: composing configs, running scripts, and small data of the real form."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ def script():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A data root as ImageNet ships, but small: val/ with three synsets of JPEGs, one of them grey, of odd sizes."""
+    """A data root as ImageNet ships, but small: train/ and val/ of three synsets of JPEGs, one of them grey, of odd sizes."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for synset, n_images in (("n01440764", 3), ("n02102040", 2), ("n02979186", 3)):
@@ -53,4 +54,5 @@ def photos(tmp_path_factory):
             image = coarse.resize((320 + 16 * i, 260), Image.Resampling.BICUBIC)
             image = image.convert("L") if (synset, i) == ("n02979186", 1) else image
             image.save(folder / f"ILSVRC2012_val_{i:08d}.JPEG")
+    shutil.copytree(root / "val", root / "train")
     return root

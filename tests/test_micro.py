@@ -6,7 +6,7 @@ import torch
 
 from dhtm.harness.backbones import load_backbone
 from dhtm.harness.errors import UserError
-from dhtm.harness.training import KeepTokens, SceneBatches, Stage, train
+from dhtm.harness.micro import KeepTokens, SceneBatches, Stage, train_micro
 
 SHORT = (
     "stages=[{steps: 3, batch_size: 8, window: 8, difficulty: [0, 0.5]}, "
@@ -16,12 +16,12 @@ SHORT = (
 
 def test_training_writes_weights_that_the_runner_loads(composed, tmp_path):
     options = [SHORT, "data.limit=20", f"output={tmp_path}/new/micro.safetensors"]
-    top1 = train(composed(*options, config_name="train"))
+    top1 = train_micro(composed(*options, config_name="train_micro"))
     assert 0 <= top1 <= 100
     model = load_backbone("deit_micro", str(tmp_path / "new/micro.safetensors"), 10)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     first = (tmp_path / "new/micro.safetensors").read_bytes()
-    train(composed(*options, config_name="train"))
+    train_micro(composed(*options, config_name="train_micro"))
     assert (tmp_path / "new/micro.safetensors").read_bytes() == first, "a seed fixes the training"
 
 
@@ -44,12 +44,14 @@ def test_kept_tokens_are_those_asked_for():
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(composed, tmp_path):
-    config = composed(SHORT, "lr=1e30", "warmup_steps=0", f"output={tmp_path}/micro.safetensors", config_name="train")
+    config = composed(
+        SHORT, "lr=1e30", "warmup_steps=0", f"output={tmp_path}/micro.safetensors", config_name="train_micro"
+    )
     with (
         np.errstate(all="ignore"),
         pytest.raises(UserError, match=r"the loss is .* nothing is saved; try a smaller lr="),
     ):
-        train(config)
+        train_micro(config)
     assert not list(tmp_path.iterdir())
 
 
@@ -62,9 +64,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(composed, tmp_path):
 )
 def test_what_cannot_end_well_is_not_begun(composed, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
-        train(composed(f"output={tmp_path}/micro.safetensors", override, config_name="train"))
+        train_micro(composed(f"output={tmp_path}/micro.safetensors", override, config_name="train_micro"))
 
 
 def test_only_the_digits_can_be_trained_on(composed):
     with pytest.raises(UserError, match="data=imagenet: training draws its own scenes"):
-        train(composed("data=imagenet", config_name="train"))
+        train_micro(composed("data=imagenet", config_name="train_micro"))

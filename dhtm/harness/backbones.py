@@ -1,5 +1,6 @@
 """The Vision Transformers that can be evaluated: any timm architecture, and the embedded ``deit_micro``."""
 
+import copy
 import functools
 import hashlib
 from pathlib import Path
@@ -39,6 +40,17 @@ def deit_micro(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "deit_micro", pretrained, **{**size, "num_classes": 10, **kwargs})
 
 
+@functools.lru_cache(maxsize=4)
+def bare_backbone(architecture: str, num_classes: int) -> VisionTransformer:
+    """A timm model without trained weights, in evaluation mode; shared between calls, so to be left as it is.
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    _check_known(architecture)
+    return timm.create_model(architecture, pretrained=False, num_classes=num_classes).eval()
+
+
 # The runs of a sweep follow each other in one process and mostly share their backbone.
 @functools.lru_cache(maxsize=4)
 def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -> VisionTransformer:
@@ -53,10 +65,7 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
     Raises:
         UserError: the architecture is unknown, or the weights cannot be had, read, or fitted to it.
     """
-    if not timm.is_model(architecture):
-        raise UserError(
-            f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"
-        )
+    _check_known(architecture)
     if checkpoint is None:
         pretrained = timm.get_pretrained_cfg(architecture)
         if pretrained and pretrained.num_classes != num_classes:
@@ -71,9 +80,16 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
                 f"backbone {architecture}: its pretrained weights cannot be had ({type(error).__name__}: {one_line(error)}); "
                 "give a local file, backbone.checkpoint=FILE"
             ) from error
-    model = timm.create_model(architecture, pretrained=False, num_classes=num_classes)
-    _fit(model, _read(checkpoint), f"backbone.checkpoint={checkpoint}", architecture)
-    return model.eval()
+    model = copy.deepcopy(bare_backbone(architecture, num_classes))
+    fit(model, _read(checkpoint), f"backbone.checkpoint={checkpoint}", architecture)
+    return model
+
+
+def _check_known(architecture: str) -> None:
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"
+        )
 
 
 def _read(checkpoint: str) -> dict[str, torch.Tensor]:
@@ -92,7 +108,12 @@ def _read(checkpoint: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def _fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
+def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
+    """Load a state dict, every parameter of it and no other.
+
+    Raises:
+        UserError: parameters are missing, unknown or of another shape; the message begins with the source.
+    """
     wanted = model.state_dict()
     for kind, keys in (("lacks", wanted.keys() - state.keys()), ("has", state.keys() - wanted.keys())):
         if keys:

@@ -15,6 +15,8 @@ from torchvision.datasets import ImageFolder
 from dhtm.harness import digits as scenes
 from dhtm.harness.errors import UserError, one_line
 
+TRAIN_SCENES = 6_400  # in an epoch of training on the digits
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -39,13 +41,16 @@ def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Spl
     """The embedded scenes of handwritten digits; see :mod:`dhtm.harness.digits`.
 
     Args:
-        split: "test", the only one to evaluate on; training draws its own scenes.
+        split: "test", or "train", of which every epoch has new scenes.
         seed: fixes every pixel.
-        limit: the first so many scenes only.
+        limit: the first so many scenes only; of each epoch, in training.
         transform: from a grey PIL image.
     """
+    if split == "train":
+        dataset = _NewScenes(_limited(limit, TRAIN_SCENES), seed, transform)
+        return Split(dataset, 10, 1, f"digits {seed}", in_memory=False)
     if split != "test":
-        raise UserError(f"data.split={split}: the digits are evaluated on data.split=test")
+        raise UserError(f"data.split={split}: the digits have data.split=test, and train")
     images, labels, fingerprint = _test_scenes(seed)
     n_images = _limited(limit, len(images))
     return Split(_Images(images[:n_images], labels[:n_images], transform), 10, 1, fingerprint, in_memory=True)
@@ -70,6 +75,22 @@ class _Images(Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
+class _NewScenes(Dataset):
+    """Training scenes, drawn when they are asked for; ``epoch`` says which."""
+
+    epoch = 0
+
+    def __init__(self, n_scenes: int, seed: int, transform: Callable):
+        self.n_scenes, self.seed, self.transform = n_scenes, seed, transform
+
+    def __len__(self):
+        return self.n_scenes
+
+    def __getitem__(self, index):
+        images, labels, _ = scenes.scenes("train", [self.epoch * self.n_scenes + index], self.seed)
+        return self.transform(Image.fromarray(images[0])), int(labels[0])
+
+
 def imagefolder(root: str | None, split: str, limit: int | None, transform: Callable) -> Split:
     """ImageNet as it ships: one folder of images a class, named by synset, in root/split or in root itself.
 
@@ -78,7 +99,7 @@ def imagefolder(root: str | None, split: str, limit: int | None, transform: Call
 
     Args:
         root: the folder that holds ``val/n01440764/…``.
-        split: its sub-folder; ignored where root has none of that name.
+        split: its sub-folder; ignored where root holds the class folders themselves.
         limit: the first so many images only, in the order of folders and files.
         transform: from an RGB PIL image.
     """
@@ -87,7 +108,10 @@ def imagefolder(root: str | None, split: str, limit: int | None, transform: Call
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
-    folder = folder / split if (folder / split).is_dir() else folder
+    if (folder / split).is_dir():
+        folder = folder / split
+    elif any((folder / other).is_dir() for other in ("train", "val", "test")):
+        raise UserError(f"data.root={root}: it has no folder {split}; choose another split, or another root")
     listed, fingerprint = _listed(folder)
     dataset = copy.copy(listed)
     dataset.transform = transform

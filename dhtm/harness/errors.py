@@ -9,6 +9,10 @@ class UserError(Exception):
     """Something that the user can mend; the message says what, where and how."""
 
 
+class UnavailableError(UserError):
+    """What was asked for cannot be had: a target out of reach, or weights that nobody has trained."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an exception's message, for use inside another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,6 @@
 """One run: one backbone with one method on one data set."""
 
-import copy
 import datetime
-import inspect
 import logging
 import os
 import time
@@ -19,12 +17,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dhtm.flops import count_flops
-from dhtm.harness.backbones import load_backbone, weights_sha256
+from dhtm.harness.backbones import weights_sha256
 from dhtm.harness.data import Indexed, Split, collate
+from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
-from dhtm.reducer import Reducer
-from dhtm.vit import image_ids, patch, tokens_by_layer
+from dhtm.vit import image_ids, tokens_by_layer
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +43,20 @@ def evaluate(config: DictConfig) -> dict:
     batch_size = pick_batch_size(config.batch_size, device)
     if config.num_workers is not None and (not isinstance(config.num_workers, int) or config.num_workers < 0):
         raise UserError(f"num_workers={config.num_workers}: it must be a number of processes from 0, or null")
+    if not isinstance(config.seed, int):
+        raise UserError(f"seed={config.seed}: it must be an integer")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
-    backbone = load_backbone(**_arguments(config.backbone, drop=("name",)))
-    preprocessing = resolve_data_config(model=backbone)
-    split = load_data(config.data, preprocessing, backbone.num_classes)
-    reducer = build_reducer(config.method)
-    model = copy.deepcopy(backbone)
-    try:
-        patch(model, reducer)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"backbone={config.backbone.name}, method={config.method.name}: {one_line(error)}") from error
+    config = config.copy()
+    config.method, target = solve(config.backbone, config.method, config.target)
+    model, trained_weights = load_model(config, config.method)
+    reducer = model.reducer
+    preprocessing = resolve_data_config(model=model)
+    split = load_data(config.data, config.data.split, preprocessing, model.num_classes)
     weights, code = weights_sha256(model), code_version(reducer)
     method = OmegaConf.to_container(config.method, resolve=True)
-    method.pop("backend", None)  # all backends make the same merges
+    for key in ("backend", "knob", "weights"):  # all backends make the same merges; weights count by what they are
+        method.pop(key, None)
     identity = run_id(
         backbone=[config.backbone.name, config.backbone.architecture],
         weights=weights,
@@ -69,12 +68,13 @@ def evaluate(config: DictConfig) -> dict:
         dtype=config.dtype,
     )
     run = RunDirectory(config.results_dir, identity)
-    name = f"{config.backbone.name} · {config.method.name} {_unusual(reducer, config.method)} · {config.data.name}"
+    options = " ".join(filter(None, (config.method.name, unusual(config.method), "trained" if trained_weights else "")))
+    name = f"{config.backbone.name} · {options} · {config.data.name}"
     if not config.force and (metrics := run.metrics()) is not None:
         log.info("%s: done before, %s", name, run.path)
-        return metrics
+        return run.add_target(metrics, target)
 
-    cost = _cost(model, backbone)
+    cost = _cost(model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
     try:
         predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
     except torch.OutOfMemoryError as error:
@@ -86,7 +86,11 @@ def evaluate(config: DictConfig) -> dict:
         "experiment": config.experiment,
         "backbone": config.backbone.name,
         "method": config.method.name,
+        "trained": trained_weights is not None,
+        "untrained": trained_weights is None and any(True for _ in reducer.parameters()),
+        "knob": config.method.knob,
         "knobs": knobs(config.method),
+        "targets_reduction_pct": [] if target is None else [target],
         "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
         "data": config.data.name,
         "split": config.data.split,
@@ -131,13 +135,13 @@ def _accuracy(predictions: pd.DataFrame) -> dict:
     }
 
 
-def _cost(model: nn.Module, backbone: nn.Module) -> dict:
+def _cost(model: nn.Module, plain: int) -> dict:
     """FLOPs of the patched model and of the plain one, its parameters, and the tokens that leave each layer."""
-    flops, plain = count_flops(model), count_flops(backbone)
+    flops = count_flops(model)
     return {
         "flops_g": flops.total / 1e9,
-        "flops_baseline_g": plain.total / 1e9,
-        "flops_reduction_pct": 100 * (1 - flops.total / plain.total),
+        "flops_baseline_g": plain / 1e9,
+        "flops_reduction_pct": 100 * (1 - flops.total / plain),
         "merge_flops_g": flops.merging / 1e9,
         "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         "tokens_by_layer": tokens_by_layer(model),
@@ -201,19 +205,20 @@ def predict(
     return pd.concat(parts, ignore_index=True), time.perf_counter() - start
 
 
-def build_reducer(method: DictConfig) -> Reducer:
-    """The reducer that a config of the group ``method`` names."""
-    try:
-        return instantiate(_arguments(method, drop=("name",)), _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise UserError(f"method={method.name}: {one_line(cause)}") from error
+def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int, **augmentation) -> Split:
+    """A split of what a config of the group ``data`` names, checked against the outputs of the backbone.
 
-
-def load_data(data: DictConfig, preprocessing: dict, n_classes: int) -> Split:
-    """The split that a config of the group ``data`` names, checked against the outputs of the backbone."""
+    Args:
+        data: of the config group.
+        split: which, instead of the config's.
+        preprocessing: the backbone's, as timm resolves it.
+        n_classes: outputs of the backbone.
+        augmentation: more options of timm's create_transform.
+    """
     try:
-        split = instantiate(_arguments(data, drop=("name",)), transform=create_transform(**preprocessing))
+        arguments = {key: value for key, value in data.items() if key not in ("name", "train_split")}
+        transform = create_transform(**preprocessing, **augmentation)
+        split = instantiate({**arguments, "split": split}, transform=transform)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise cause if isinstance(cause, UserError) else UserError(f"data={data.name}: {one_line(cause)}") from error
@@ -228,11 +233,6 @@ def load_data(data: DictConfig, preprocessing: dict, n_classes: int) -> Split:
             "choose a backbone for this data (backbone=...)"
         )
     return split
-
-
-def knobs(method: DictConfig) -> dict:
-    """A method's options as configured, all but its name, class and layers."""
-    return OmegaConf.to_container(DictConfig(_arguments(method, drop=("name", "_target_", "layers"))), resolve=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -256,13 +256,3 @@ def pick_batch_size(batch_size: int | None, device: torch.device) -> int:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size={batch_size}: it must be a number from 1")
     return batch_size
-
-
-def _arguments(config: DictConfig, drop: tuple[str, ...] = ()) -> dict:
-    return {key: value for key, value in config.items() if key not in drop}
-
-
-def _unusual(reducer: Reducer, method: DictConfig) -> str:
-    """The options in which a method differs from its defaults, to name a run by."""
-    defaults = {name: option.default for name, option in inspect.signature(type(reducer)).parameters.items()}
-    return " ".join(f"{name}={value}" for name, value in knobs(method).items() if value != defaults[name])

@@ -33,7 +33,7 @@ from dhtm.harness.store import require_writable, write_atomically
 log = logging.getLogger(__name__)
 
 
-def train(config: DictConfig) -> float:
+def train_micro(config: DictConfig) -> float:
     """Train a backbone on the digits from scratch and write its weights, in half precision, to ``config.output``.
 
     Returns:

@@ -70,6 +70,14 @@ class RunDirectory:
         file = self.path / "metrics.json"
         return _read_metrics(file) if file.exists() else None
 
+    def add_target(self, metrics: dict, target: float | None) -> dict:
+        """Note that a finished run is also the nearest to another target; FLOPs reductions in percent."""
+        targets = metrics["targets_reduction_pct"]
+        if target is not None and target not in targets:
+            metrics = {**metrics, "targets_reduction_pct": sorted([*targets, target])}
+            write_atomically(self.path / "metrics.json", lambda path: path.write_text(_json(metrics)))
+        return metrics
+
     def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
         """Make the run a finished one; killed at any moment, it is either that or not there."""
         (self.path / "metrics.json").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Logging to Weights & Biases. Nothing here may stop an evaluation: what goes wrong is a warning."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def log_report(config: DictConfig, tables: dict[str, pd.DataFrame], figures: dic
         if run:
             run.log({name: wandb.Table(dataframe=table) for name, table in tables.items()})
             run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+
+
+@contextmanager
+def training_log(config: DictConfig, name: str, first: bool) -> Iterator[Callable[[dict], None]]:
+    """Log a training, from its first rank: what this yields takes the figures of one epoch after the other."""
+    if not first or config.tracker.name == "none":
+        yield lambda row: None
+        return
+    described = OmegaConf.to_container(config, resolve=True)
+    with _run(config.tracker, name=name, job_type="training", config=described) as run:
+        yield lambda row: run.log(row) if run else None
 
 
 def check(tracker: DictConfig) -> None:

@@ -1,0 +1,334 @@
+"""Training a backbone with a method's reduction on, as for the "w/ train" rows of Table 2."""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from timm.data import Mixup, resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from tqdm import tqdm
+
+from dhtm.harness.backbones import load_backbone
+from dhtm.harness.data import Indexed, collate
+from dhtm.harness.equal_cost import solve
+from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.evaluate import DTYPES, load_data, pick_batch_size, pick_device, predict
+from dhtm.harness.methods import patched, place, save_weights
+from dhtm.harness.store import require_writable, write_atomically
+from dhtm.harness.tracking import training_log
+from dhtm.vit import image_ids
+
+log = logging.getLogger(__name__)
+
+# What may differ between the command that began a training and the one that goes on with it.
+_FREE = ("device", "num_workers", "output", "checkpoints_dir", "tracker", "force", "recipe")
+
+
+def train(config: DictConfig) -> dict:
+    """Train a backbone with a method on, or go on where the same command was stopped.
+
+    Every epoch ends with ``last.safetensors`` and ``best.safetensors`` (weights; the best by top-1 on the validation
+    split), ``history.csv`` and ``last.pt`` (all that going on needs), each written atomically, the last of them last.
+
+    Returns:
+        The last row of the history: epoch, lr, loss, top1 (percent), images_per_s.
+
+    Raises:
+        UserError: the config asks for something that cannot be had, or the loss is not finite.
+    """
+    ranks = Ranks(config.device)
+    try:
+        return _train(config.copy(), ranks)
+    finally:
+        ranks.leave()
+
+
+def _train(config: DictConfig, ranks: "Ranks") -> dict:
+    config.method, _ = solve(config.backbone, config.method, config.target)
+    name = f"{config.backbone.name} with {place(config.backbone, config.method).name}"
+    output = _output(config)
+    micro_batch = _micro_batch(config, ranks.world)
+    model = _model(config).to(ranks.device)
+    preprocessing = resolve_data_config(model=model)
+    training = load_data(
+        config.data, config.data.train_split, preprocessing, model.num_classes, **_augmentation(config)
+    )
+    validation = load_data(config.data, config.data.split, preprocessing, model.num_classes)
+    n_updates = len(training.dataset) // config.batch_size
+    if n_updates == 0:
+        raise UserError(f"batch_size={config.batch_size}: the training split has only {len(training.dataset)} images")
+
+    optimiser = create_optimizer_v2(
+        model, opt=config.optimiser, lr=config.base_lr * config.batch_size / 1024, weight_decay=config.weight_decay
+    )
+    schedule, _ = create_scheduler_v2(
+        optimiser, "cosine", config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=n_updates,
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "float16")
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+    _seed(config.seed + ranks.rank)
+    history = [] if config.force else _resume(output / "last.pt", config, parts, ranks)
+    if len(history) >= config.epochs:
+        log.info("%s: trained before, %s", name, output)
+        return history[-1]
+    if history:
+        log.info("%s: going on after epoch %d of %d", name, len(history), config.epochs)
+
+    parallel = DistributedDataParallel(model) if ranks.world > 1 else model
+    with training_log(config, name, ranks.first) as tell:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            loader = _loader(config, training.dataset, epoch, micro_batch, ranks)
+            start = time.perf_counter()
+            loss = _one_epoch(
+                config, parallel, loader, parts, (epoch - 1) * n_updates, n_updates, f"{name}, {epoch}", ranks
+            )
+            seconds = time.perf_counter() - start
+            predictions, _ = predict(
+                model, validation, pick_batch_size(None, ranks.device), ranks.device, torch.float32, "validation"
+            )
+            row = {
+                "epoch": epoch,
+                "lr": optimiser.param_groups[0]["lr"],
+                "loss": loss,
+                "top1": 100 * float(predictions.correct.mean()),
+                "images_per_s": n_updates * config.batch_size / seconds,
+            }
+            history.append(row)
+            log.info(
+                "%s, epoch %d of %d: loss %.4f, top-1 %.2f%%, %.0f images/s",
+                name, epoch, config.epochs, loss, row["top1"], row["images_per_s"],
+            )  # fmt: skip
+            random_states = ranks.gather(_random_state(ranks.device))
+            if ranks.first:
+                _keep(config, parts, history, random_states, output)
+                tell(row)
+            ranks.wait()
+    return history[-1]
+
+
+def _one_epoch(config, model, loader, parts, updates_before, n_updates, name, ranks) -> float:
+    """One pass over the training split; returns the mean loss."""
+    model.train()
+    mixup = _mixup(config, parts["model"].num_classes)
+    losses = []
+    with tqdm(total=n_updates, desc=name, unit=" updates", disable=None if ranks.first else True) as bar:
+        for step, batch in enumerate(loader):
+            if isinstance(batch, UserError):
+                raise batch
+            update, accumulated = divmod(step, config.accumulate)
+            if update == n_updates:  # the rest of the split is less than a batch
+                break
+            complete = accumulated + 1 == config.accumulate
+            ids, images, labels = batch
+            images, labels = images.to(ranks.device, non_blocking=True), labels.to(ranks.device, non_blocking=True)
+            images, targets = (images, labels) if mixup is None else mixup(images, labels)
+            smoothing = config.label_smoothing if mixup is None else 0.0  # the mixed targets are smoothed already
+            alone = contextlib.nullcontext() if complete or ranks.world == 1 else model.no_sync()
+            with alone, image_ids(parts["model"], ids):
+                with torch.autocast(ranks.device.type, DTYPES.get(config.amp), enabled=config.amp is not None):
+                    loss = cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+                parts["scaler"].scale(loss / config.accumulate).backward()
+            losses.append(loss.item())
+            if not np.isfinite(losses[-1]):
+                raise UserError(
+                    f"the loss is {losses[-1]} in update {updates_before + update + 1}: stopped, the checkpoint of the last "
+                    f"whole epoch is kept; try a smaller base_lr={config.base_lr}, or amp=bfloat16 instead of float16"
+                )
+            if complete:
+                _update(config, parts, updates_before + update)
+                bar.update()
+                bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+    return float(np.mean(losses))
+
+
+def _update(config: DictConfig, parts: dict[str, Any], number: int) -> None:
+    parts["schedule"].step_update(number)
+    parts["scaler"].unscale_(parts["optimiser"])
+    if config.clip_grad is not None:
+        nn.utils.clip_grad_norm_(parts["model"].parameters(), config.clip_grad)
+    parts["scaler"].step(parts["optimiser"])
+    parts["scaler"].update()
+    parts["optimiser"].zero_grad()
+
+
+def _output(config: DictConfig) -> Path:
+    folder = config.output or str(Path(config.checkpoints_dir) / place(config.backbone, config.method))
+    require_writable(Path(folder).expanduser(), f"output={folder}")
+    return Path(folder).expanduser()
+
+
+def _micro_batch(config: DictConfig, world: int) -> int:
+    """Images that one rank takes at once."""
+    for key, least in (("batch_size", 1), ("accumulate", 1), ("epochs", 1), ("warmup_epochs", 0)):
+        if not isinstance(config[key], int) or config[key] < least:
+            raise UserError(f"{key}={config[key]}: it must be an integer from {least}")
+    if config.amp not in (None, "bfloat16", "float16"):
+        raise UserError(f"amp={config.amp}: choose one of bfloat16, float16, or null")
+    if config.save_dtype not in DTYPES:
+        raise UserError(f"save_dtype={config.save_dtype}: choose one of {', '.join(DTYPES)}")
+    if config.init not in ("pretrained", "scratch"):
+        raise UserError(f"init={config.init}: choose one of pretrained, scratch")
+    micro_batch, rest = divmod(config.batch_size, world * config.accumulate)
+    if rest or not micro_batch or (micro_batch % 2 and _mixes(config)):
+        raise UserError(
+            f"batch_size={config.batch_size}: it must be a multiple of accumulate={config.accumulate} times {world} ranks"
+            + (", an even one for mixup" if _mixes(config) else "")
+        )
+    return micro_batch
+
+
+def _model(config: DictConfig) -> VisionTransformer:
+    options = {"num_classes": config.backbone.num_classes, "drop_path_rate": config.drop_path}
+    arguments = {key: value for key, value in config.backbone.items() if key != "name"}
+    trained = load_backbone(**arguments) if config.init == "pretrained" else None
+    torch.manual_seed(config.seed)
+    model = timm.create_model(config.backbone.architecture, pretrained=False, **options)
+    if trained is not None:
+        model.load_state_dict(trained.state_dict())
+    return patched(model, config.backbone, config.method)
+
+
+def _augmentation(config: DictConfig) -> dict[str, Any]:
+    if not config.augment:
+        return {}
+    return {
+        "is_training": True, "auto_augment": config.auto_augment, "re_prob": config.random_erasing, "re_mode": "pixel",
+        "color_jitter": None,
+    }  # fmt: skip
+
+
+def _mixes(config: DictConfig) -> bool:
+    return config.augment and (config.mixup > 0 or config.cutmix > 0)
+
+
+def _mixup(config: DictConfig, n_classes: int) -> Mixup | None:
+    if not _mixes(config):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=n_classes)
+
+
+def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, ranks: "Ranks") -> DataLoader:
+    dataset.epoch = epoch
+    sampler = DistributedSampler(dataset, ranks.world, ranks.rank, seed=config.seed, drop_last=True)
+    sampler.set_epoch(epoch)
+    n_workers = min(16, os.cpu_count() or 1) if config.num_workers is None else config.num_workers
+    return DataLoader(
+        Indexed(dataset), micro_batch, sampler=sampler, num_workers=n_workers, collate_fn=collate, drop_last=True,
+        pin_memory=ranks.device.type == "cuda",
+    )  # fmt: skip
+
+
+def _keep(config: DictConfig, parts: dict, history: list[dict], random_states: list, output: Path) -> None:
+    """Write what an epoch leaves behind."""
+    dtype = DTYPES[config.save_dtype]
+    save_weights(parts["model"], config.backbone, config.method, dtype, output / "last.safetensors")
+    if history[-1]["top1"] >= max(row["top1"] for row in history):
+        save_weights(parts["model"], config.backbone, config.method, dtype, output / "best.safetensors")
+    write_atomically(output / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"history": history, "random": random_states, "config": _determinants(config)}
+    write_atomically(output / "last.pt", lambda file: torch.save(state, file))
+
+
+def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> list[dict]:
+    """Take everything up as a checkpoint left it; returns the history, empty where there is no checkpoint."""
+    if not file.exists():
+        return []
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        before, history, random_states = state["config"], state["history"], state["random"]
+    except Exception as error:  # the file may hold anything, and its readers raise as much
+        raise UserError(f"{file}: damaged ({one_line(error)}); remove it, or begin again with force=true") from error
+    for key, value in _determinants(config).items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{file}: begun with {key}={before.get(key)}, not {key}={value}; set another output=DIR, or force=true to "
+                "begin again"
+            )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    _set_random_state(random_states[ranks.rank % len(random_states)], ranks.device)
+    return history
+
+
+def _determinants(config: DictConfig) -> dict[str, str]:
+    """Everything in the config that a training's result depends on, as strings by dotted key."""
+    flat, rest = {}, [("", OmegaConf.to_container(config, resolve=True))]
+    while rest:
+        prefix, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
+        elif prefix.split(".")[0] not in _FREE:
+            flat[prefix] = str(value)
+    return flat
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that augmentation, mixup and dropout draw from."""
+    name, keys, *position = np.random.get_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {
+        "python": random.getstate(), "numpy": [name, keys.tolist(), *position], "torch": torch.get_rng_state(), "cuda": cuda,
+    }  # fmt: skip
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Ranks:
+    """The processes of a data-parallel training, one a device, as torchrun starts them; or this process alone."""
+
+    def __init__(self, device: str):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.first = self.rank == 0
+        self.device = pick_device(device)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's values, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until everyone is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,19 @@
+"""Train a backbone with a method on: `python scripts/train.py --help`; data-parallel with torchrun."""
+
+import hydra
+from omegaconf import DictConfig
+
+from dhtm.harness import tracking
+from dhtm.harness.errors import command
+from dhtm.harness.training import train
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+@command
+def main(config: DictConfig) -> None:
+    tracking.check(config.tracker)
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
