@@ -13,21 +13,22 @@ from PIL import Image
 import dhtm
 from dhtm.harness.errors import UserError
 from dhtm.report import table1 as table1_module
-from dhtm.report.figure4 import figure4
+from dhtm.report.figure4 import COMPARED, figure4
 from dhtm.report.report import report
-from dhtm.report.runs import load_runs, over_k, published
+from dhtm.report.runs import at_target, load_runs, over_k, predictions, published
 from dhtm.report.style import BACKBONES, METHODS
 
 KS = [0, 10, 20, 30, 40, 48, 56]
 
 
-def finished_run(folder, number, **changes):
-    """A finished run's metrics.json with made-up figures."""
-    k = changes.pop("k", 40)
-    options = {"connectivity": 8, "similarity": "cosine", "linkage": "mean", "features": "tokens"}
+def finished_run(folder, number, correct=None, **changes):
+    """A finished run's metrics.json with made-up figures; with its predictions where ``correct`` has a bool an image."""
+    k, knobs = changes.pop("k", 40), changes.pop("knobs", {})
+    if changes.get("method", "dhtm") in ("dhtm", "random"):
+        options = {"connectivity": 8, "similarity": "cosine", "linkage": "mean", "features": "tokens"}
+        knobs = {"k": k, **options, "proportional_attention": False, "backend": "auto"} | knobs
     metrics = {
-        "run_id": f"{number:016x}", "experiment": None, "backbone": "deit_micro", "method": "dhtm",
-        "knobs": {"k": k, **options, "proportional_attention": False, "backend": "auto"} | changes.pop("knobs", {}),
+        "run_id": f"{number:016x}", "experiment": None, "backbone": "deit_micro", "method": "dhtm", "knobs": knobs,
         "layers": [4, 7, 11], "data": "digits", "split": "test", "n_images": 2000, "n_failed": 0, "top1": 90.0,
         "top1_ci95": [89.0, 91.0], "top5": 99.0, "flops_g": 0.17 - k / 1000, "flops_baseline_g": 0.17,
         "flops_reduction_pct": 100 * k / 170, "merge_flops_g": 0.0, "params_m": 0.6, "tokens_by_layer": [196, 156],
@@ -36,7 +37,35 @@ def finished_run(folder, number, **changes):
     }  # fmt: skip
     path = folder / metrics["run_id"]
     path.mkdir(parents=True)
+    if correct is not None:
+        correct = np.array(correct, dtype=bool)
+        labels = np.arange(len(correct)) % 10
+        frame = pd.DataFrame({"index": np.arange(len(correct)), "label": labels, "correct": correct})
+        frame["top5"] = [list(range(first, first + 5)) for first in np.where(correct, labels, labels + 1)]
+        frame.to_parquet(path / "predictions.parquet", index=False)
+        changes = {"n_images": len(correct), "top1": 100 * correct.mean()} | changes
     (path / "metrics.json").write_text(json.dumps(metrics | changes))
+
+
+def aimed_run(folder, number, method, target=30.0, knobs=None, **changes):
+    """A finished run whose knob was solved for a target, with what the harness writes of it; "unmerged" has no knob."""
+    trained = changes.get("trained", False)
+    knob = {"dhtm": "k", "lotm": "k", "tome": "r", "unmerged": None}.get(method, "keep_rate")
+    options = {"tome": {"proportional_attention": True, "inflect": 0.0}, "dpc_knn": {"weighted": trained}}.get(
+        method, {}
+    )
+    new = {
+        "method": method,
+        "knob": knob,
+        "knobs": {knob or "k": {"k": 40, "r": 8, "keep_rate": 0.7, None: 0}[knob]} | options | (knobs or {}),
+        "layers": {"dhtm": [4, 7, 11], "lotm": [4, 7, 11], "tome": "all", "unmerged": "all"}.get(method, [4, 7, 10]),
+        "trained": trained,
+        "untrained": False,
+        "targets_reduction_pct": [target] if knob else [],
+        "flops_reduction_pct": target + 0.25 if knob else 0.0,
+        "weights_sha256": method if trained else "0" * 64,
+    }
+    finished_run(folder, number, **new | changes)
 
 
 @pytest.fixture
@@ -80,7 +109,8 @@ def test_without_imagenet_there_are_dashes_and_nothing_is_taken_from_the_paper(r
     assert "_" not in (tmp_path / "out/tables/table1.tex").read_text().replace(r"\_", "")
     assert len(pd.read_csv(tmp_path / "out/tables/runs.csv")) == 14
     picture = np.asarray(Image.open(tmp_path / "out/figures/figure4.png").convert("RGB"))
-    for _, colour, _ in METHODS.values():
+    for method in COMPARED:
+        _, colour, _ = METHODS[method]
         rgb = np.array([round(255 * c) for c in matplotlib.colors.to_rgb(colour)])
         assert (abs(picture.astype(int) - rgb).max(-1) < 4).sum() > 50, "each method is drawn in its colour"
     assert (tmp_path / "out/figures/figure4.pdf").read_bytes().startswith(b"%PDF")
@@ -116,6 +146,8 @@ def test_a_report_without_runs_has_the_papers_part(report_config, tmp_path):
     (tmp_path / "runs").mkdir()
     report(report_config)
     assert len(pd.read_csv(tmp_path / "out/tables/table1.csv")) == 21
+    assert pd.read_csv(tmp_path / "out/tables/table2.csv").top1.isna().all()
+    assert (tmp_path / "out/figures/figure1.pdf").exists()
 
 
 def test_only_runs_under_the_papers_options_are_shown(tmp_path):
@@ -170,5 +202,106 @@ def test_published_numbers():
     assert table.loc[("deit_base", 40), "flops_g"] == 13.97
     assert table.groupby("backbone").top1.is_monotonic_decreasing.all()
     assert len(published("table2")) == 30
+    assert len(published("claims")) == 25
     for file in (ROOT / "results" / "paper").glob("*.csv"):
         assert pd.read_csv(file).place.notna().all()
+
+
+def test_what_a_target_run_says_of_itself(tmp_path):
+    finished_run(tmp_path, 1, k=30)  # of the first harness
+    aimed_run(tmp_path, 2, "dpc_knn", 12.5, trained=True)
+    aimed_run(tmp_path, 3, "sinkhorn", untrained=True, targets_reduction_pct=[30.000000000000004, 31.0])
+    aimed_run(tmp_path, 4, "unmerged")
+    runs = load_runs(str(tmp_path)).set_index("method")
+    assert runs.knob[["dhtm", "dpc_knn", "sinkhorn"]].tolist() == ["k", "keep_rate", "keep_rate"]
+    assert pd.isna(runs.knob["unmerged"])
+    assert runs.value[["dhtm", "dpc_knn", "sinkhorn"]].tolist() == [30, 0.7, 0.7]
+    assert runs.targets.to_dict() == {"dhtm": "", "dpc_knn": "12.5", "sinkhorn": "30,31", "unmerged": ""}
+    assert runs.trained.to_dict() == {"dhtm": False, "dpc_knn": True, "sinkhorn": False, "unmerged": False}
+    assert runs.untrained.to_dict() == {"dhtm": False, "dpc_knn": False, "sinkhorn": True, "unmerged": False}
+    assert runs.k["dhtm"] == 30 and pd.isna(runs.k["sinkhorn"])
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "knobs", "plain"),
+    [
+        ("tome", False, {}, True),
+        ("tome", True, {"inflect": -1.0}, False),
+        ("tome", False, {"proportional_attention": False}, False),
+        ("dhtm", False, {"proportional_attention": True}, False),
+        ("dpc_knn", True, {}, True),
+        ("dpc_knn", False, {"weighted": True}, False),
+        ("dpc_knn", True, {"weighted": False}, False),
+        ("token_mergence", True, {"scales": [2]}, False),
+        ("sinkhorn", True, {"epsilon": 1.0, "iterations": 3}, True),
+        ("own", False, {"proportional_attention": True}, True),
+    ],
+)
+def test_the_papers_options_of_each_method(tmp_path, method, trained, knobs, plain):
+    aimed_run(tmp_path, 1, method, trained=trained, knobs=knobs)
+    assert load_runs(str(tmp_path)).plain.tolist() == [plain]
+
+
+def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
+    aimed_run(tmp_path, 1, "dhtm")
+    aimed_run(tmp_path, 2, "dhtm", layers="all")
+    aimed_run(tmp_path, 3, "dhtm", 40.0)
+    aimed_run(tmp_path, 4, "tome")
+    aimed_run(tmp_path, 5, "tome", trained=True)
+    aimed_run(tmp_path, 6, "lotm")
+    aimed_run(tmp_path, 7, "lotm")  # once more
+    aimed_run(tmp_path, 8, "sit", untrained=True, weights_sha256="9" * 64)
+    finished_run(tmp_path, 9, k=0)
+    finished_run(tmp_path, 10, k=40)  # for no target
+    aimed_run(tmp_path, 11, "k_medoids", n_images=100)
+    aimed_run(tmp_path, 12, "k_medoids", dtype="bfloat16")
+    aimed_run(tmp_path, 13, "k_medoids", data_fingerprint="5" * 64)
+    aimed_run(tmp_path, 14, "k_medoids", weights_sha256="5" * 64)
+    aimed_run(tmp_path, 15, "dhtm", weights_sha256="5" * 64)
+    aimed_run(tmp_path, 16, "tome", knobs={"proportional_attention": False})
+    aimed_run(tmp_path, 17, "dhtm", backbone="deit_tiny")
+    chosen = at_target(load_runs(str(tmp_path)), "deit_micro", "digits", 30)
+    found = {(run.method, run.layers, run.trained): int(run.run_id, 16) for run in chosen.itertuples()}
+    assert found == {
+        ("dhtm", "4,7,11", False): 1,
+        ("dhtm", "all", False): 2,
+        ("tome", "all", False): 4,
+        ("tome", "all", True): 5,
+        ("lotm", "4,7,11", False): 7,
+        ("sit", "4,7,10", False): 8,
+        ("unmerged", "all", False): 9,
+    }
+    every = at_target(load_runs(str(tmp_path)), "deit_micro", "digits")
+    assert len(every) == len(chosen) + 1
+    assert set(every.target.dropna()) == {30, 40}
+
+
+def test_more_images_go_before_more_methods_and_newer_runs(tmp_path):
+    aimed_run(tmp_path, 1, "dhtm")
+    for number, method in enumerate(("dhtm", "tome", "lotm"), start=2):
+        aimed_run(tmp_path, number, method, n_images=500)
+    aimed_run(tmp_path, 5, "unmerged", n_images=50_000)  # compares with nothing
+    assert at_target(load_runs(str(tmp_path)), "deit_micro", "digits", 30).run_id.tolist() == [f"{1:016x}"]
+
+
+def test_a_solved_k_is_in_the_row_of_k_only_where_it_is_the_papers(tmp_path):
+    for number, k in enumerate((10, 20, 30)):
+        finished_run(tmp_path, number, k=k)
+    aimed_run(tmp_path, 10, "dhtm")  # 40
+    aimed_run(tmp_path, 11, "dhtm", 25.0, knobs={"k": 33})
+    aimed_run(tmp_path, 12, "dhtm", trained=True)
+    assert over_k(load_runs(str(tmp_path)), "deit_micro", "digits", "dhtm").index.tolist() == [10, 20, 30, 40]
+
+
+def test_predictions_are_in_the_order_of_the_images(tmp_path):
+    finished_run(tmp_path, 1, correct=[True, False, True])
+    file = tmp_path / f"{1:016x}" / "predictions.parquet"
+    pd.read_parquet(file).iloc[::-1].to_parquet(file, index=False)
+    frame = predictions(str(tmp_path), f"{1:016x}")
+    assert frame.index.tolist() == [0, 1, 2]
+    assert frame.correct.tolist() == [True, False, True]
+    file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"predictions.parquet: missing or damaged"):
+        predictions(str(tmp_path), f"{1:016x}")
+    with pytest.raises(UserError, match=r"predictions.parquet: missing or damaged"):
+        predictions(str(tmp_path), "none")

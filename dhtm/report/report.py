@@ -8,10 +8,12 @@ from omegaconf import DictConfig
 from dhtm.harness import tracking
 from dhtm.harness.errors import UserError
 from dhtm.harness.store import require_writable, write_atomically
+from dhtm.report.figure1 import figure1
 from dhtm.report.figure4 import figure4
 from dhtm.report.runs import load_runs
 from dhtm.report.style import save_figure
 from dhtm.report.table1 import table1
+from dhtm.report.table2 import table2
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,13 @@ def report(config: DictConfig) -> None:
     require_writable(output / "tables", f"output_dir={config.output_dir}")
     every_run = runs.drop(columns=["plain", "finished"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output / "tables" / "runs.csv", lambda file: file.write_text(every_run))
-    tables = {"table1": table1(runs)}
+    tables = {"table1": table1(runs), "table2": table2(runs, config.results_dir)}
     for name, table in tables.items():
         table.save(output / "tables" / name)
-    figures = {"figure4": save_figure(figure4(runs), output / "figures" / "figure4")}
+    figures = {
+        name: save_figure(make(runs), output / "figures" / name)
+        for name, make in (("figure1", figure1), ("figure4", figure4))
+    }
     log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
     log.info("tables: %s\nfigures: %s", output / "tables", output / "figures")
     tracking.log_report(config, {name: table.data for name, table in tables.items()} | {"runs": runs}, figures)

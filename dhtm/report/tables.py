@@ -70,6 +70,7 @@ def _latex(text: str) -> str:
         (DASH, "--"),
         ("×", r"$\times$"),
         ("Δ", r"$\Delta$"),
+        ("<", "$<$"),
     ):
         text = text.replace(plain, escaped)
     return text
