@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dhtm.reducer import Attention, KeepRateReducer, average, highest, squared_distances
+from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape, squared_distances
 from dhtm.regions import Regions
 
 
@@ -43,6 +43,9 @@ class DPCKNN(KeepRateReducer):
 
     def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
         super().attach(channels, n_prefix, grid, layers)
+        fits = {str(layer): channels for layer in layers}
+        if self.scores and {layer: linear.in_features for layer, linear in self.scores.items()} != fits:
+            raise_other_shape(self)
         if self.weighted and not self.scores:
             self.scores.update({str(layer): nn.Linear(channels, 1) for layer in layers})
             for linear in self.scores.values():

@@ -55,8 +55,7 @@ def _better(medoids: Tensor, cluster: Tensor, distances: Tensor, weights: Tensor
     """The member of each cluster with the least weighted distance to the others, int64 [B, M], in the tokens' order."""
     batch, n = cluster.shape
     together = cluster[:, :, None] == cluster[:, None]
-    costs = (distances * together) @ weights.to(distances.dtype)[..., None]
-    costs = costs.squeeze(-1)
+    costs = (distances * together * weights.to(distances.dtype)[:, None]).sum(-1)
     least = costs.new_full(medoids.shape, torch.inf).scatter_reduce(1, cluster, costs, "amin")
     places = torch.arange(n, device=costs.device).expand(batch, n)
     best = torch.where(costs == least.gather(1, cluster), places, n)

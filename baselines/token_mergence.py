@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dhtm.reducer import Attention, KeepRateReducer, average, highest
+from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape
 from dhtm.regions import Regions
 
 
@@ -38,6 +38,8 @@ class TokenMergence(KeepRateReducer):
 
     def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
         super().attach(channels, n_prefix, grid, layers)
+        if any(linear.in_features != channels for linear in self.views.values()):
+            raise_other_shape(self)
         if not self.views:
             self.views.update({str(scale): nn.Linear(channels, channels) for scale in self.scales})
             for linear in self.views.values():
@@ -53,7 +55,9 @@ class TokenMergence(KeepRateReducer):
             units = F.normalize(tokens.float(), dim=-1)
             targets = units.gather(1, crucial[..., None].expand(-1, -1, units.shape[-1]))
             ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
-            cluster = (targets @ units.transpose(1, 2)).argmax(dim=1).scatter(1, crucial, ranks)
+            with torch.autocast(tokens.device.type, enabled=False):
+                similarities = targets @ units.transpose(1, 2)
+            cluster = similarities.argmax(dim=1).scatter(1, crucial, ranks)
             importance = attention.cls.clamp(min=torch.finfo(torch.float32).tiny)
             totals = torch.zeros_like(importance[:, :m]).scatter_add(1, cluster, importance)
             shares = importance / totals.gather(1, cluster)

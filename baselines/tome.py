@@ -60,7 +60,8 @@ class ToMe(Reducer):
             return tokens, regions
         first = self.n_prefix % 2  # where set A starts among the patch tokens
         keys = F.normalize(attention.keys.float().mean(dim=1), dim=-1)
-        scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
+        with torch.autocast(tokens.device.type, enabled=False):
+            scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
         best, partner = scores.max(dim=-1)
         order = highest(best, best.shape[1])
         merged, kept = order[:, :r], order[:, r:].sort(dim=1).values

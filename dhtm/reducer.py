@@ -152,7 +152,7 @@ class LearnedReducer(KeepRateReducer):
             self.stages.update({layer: self.make_stage(*shape) for layer, shape in wanted.items()})
             self.shapes = wanted
         elif self.shapes != wanted:
-            raise ValueError(f"this {type(self).__name__} has learned in a model of another shape: make a new one")
+            raise_other_shape(self)
 
     def n_clusters(self, layer: int, grid: tuple[int, int]) -> int:
         return self.shapes[str(layer)][1] if self.stages else super().n_clusters(layer, grid)
@@ -195,6 +195,11 @@ def average(tokens: Tensor, token_map: Tensor, weights: Tensor, n_tokens: int) -
     return new.scatter_add(1, token_map[..., None].expand_as(weighted), weighted).to(tokens.dtype)
 
 
+def raise_other_shape(reducer: Reducer) -> None:
+    """For a reducer that is attached to a model which its parameters do not fit."""
+    raise ValueError(f"this {type(reducer).__name__} has learned in a model of another shape: make a new one")
+
+
 def highest(values: Tensor, m: int) -> Tensor:
     """Where the m largest of values [B, N] are, int64 [B, m], largest first; among equals the lower index first."""
     return values.argsort(dim=1, descending=True, stable=True)[:, :m]
@@ -205,6 +210,7 @@ def squared_distances(tokens: Tensor) -> Tensor:
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     tokens = tokens - tokens.mean(dim=1, keepdim=True)  # less is lost when the squares are subtracted
     squares = tokens.square().sum(-1)
-    products = tokens @ tokens.transpose(1, 2)
+    with torch.autocast(tokens.device.type, enabled=False):
+        products = tokens @ tokens.transpose(1, 2)
     distances = (squares[:, :, None] + squares[:, None] - 2 * products).clamp(min=0)
     return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))

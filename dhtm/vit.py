@@ -68,13 +68,16 @@ class _Reduction:
             )
         self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # a small image may have too few
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
-        attention = Attention(layer, self.keys.pop(layer, None), output, self.cls.get(layer))
+        attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
+        if position == "after_attention":  # where these are read anew if the layer runs again, unlike another layer's
+            self.keys.pop(layer, None)
         return torch.cat([prefix, tokens], dim=1)
 
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Proportional attention: [B, 1, 1, prefix + N], the log of each token's size, 0 for prefix tokens."""
-        sizes = self.regions_before(layer).sizes
+        reduced_first = self.reducer.position == "before_block"
+        sizes = self.regions_before(layer + 1 if reduced_first else layer).sizes
         if not self.reducer.proportional_attention or sizes.shape == self.regions[0].sizes.shape:
             return None
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
@@ -105,7 +108,7 @@ class _AttentionReader:
         if "cls" in reduction.reducer.needs:
             # Kept for the whole forward and without a gradient: gradient checkpointing may run the layer that reduces
             # again before this one.
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
                 logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
                 bias = reduction.attention_bias(logits.dtype, self.source)
                 received = (logits if bias is None else logits + bias).softmax(dim=-1).mean(dim=(1, 2))

@@ -1,7 +1,9 @@
 """Every command and every line of code in the README, run; and its figures are the committed ones."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -40,8 +42,11 @@ def shortened(photos, weights, tmp_path):
         arguments = [
             argument.replace("/imagenet", str(photos)).replace("/weights", str(weights)) for argument in arguments
         ]
-        if script.endswith("train.py"):
+        if script.endswith("train_micro.py"):
             return [*arguments, SHORT_TRAINING, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
+        if script.endswith("benchmark.py"):
+            small = ["backbone=deit_micro" if "backbone=" in argument else argument for argument in arguments]
+            return [*small, "rounds=1", "batch_size=2", "~methods.random", f"output={tmp_path}/speed.csv"]
         if script.endswith("report.py"):
             (tmp_path / "runs").mkdir()
             return [script, f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}"]
@@ -49,7 +54,13 @@ def shortened(photos, weights, tmp_path):
             arguments = ["backbone=deit_tiny" if "," in argument else argument for argument in arguments]
             arguments.append("backbone.num_classes=3")
             if not any(argument.startswith("backbone.checkpoint") for argument in arguments):
+                arguments = ["backbone=deit_tiny" if "backbone=" in argument else argument for argument in arguments]
                 arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
+        if "scripts/train.py" in arguments:
+            arguments = [argument.split(",")[0] for argument in arguments]  # of several methods the first
+            limit = "data.limit=8" if "data=imagenet" in arguments else "data.limit=32"
+            epochs = ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu"]
+            return [*arguments, *epochs, limit, f"checkpoints_dir={tmp_path}"]
         if "tracker=wandb" in arguments:
             arguments += [f"tracker.dir={tmp_path}", "tracker.mode=offline"]
         if "--help" not in arguments:
@@ -59,9 +70,15 @@ def shortened(photos, weights, tmp_path):
     return shorten
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python ")])
+def is_script(command):
+    return command.startswith(("python ", "torchrun ")) and "checkerboard" not in command
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if is_script(command)])
 def test_script(command, shortened):
     arguments = shortened(shlex.split(command)[1:])
+    if command.startswith("torchrun"):
+        arguments = ["-m", "torch.distributed.run", "--standalone", *arguments]
     result = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
@@ -74,18 +91,15 @@ def test_script(command, shortened):
 def test_make_sweep(command, shortened, tmp_path):
     overrides = shlex.split(command)[2:]
     arguments = shlex.split(overrides[0].removeprefix("ARGS=")) if overrides else []
+    # Every experiment once on the embedded model, where one budget of Figure 1 is enough; one experiment on ImageNet.
+    arguments += ["experiment=table1"] if overrides else ["target.reduction_pct=20"]
     arguments = " ".join([*shortened(["evaluate", *arguments])[1:], f"output_dir={tmp_path}"])
     result = subprocess.run(
         ["make", "sweep", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
     assert result.returncode == 0, result.stderr
-    for file in (
-        "tables/table1.csv",
-        "tables/table1.md",
-        "tables/table1.tex",
-        "figures/figure4.pdf",
-        "figures/figure4.png",
-    ):
+    tables = [f"tables/table{number}.{ending}" for number in (1, 2) for ending in ("csv", "md", "tex")]
+    for file in (*tables, *(f"figures/figure{number}.{ending}" for number in (1, 4) for ending in ("pdf", "png"))):
         assert (tmp_path / file).stat().st_size > 1000
     assert "**DeiT-Tiny on ImageNet-1K" in result.stdout
 
@@ -101,7 +115,13 @@ def test_make_test():
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    kinds = ("python scripts/", "make sweep", "make test", "make setup TORCH=")  # the last in test_makefile.py
+    kinds = (
+        "python scripts/",
+        "torchrun ",
+        "make sweep",
+        "make test",
+        "make setup TORCH=",
+    )  # the last in test_makefile.py
     assert all(command.startswith(kinds) for command in COMMANDS)
     assert {"make sweep", "make test"} <= set(COMMANDS)
 
@@ -117,12 +137,41 @@ def test_code(code, monkeypatch, capsys):
     assert round(float(capsys.readouterr().out), 2) == 3.34
 
 
+def test_adding_a_method_is_what_the_readme_says(tmp_path):
+    """Its two files go into a copy of the project, its two commands give the method its rows."""
+    section = README.partition("## Adding a method")[2].partition("\n## ")[0]
+    names = re.findall(r"`((?:baselines|configs)/[\w/]+\.(?:py|yaml))`", section)
+    files = [block for kind, block in re.findall(r"^```(py|yaml)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)]
+    assert names == ["baselines/checkerboard.py", "configs/method/checkerboard.yaml"]
+    assert sum(block.count("\n") for block in files) <= 40
+    for folder in ("dhtm", "baselines", "configs", "scripts", "results/paper"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, block in zip(names, files, strict=True):
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    evaluate, report = re.search(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL).group(1).splitlines()
+    for command in (f"{evaluate} data.limit=40", report):
+        result = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            check=False, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "results/tables/table2.csv").set_index(["data", "method"])
+    ours = rows.loc[("digits", "checkerboard")]
+    assert ours.flops_reduction_pct == pytest.approx(30, abs=1.5)
+    assert 0 <= ours.p <= 1
+    assert "checkerboard" in (tmp_path / "results/tables/table2.md").read_text(encoding="utf-8")
+
+
 def test_the_results_are_the_committed_ones():
+    shown = re.search(r"<!-- table 2:.*?-->\n(.*?)<!-- end of table 2 -->", README, re.DOTALL).group(1).strip()
+    assert shown
+    assert shown in (ROOT / "results" / "embedded" / "tables" / "table2.md").read_text(encoding="utf-8")
     shown = re.search(r"<!-- results:.*?-->\n(.*?)<!-- end of results -->", README, re.DOTALL).group(1).strip()
     table = (ROOT / "results" / "embedded" / "tables" / "table1.md").read_text(encoding="utf-8")
     assert shown
     assert shown in table
-    runs = pd.read_csv(ROOT / "results" / "embedded" / "tables" / "runs.csv").set_index(["method", "k"])
+    runs = pd.read_csv(ROOT / "results" / "embedded" / "tables" / "runs.csv")
+    runs = runs[runs.targets.isna()].set_index(["method", "k"])
     assert f"at random keeps {runs.loc[('random', 56), 'top1']:.2f}%" in README
 
 
