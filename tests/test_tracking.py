@@ -11,6 +11,11 @@ from wandb.proto.wandb_internal_pb2 import Record
 from dhtm.harness import tracking
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import evaluate
+from dhtm.harness.training import train
+
+MINIMAL = {
+    "backbone": "b", "method": "m", "knob": None, "knobs": {}, "trained": False, "run_id": "r", "experiment": None,
+}  # fmt: skip
 
 
 def records(folder):
@@ -50,6 +55,25 @@ def test_an_offline_run_holds_config_and_metrics(composed, tmp_path):
     assert described["method"]["k"] == 40
 
 
+def test_a_training_logs_its_epochs(composed, tmp_path):
+    options = [
+        "recipe=embedded",
+        "data.limit=16",
+        "batch_size=8",
+        "epochs=2",
+        "num_workers=0",
+        f"output={tmp_path}/out",
+    ]
+    wandb_offline = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+    last = train(composed(*options, *wandb_offline, "device=cpu", config_name="train"))
+    rows = []
+    for record in records(tmp_path):
+        row = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        rows += [row] if row else []
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[-1]["top1"] == last["top1"] and rows[-1]["loss"] == last["loss"]
+
+
 def test_a_report_is_logged_with_its_tables_and_figures(composed, tmp_path):
     config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", config_name="report")
     picture = tmp_path / "figure4.png"
@@ -82,7 +106,7 @@ def test_failing_to_start_is_a_warning(composed, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(wandb, "init", fail)
     config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline")
-    tracking.log_run(config, {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
+    tracking.log_run(config, MINIMAL)
     assert "nothing is logged" in caplog.text
 
 
@@ -95,10 +119,10 @@ def test_mode_is_checked(composed, tmp_path):
 @pytest.mark.parametrize("override", ["tracker.dir=/proc/nowhere", "tracker.project=a/b/c"])
 def test_no_failure_of_wandb_ends_the_run(composed, tmp_path, override):
     config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", override)
-    metrics = {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None, "odd": object()}
+    metrics = MINIMAL | {"odd": object()}
     tracking.log_run(config, metrics)
 
 
 def test_by_default_there_is_no_tracker(composed, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("W&B was started"))
-    tracking.log_run(composed(), {"backbone": "b", "method": "m", "knobs": {}, "run_id": "r", "experiment": None})
+    tracking.log_run(composed(), MINIMAL)

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 def log_run(config: DictConfig, metrics: dict) -> None:
     """Log a finished evaluation: its config, and its metrics as the summary."""
-    name = f"{metrics['backbone']} {metrics['method']} k={metrics['knobs'].get('k')}"
+    knob = metrics["knob"]
+    setting = f" {knob}={metrics['knobs'][knob]}" if knob else ""
+    name = f"{metrics['backbone']} {metrics['method']}{setting}{' trained' if metrics['trained'] else ''}"
     described = OmegaConf.to_container(config, resolve=True)
     with _run(config.tracker, id=metrics["run_id"], name=name, group=metrics["experiment"], config=described) as run:
         if run:
