@@ -72,13 +72,14 @@ def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:
     distances = (squared_distances(tokens) / channels).sqrt()
     others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=tokens.device), torch.inf)
     nearest = others.topk(min(neighbours, n - 1), dim=-1, largest=False).values
-    density = (-nearest.square().mean(dim=-1)).exp() if n > 1 else torch.ones_like(distances[..., 0])
+    # Densities and their products with δ are compared by their logarithms: those of far tokens are 0 in float32.
+    density = -nearest.square().mean(dim=-1) if n > 1 else torch.zeros_like(distances[..., 0])
     places = torch.arange(n, device=tokens.device)
     mine, theirs = density[:, :, None], density[:, None]
     denser = (theirs > mine) | ((theirs == mine) & (places < places[:, None]))
     delta = torch.where(denser, distances, torch.inf).amin(dim=-1)
     delta = torch.where(delta.isinf(), distances.amax(dim=(1, 2))[:, None], delta)
-    centres = highest(density * delta, m).sort(dim=1).values
+    centres = highest(density + delta.log(), m).sort(dim=1).values
     to_centres = distances.gather(1, centres[..., None].expand(-1, -1, n))
     ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
     return to_centres.argmin(dim=1).scatter(1, centres, ranks)

@@ -46,9 +46,11 @@ class ToMe(Reducer):
 
     def r_of(self, layer: int) -> int:
         """r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down."""
-        steps = len(self.schedule) - 1
+        if len(self.schedule) == 1:
+            return self.r
         low = int(self.r * (1 - self.inflect))
-        return int(low + (2 * self.r - 2 * low) * self.schedule.index(layer) / steps) if steps else self.r
+        step = (2 * self.r - 2 * low) / (len(self.schedule) - 1)
+        return int(low + step * self.schedule.index(layer))
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
         return n_tokens - min(self.r_of(layer), n_tokens // 2)

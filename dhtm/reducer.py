@@ -20,7 +20,7 @@ class Attention:
 
     Attributes:
         layer: the layer that reduces, from 1.
-        keys: [B, heads, N, D / heads], after key normalisation where the model has one.
+        keys: [B, heads, N, D / heads], after key normalisation where the model has one; of another layer without a gradient.
         output: [B, N, D], the output of the attention branch before LayerScale and the residual add.
         cls: float32 [B, N], the attention that CLS pays each token, mean over heads; in a model without CLS the attention
             that the token receives, mean over heads and queries. Without a gradient.
@@ -115,7 +115,7 @@ class KeepRateReducer(Reducer):
     def n_clusters(self, layer: int, grid: tuple[int, int]) -> int:
         """M, how many tokens to leave in a layer."""
         stage = self.schedule.index(layer) + 1
-        return math.floor(grid[0] * grid[1] * self.keep_rate**stage + 1e-9)  # 0.7 · 10 is 7, not 6
+        return math.floor(grid[0] * grid[1] * self.keep_rate**stage + 1e-9)  # 0.29 · 100 is 29, not 28
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
         kept = self.n_clusters(layer, grid)

@@ -70,7 +70,7 @@ class _Reduction:
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
         attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
-        if position == "after_attention":  # where these are read anew if the layer runs again, unlike another layer's
+        if position == "after_attention":  # where they are read anew if the layer runs again, unlike another layer's
             self.keys.pop(layer, None)
         return torch.cat([prefix, tokens], dim=1)
 
@@ -104,7 +104,9 @@ class _AttentionReader:
     def read_keys(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
         reduction = self.reduction
         if "keys" in reduction.reducer.needs:
-            reduction.keys[self.layer] = keys[:, :, reduction.n_prefix :]
+            keys_of_patches = keys[:, :, reduction.n_prefix :]
+            # Another layer's keys are kept, so they must not hold that layer's graph.
+            reduction.keys[self.layer] = keys_of_patches if self.source == self.layer else keys_of_patches.detach()
         if "cls" in reduction.reducer.needs:
             # Kept for the whole forward and without a gradient: gradient checkpointing may run the layer that reduces
             # again before this one.
