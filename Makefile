@@ -52,8 +52,8 @@ sweep: $(STAMP) ## run every experiment, then make the tables and figures; ARGS=
 report: $(STAMP) ## make the tables and figures from the runs that are there
 	@$(BIN)/python scripts/report.py $(ARGS)
 
-test: $(STAMP) ## run the tests; ARGS="-k merge" chooses
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
+	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,6 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Of tests side by side each gets its share of the cores: threads that wait for each other's cores take many times as long.
+# Set before PyTorch is imported, and handed on to the processes that tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir

@@ -127,7 +127,8 @@ def _find(config: DictConfig, method: DictConfig) -> Path | None:
         return None
     raise UnavailableError(
         f"method={method.name}: no weights trained for {name.name} in {config.backbone.name} ({own} is not there); train "
-        f"them with scripts/train.py, give a file, method.weights=FILE, or run it untrained, allow_untrained=true"
+        "them, scripts/train.py with the same backbone and method, give a file, method.weights=FILE, or run it untrained, "
+        "allow_untrained=true"
     )
 
 
