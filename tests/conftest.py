@@ -60,4 +60,7 @@ def photos(tmp_path_factory):
             image = image.convert("L") if (synset, i) == ("n02979186", 1) else image
             image.save(folder / f"ILSVRC2012_val_{i:08d}.JPEG")
     shutil.copytree(root / "val", root / "train")
+    shutil.copy(
+        image_file := next((root / "val").glob("*/*")), root / "train" / image_file.parent.name / "one_more.JPEG"
+    )
     return root

@@ -86,6 +86,25 @@ def test_what_is_no_target_is_refused(composed, wanted, message):
         solve(config.backbone, config.method, wanted)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.layers=[4,7,13]"], r"layers=\[4, 7, 13\]: the model has layers 1 to 12"),
+        (["method=k_medoids", "method.layers=all"], "reads the attention of the layer before, so it starts from 2"),
+        (["backbone.architecture=resnet18"], "cannot patch a ResNet"),
+    ],
+)
+def test_a_method_that_cannot_be_put_in_says_so(composed, overrides, message):
+    config = composed(*overrides)
+    with pytest.raises(UserError, match=message):
+        solve(config.backbone, config.method, target(30))
+
+
+def test_a_keep_rate_given_as_an_integer_is_still_a_rate(composed):
+    config = composed("method=dpc_knn", "method.keep_rate=1")
+    assert solve(config.backbone, config.method, target(30))[0].keep_rate == 0.79
+
+
 def test_a_run_carries_target_and_reached_also_when_another_target_finds_it_done(composed, tmp_path):
     def run(*overrides):
         return evaluate(composed(f"results_dir={tmp_path}", "device=cpu", "data.limit=8", "method=lotm", *overrides))

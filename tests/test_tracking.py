@@ -74,6 +74,24 @@ def test_a_training_logs_its_epochs(composed, tmp_path):
     assert rows[-1]["top1"] == last["top1"] and rows[-1]["loss"] == last["loss"]
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_training_that_fails_fails_with_a_tracker_too(composed, tmp_path, monkeypatch, works):
+    if not works:
+        monkeypatch.setattr(wandb, "init", None)
+    options = [
+        "recipe=embedded",
+        "data.limit=16",
+        "batch_size=8",
+        "epochs=2",
+        "num_workers=0",
+        f"output={tmp_path}/out",
+    ]
+    wandb_offline = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+    bad = ["base_lr=1e30", "warmup_epochs=0", "device=cpu"]
+    with pytest.raises(UserError, match=r"not finite|the loss is"):
+        train(composed(*options, *wandb_offline, *bad, config_name="train"))
+
+
 def test_a_report_is_logged_with_its_tables_and_figures(composed, tmp_path):
     config = composed("tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", config_name="report")
     picture = tmp_path / "figure4.png"

@@ -123,6 +123,22 @@ def test_photographs_with_the_whole_protocol(composed, photos, tmp_path):
     assert not torch.equal(trained["head.weight"], bare_backbone("deit_tiny_patch16_224", 3).head.weight)
 
 
+def test_training_and_validation_are_not_the_same_images(composed, photos, tmp_path):
+    save_file(bare_backbone("deit_tiny_patch16_224", 3).state_dict(), tmp_path / "tiny.safetensors")
+    options = [
+        f"backbone.checkpoint={tmp_path}/tiny.safetensors",
+        "backbone.num_classes=3",
+        f"data.root={photos}/train",
+    ]
+    with pytest.raises(UserError, match=r"data.train_split=train and data.split=val are the same images"):
+        train(
+            composed(
+                "backbone=deit_tiny", "data=imagefolder", "method=tome", f"output={tmp_path}/out", "batch_size=2",
+                "device=cpu", *options, config_name="train",
+            )
+        )  # fmt: skip
+
+
 def test_from_scratch_begins_with_random_weights(run, tmp_path):
     still = ["epochs=1", "base_lr=0", "warmup_epochs=0"]
     run(*still, "init=scratch", folder="scratch")

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.errors import UnavailableError, UserError
-from dhtm.harness.methods import build_reducer
+from dhtm.harness.methods import build_reducer, patched
 from dhtm.vit import patch, tokens_by_layer, unpatch
 
 _STEPS = 200  # keep rates are tried in steps of 0.005, about one token of 196
@@ -37,11 +37,11 @@ def solve(backbone: DictConfig, method: DictConfig, target: DictConfig) -> tuple
         raise UserError("target: give target.reduction_pct or target.flops_g, not both")
     if (target.reduction_pct is None and target.flops_g is None) or method.knob is None:
         return method, None
+    model = patched(bare_backbone(backbone.architecture, backbone.num_classes), backbone, method)  # or says why not
     plain = baseline_flops(backbone.architecture, backbone.num_classes)
     wanted, said = _wanted(target, plain)
-    model = bare_backbone(backbone.architecture, backbone.num_classes)
     rows, columns = model.patch_embed.grid_size
-    rate = isinstance(method[method.knob], float)
+    rate = method.knob == "keep_rate" or isinstance(method[method.knob], float)
     given = json.dumps(OmegaConf.to_container(method, resolve=True), sort_keys=True)
 
     def value(i: int) -> float | int:
@@ -70,7 +70,7 @@ def solve(backbone: DictConfig, method: DictConfig, target: DictConfig) -> tuple
         )
     solved = method.copy()
     solved[method.knob] = value(found)
-    return solved, 100 * (1 - wanted / plain)
+    return solved, target.reduction_pct if target.flops_g is None else round(100 * (1 - wanted / plain), 6)
 
 
 def _wanted(target: DictConfig, plain: int) -> tuple[float, str]:

@@ -40,9 +40,20 @@ def training_log(config: DictConfig, name: str, first: bool) -> Iterator[Callabl
     if not first or config.tracker.name == "none":
         yield lambda row: None
         return
-    described = OmegaConf.to_container(config, resolve=True)
-    with _run(config.tracker, name=name, job_type="training", config=described) as run:
-        yield lambda row: run.log(row) if run else None
+    options = {"name": name, "job_type": "training", "config": OmegaConf.to_container(config, resolve=True)}
+    run = _start(config.tracker, options)
+
+    def tell(row: dict) -> None:
+        with _warning():
+            if run:
+                run.log(row)
+
+    try:
+        yield tell
+    finally:
+        with _warning():
+            if run:
+                run.finish()
 
 
 def check(tracker: DictConfig) -> None:
@@ -55,10 +66,17 @@ def check(tracker: DictConfig) -> None:
 def _run(tracker: DictConfig, **options: Any) -> Iterator[Any]:
     """A W&B run, or None where the tracker is "none" or W&B cannot be started; what fails inside is a warning too."""
     run = _start(tracker, options) if tracker.name != "none" else None
-    try:
+    with _warning():
         yield run
         if run:
             run.finish()
+
+
+@contextmanager
+def _warning() -> Iterator[None]:
+    """Whatever fails in W&B within this is a warning; so nothing else belongs there."""
+    try:
+        yield
     except Exception as error:
         log.warning("W&B failed, nothing more is logged to it: %s", one_line(error))
 

@@ -37,7 +37,7 @@ from dhtm.vit import image_ids
 log = logging.getLogger(__name__)
 
 # What may differ between the command that began a training and the one that goes on with it.
-_FREE = ("device", "num_workers", "output", "checkpoints_dir", "tracker", "force", "recipe")
+_FREE = ("device", "num_workers", "output", "checkpoints_dir", "tracker", "force")
 
 
 def train(config: DictConfig) -> dict:
@@ -70,6 +70,11 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
         config.data, config.data.train_split, preprocessing, model.num_classes, **_augmentation(config)
     )
     validation = load_data(config.data, config.data.split, preprocessing, model.num_classes)
+    if training.fingerprint == validation.fingerprint:
+        raise UserError(
+            f"data={config.data.name}: data.train_split={config.data.train_split} and data.split={config.data.split} are the "
+            "same images; give a data.root that holds a folder for each"
+        )
     n_updates = len(training.dataset) // config.batch_size
     if n_updates == 0:
         raise UserError(f"batch_size={config.batch_size}: the training split has only {len(training.dataset)} images")
@@ -101,8 +106,14 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
             )
             seconds = time.perf_counter() - start
             predictions, _ = predict(
-                model, validation, pick_batch_size(None, ranks.device), ranks.device, torch.float32, "validation"
-            )
+                model, validation, pick_batch_size(None, ranks.device), ranks.device, torch.float32, "validation",
+                config.num_workers,
+            )  # fmt: skip
+            if predictions.nonfinite.any():
+                raise UserError(
+                    f"after epoch {epoch} the logits are not finite: stopped, the checkpoint of the epoch before is kept; "
+                    f"try a smaller base_lr={config.base_lr}"
+                )
             row = {
                 "epoch": epoch,
                 "lr": optimiser.param_groups[0]["lr"],
@@ -111,7 +122,8 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
                 "images_per_s": n_updates * config.batch_size / seconds,
             }
             history.append(row)
-            log.info(
+            log.log(
+                logging.INFO if ranks.first else logging.DEBUG,
                 "%s, epoch %d of %d: loss %.4f, top-1 %.2f%%, %.0f images/s",
                 name, epoch, config.epochs, loss, row["top1"], row["images_per_s"],
             )  # fmt: skip
@@ -262,9 +274,14 @@ def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> list
                 f"{file}: begun with {key}={before.get(key)}, not {key}={value}; set another output=DIR, or force=true to "
                 "begin again"
             )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    _set_random_state(random_states[ranks.rank % len(random_states)], ranks.device)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        _set_random_state(random_states[ranks.rank % len(random_states)], ranks.device)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file}: does not fit this version of the code ({one_line(error)}); begin again with force=true"
+        ) from error
     return history
 
 
@@ -309,10 +326,16 @@ class Ranks:
     def __init__(self, device: str):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.first = self.rank == 0
-        self.device = pick_device(device)
+        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")
+        if on_gpus and local >= n_gpus:
+            raise UserError(
+                f"device={device}: {local + 1} processes or more, but {n_gpus} GPUs here; set torchrun's --nproc-per-node="
+                f"{n_gpus}, or device=cpu"
+            )
+        self.device = pick_device(f"cuda:{local}" if on_gpus else device)
         if self.world > 1:
             if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 

@@ -73,7 +73,7 @@ def _draw_ours(ax: Axes, frame: pd.DataFrame) -> dict[str, Line2D]:
 
 def _others(frame: pd.DataFrame) -> list[tuple]:
     """Series of methods that this project does not know, as SERIES describes them."""
-    unknown = frame[~frame.method.isin([*METHODS, "unmerged"])]
+    unknown = frame[~frame.method.isin([*METHODS, "unmerged"]) & ~frame.untrained.astype(bool)]
     series = unknown[["method", "layers", "trained"]].drop_duplicates().itertuples(index=False, name=None)
     return [(*one, one[0] + (" (trained)" if one[2] else ""), "--" if one[2] else "-", ".") for one in series]
 

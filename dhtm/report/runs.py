@@ -59,16 +59,16 @@ def load_runs(results_dir: str) -> pd.DataFrame:
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
     runs["value"] = pd.Series([knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)], dtype=float)
     runs["ci_low"], runs["ci_high"] = zip(*runs.top1_ci95, strict=True)
-    runs["plain"] = [_plain(run.method, run.knobs, run.trained) for run in runs.itertuples()]
+    runs["plain"] = [_plain(run.method, run.knobs, run.trained or run.untrained) for run in runs.itertuples()]
     runs["layers"] = [layers if isinstance(layers, str) else ",".join(map(str, layers)) for layers in runs.layers]
     runs["tokens_by_layer"] = [",".join(map(str, tokens)) for tokens in runs.tokens_by_layer]
     return runs[_COLUMNS].sort_values(["data", "backbone", "method", "value", "run_id"], ignore_index=True)
 
 
-def _plain(method: str, knobs: dict, trained: bool) -> bool:
+def _plain(method: str, knobs: dict, learns: bool) -> bool:
     defaults = _DEFAULTS.get(method, {})
     if method == "dpc_knn":
-        defaults = defaults | {"weighted": trained}
+        defaults = defaults | {"weighted": learns}
     return all(knobs.get(key, value) == value for key, value in defaults.items())
 
 
