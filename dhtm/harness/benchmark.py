@@ -18,7 +18,7 @@ from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.digits import scenes
 from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError
-from dhtm.harness.evaluate import DTYPES, pick_device
+from dhtm.harness.evaluate import pick_device, pick_dtype
 from dhtm.harness.methods import patched
 from dhtm.harness.store import require_writable, write_atomically
 
@@ -39,16 +39,15 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
         UserError: the config asks for something that cannot be had.
     """
     device = pick_device(config.device)
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
+    dtype = pick_dtype(config.dtype, "dtype")
     for key in ("batch_size", "rounds"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise UserError(f"{key}={config[key]}: it must be an integer from 1")
     output = Path(config.output).expanduser()
     require_writable(output.parent, f"output={output}")
     backbone = copy.deepcopy(bare_backbone(config.backbone.architecture, config.backbone.num_classes))
-    backbone = backbone.to(device=device, dtype=DTYPES[config.dtype])
-    images = _images(backbone, config.batch_size).to(device=device, dtype=DTYPES[config.dtype])
+    backbone = backbone.to(device=device, dtype=dtype)
+    images = _images(backbone, config.batch_size).to(device=device, dtype=dtype)
     models, rows = {"unmerged": backbone}, {}
     plain = baseline_flops(config.backbone.architecture, config.backbone.num_classes)
     for name, given in config.methods.items():

@@ -60,9 +60,8 @@ def solve(backbone: DictConfig, method: DictConfig, target: DictConfig) -> tuple
     guess = _last(lambda i: roughly(i) >= wanted / plain, last)
     found = _nearest(cost, guess, last, wanted)
     if found is None:
-        end = _last(
-            lambda i: i == 0 or tokens(i - 1) != tokens(last), last
-        )  # it may stop merging before it stops working
+        # A method may stop merging before it stops working.
+        end = _last(lambda i: i == 0 or tokens(i - 1) != tokens(last), last)
         first, least = (100 * (1 - cost(i) / plain) for i in (0, end))
         raise UnavailableError(
             f"{said}: method={method.name} in layers {method.layers} of {backbone.name} reaches from {first:.1f}% "

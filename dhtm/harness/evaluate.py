@@ -45,8 +45,7 @@ def evaluate(config: DictConfig) -> dict:
         raise UserError(f"num_workers={config.num_workers}: it must be a number of processes from 0, or null")
     if not isinstance(config.seed, int):
         raise UserError(f"seed={config.seed}: it must be an integer")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
+    dtype = pick_dtype(config.dtype, "dtype")
     config = config.copy()
     config.method, target = solve(config.backbone, config.method, config.target)
     model, trained_weights = load_model(config, config.method)
@@ -76,7 +75,7 @@ def evaluate(config: DictConfig) -> dict:
 
     cost = _cost(model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
     try:
-        predictions, seconds = predict(model, split, batch_size, device, DTYPES[config.dtype], name, config.num_workers)
+        predictions, seconds = predict(model, split, batch_size, device, dtype, name, config.num_workers)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"device={device}: out of memory with batch_size={batch_size}; set a smaller batch_size"
@@ -247,6 +246,13 @@ def pick_device(name: str) -> torch.device:
             f"device={name}: not to be had here ({one_line(error)}); device=auto takes what is there"
         ) from error
     return device
+
+
+def pick_dtype(name: str, key: str) -> torch.dtype:
+    """The dtype that a config names under a key."""
+    if name not in DTYPES:
+        raise UserError(f"{key}={name}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def pick_batch_size(batch_size: int | None, device: torch.device) -> int:

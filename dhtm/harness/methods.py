@@ -47,6 +47,11 @@ def unusual(method: DictConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in knobs(method).items() if value != defaults[name])
 
 
+def pretrained(backbone: DictConfig) -> VisionTransformer:
+    """The trained model that a config of the group ``backbone`` names; shared, see :func:`load_backbone`."""
+    return load_backbone(**{key: value for key, value in backbone.items() if key != "name"})
+
+
 def patched(backbone: nn.Module, backbone_config: DictConfig, method: DictConfig) -> VisionTransformer:
     """A copy of a backbone, patched with a method."""
     model, reducer = copy.deepcopy(backbone), build_reducer(method)
@@ -72,7 +77,7 @@ def load_model(config: DictConfig, method: DictConfig) -> tuple[VisionTransforme
     """
     file = _find(config, method)
     if file is None:
-        backbone = load_backbone(**_arguments(config.backbone))
+        backbone = pretrained(config.backbone)
         torch.manual_seed(config.seed)  # of parameters that no training has seen
         model = patched(backbone, config.backbone, method)
         if any(True for _ in model.reducer.parameters()) and not config.allow_untrained:
@@ -143,7 +148,3 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(
             f"method.weights={file}: not weights of scripts/train.py, or damaged ({one_line(error)})"
         ) from error
-
-
-def _arguments(backbone: DictConfig) -> dict:
-    return {key: value for key, value in backbone.items() if key != "name"}

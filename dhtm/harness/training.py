@@ -24,12 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-from dhtm.harness.backbones import load_backbone
 from dhtm.harness.data import Indexed, collate
 from dhtm.harness.equal_cost import solve
 from dhtm.harness.errors import UserError, one_line
-from dhtm.harness.evaluate import DTYPES, load_data, pick_batch_size, pick_device, predict
-from dhtm.harness.methods import patched, place, save_weights
+from dhtm.harness.evaluate import DTYPES, load_data, pick_batch_size, pick_device, pick_dtype, predict
+from dhtm.harness.methods import patched, place, pretrained, save_weights
 from dhtm.harness.store import require_writable, write_atomically
 from dhtm.harness.tracking import training_log
 from dhtm.vit import image_ids
@@ -193,8 +192,7 @@ def _micro_batch(config: DictConfig, world: int) -> int:
             raise UserError(f"{key}={config[key]}: it must be an integer from {least}")
     if config.amp not in (None, "bfloat16", "float16"):
         raise UserError(f"amp={config.amp}: choose one of bfloat16, float16, or null")
-    if config.save_dtype not in DTYPES:
-        raise UserError(f"save_dtype={config.save_dtype}: choose one of {', '.join(DTYPES)}")
+    pick_dtype(config.save_dtype, "save_dtype")
     if config.init not in ("pretrained", "scratch"):
         raise UserError(f"init={config.init}: choose one of pretrained, scratch")
     micro_batch, rest = divmod(config.batch_size, world * config.accumulate)
@@ -208,8 +206,7 @@ def _micro_batch(config: DictConfig, world: int) -> int:
 
 def _model(config: DictConfig) -> VisionTransformer:
     options = {"num_classes": config.backbone.num_classes, "drop_path_rate": config.drop_path}
-    arguments = {key: value for key, value in config.backbone.items() if key != "name"}
-    trained = load_backbone(**arguments) if config.init == "pretrained" else None
+    trained = pretrained(config.backbone) if config.init == "pretrained" else None
     torch.manual_seed(config.seed)
     model = timm.create_model(config.backbone.architecture, pretrained=False, **options)
     if trained is not None:
