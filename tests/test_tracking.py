@@ -55,17 +55,14 @@ def test_an_offline_run_holds_config_and_metrics(composed, tmp_path):
     assert described["method"]["k"] == 40
 
 
+def short_training(folder):
+    """Overrides of a training of seconds, with W&B offline."""
+    short = ["recipe=embedded", "data.limit=16", "batch_size=8", "epochs=2", "num_workers=0", f"output={folder}/out"]
+    return [*short, "tracker=wandb", f"tracker.dir={folder}", "tracker.mode=offline"]
+
+
 def test_a_training_logs_its_epochs(composed, tmp_path):
-    options = [
-        "recipe=embedded",
-        "data.limit=16",
-        "batch_size=8",
-        "epochs=2",
-        "num_workers=0",
-        f"output={tmp_path}/out",
-    ]
-    wandb_offline = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
-    last = train(composed(*options, *wandb_offline, "device=cpu", config_name="train"))
+    last = train(composed(*short_training(tmp_path), "device=cpu", config_name="train"))
     rows = []
     for record in records(tmp_path):
         row = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -78,18 +75,9 @@ def test_a_training_logs_its_epochs(composed, tmp_path):
 def test_a_training_that_fails_fails_with_a_tracker_too(composed, tmp_path, monkeypatch, works):
     if not works:
         monkeypatch.setattr(wandb, "init", None)
-    options = [
-        "recipe=embedded",
-        "data.limit=16",
-        "batch_size=8",
-        "epochs=2",
-        "num_workers=0",
-        f"output={tmp_path}/out",
-    ]
-    wandb_offline = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
     bad = ["base_lr=1e30", "warmup_epochs=0", "device=cpu"]
     with pytest.raises(UserError, match=r"not finite|the loss is"):
-        train(composed(*options, *wandb_offline, *bad, config_name="train"))
+        train(composed(*short_training(tmp_path), *bad, config_name="train"))
 
 
 def test_a_report_is_logged_with_its_tables_and_figures(composed, tmp_path):
