@@ -20,4 +20,4 @@ __all__ = [
     "Sinkhorn",
     "ToMe",
     "TokenMergence",
-]  # fmt: skip
+]

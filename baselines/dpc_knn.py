@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape, squared_distances
+from dhtm.reducer import (
+    Attention,
+    KeepRateReducer,
+    average,
+    highest,
+    raise_other_shape,
+    rows,
+    squared_distances,
+    zero_linear,
+)
 from dhtm.regions import Regions
 
 
@@ -47,10 +56,7 @@ class DPCKNN(KeepRateReducer):
         if self.scores and {layer: linear.in_features for layer, linear in self.scores.items()} != fits:
             raise_other_shape(self)
         if self.weighted and not self.scores:
-            self.scores.update({str(layer): nn.Linear(channels, 1) for layer in layers})
-            for linear in self.scores.values():
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+            self.scores.update({str(layer): zero_linear(channels, 1) for layer in layers})
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         m = self.tokens_after(tokens.shape[1], attention.layer, regions.grid)
@@ -80,6 +86,5 @@ def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:
     delta = torch.where(denser, distances, torch.inf).amin(dim=-1)
     delta = torch.where(delta.isinf(), distances.amax(dim=(1, 2))[:, None], delta)
     centres = highest(density + delta.log(), m).sort(dim=1).values
-    to_centres = distances.gather(1, centres[..., None].expand(-1, -1, n))
     ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
-    return to_centres.argmin(dim=1).scatter(1, centres, ranks)
+    return rows(distances, centres).argmin(dim=1).scatter(1, centres, ranks)

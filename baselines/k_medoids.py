@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dhtm.reducer import Attention, KeepRateReducer, highest, squared_distances
+from dhtm.reducer import Attention, KeepRateReducer, highest, rows, squared_distances
 from dhtm.regions import Regions
 
 
@@ -42,13 +42,12 @@ class KMedoids(KeepRateReducer):
             for _ in range(self.rounds):
                 medoids = _better(medoids, _nearest(medoids, distances), distances, attention.cls)
             cluster = _nearest(medoids, distances)
-        kept = tokens.gather(1, medoids[..., None].expand(-1, -1, tokens.shape[-1]))
-        return kept, regions.merged(cluster, m)
+        return rows(tokens, medoids), regions.merged(cluster, m)
 
 
 def _nearest(medoids: Tensor, distances: Tensor) -> Tensor:
     """For each token the place of its nearest medoid: int64 [B, N]."""
-    return distances.gather(1, medoids[..., None].expand(-1, -1, distances.shape[-1])).argmin(dim=1)
+    return rows(distances, medoids).argmin(dim=1)
 
 
 def _better(medoids: Tensor, cluster: Tensor, distances: Tensor, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape
+from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape, rows, zero_linear
 from dhtm.regions import Regions
 
 
@@ -41,10 +41,7 @@ class TokenMergence(KeepRateReducer):
         if any(linear.in_features != channels for linear in self.views.values()):
             raise_other_shape(self)
         if not self.views:
-            self.views.update({str(scale): nn.Linear(channels, channels) for scale in self.scales})
-            for linear in self.views.values():
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+            self.views.update({str(scale): zero_linear(channels, channels) for scale in self.scales})
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         m = self.tokens_after(tokens.shape[1], attention.layer, regions.grid)
@@ -53,10 +50,9 @@ class TokenMergence(KeepRateReducer):
         with torch.no_grad():  # which token goes where has no gradient
             crucial = highest(attention.cls, m).sort(dim=1).values
             units = F.normalize(tokens.float(), dim=-1)
-            targets = units.gather(1, crucial[..., None].expand(-1, -1, units.shape[-1]))
             ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
             with torch.autocast(tokens.device.type, enabled=False):
-                similarities = targets @ units.transpose(1, 2)
+                similarities = rows(units, crucial) @ units.transpose(1, 2)
             cluster = similarities.argmax(dim=1).scatter(1, crucial, ranks)
             importance = attention.cls.clamp(min=torch.finfo(torch.float32).tiny)
             totals = torch.zeros_like(importance[:, :m]).scatter_add(1, cluster, importance)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dhtm.reducer import Attention, Reducer, highest
+from dhtm.reducer import Attention, Reducer, highest, rows
 from dhtm.regions import Regions
 
 
@@ -80,15 +80,10 @@ class ToMe(Reducer):
         wide = torch.promote_types(tokens.dtype, torch.float32)
         a, b = tokens[:, first::2].to(wide), tokens[:, 1 - first :: 2].to(wide)
         sizes_a, sizes_b = regions.sizes[:, first::2, None], regions.sizes[:, 1 - first :: 2, None]
-        moved = _rows(a, merged) * _rows(sizes_a, merged)
+        moved = rows(a, merged) * rows(sizes_a, merged)
         sums = (b * sizes_b).scatter_add(1, into[..., None].expand_as(moved), moved)
         averages = sums / new.sizes[:, n_kept:, None]
-        return torch.cat([_rows(a, kept), averages], dim=1).to(tokens.dtype), new
+        return torch.cat([rows(a, kept), averages], dim=1).to(tokens.dtype), new
 
     def extra_repr(self) -> str:
         return f"r={self.r}, layers={self.layers}, inflect={self.inflect}"
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of x [B, N, D] that index [B, M] names: [B, M, D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

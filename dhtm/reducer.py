@@ -205,6 +205,19 @@ def highest(values: Tensor, m: int) -> Tensor:
     return values.argsort(dim=1, descending=True, stable=True)[:, :m]
 
 
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x [B, N, D] that index, int64 [B, M], names: [B, M, D]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A learned map that starts by adding nothing, so that a trained backbone starts as it is."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 def squared_distances(tokens: Tensor) -> Tensor:
     """‖a − b‖² between all tokens of an image, in float32 or wider: [B, N, D] → [B, N, N]."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -212,5 +225,6 @@ def squared_distances(tokens: Tensor) -> Tensor:
     squares = tokens.square().sum(-1)
     with torch.autocast(tokens.device.type, enabled=False):
         products = tokens @ tokens.transpose(1, 2)
-    distances = (squares[:, :, None] + squares[:, None] - 2 * products).clamp(min=0)
+    # The sum of both orders is the same to the last bit for (a, b) and (b, a), which one product need not be.
+    distances = (squares[:, :, None] + squares[:, None] - (products + products.transpose(1, 2))).clamp(min=0)
     return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))

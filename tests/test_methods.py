@@ -1,33 +1,37 @@
 """Trained weights: found, loaded, and refused where they belong to something else."""
 
+import os
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dhtm.harness.backbones import load_backbone
 from dhtm.harness.errors import UnavailableError, UserError
 from dhtm.harness.evaluate import evaluate
 from dhtm.harness.methods import SHIPPED, load_model, patched, place, save_weights
 
+SIT = ["method=sit", "method.keep_rate=0.5"]
+
 
 @pytest.fixture(scope="module")
 def weights(composed, tmp_path_factory):
     """A SiT at keep rate 0.5 in deit_micro, saved as training does."""
-    config = composed("method=sit", "method.keep_rate=0.5")
+    config = composed(*SIT, config_name="train")
     torch.manual_seed(7)
     model = patched(load_backbone("deit_micro", None, 10), config.backbone, config.method)
     folder = tmp_path_factory.mktemp("checkpoints")
     file = folder / place(config.backbone, config.method) / "last.safetensors"
     file.parent.mkdir(parents=True)
-    save_weights(model, config.backbone, config.method, torch.float32, file)
+    save_weights(model, config, torch.float32, config.epochs, file)
     return folder, file, model
 
 
 def test_weights_are_found_by_backbone_method_and_knob(composed, weights):
     folder, file, trained = weights
     assert file.parent.relative_to(folder).as_posix() == "deit_micro/sit_keep_rate_0.5"
-    config = composed("method=sit", "method.keep_rate=0.5", f"checkpoints_dir={folder}")
+    config = composed(*SIT, f"checkpoints_dir={folder}")
     model, found = load_model(config, config.method)
     assert found == file
     images = torch.randn(3, 1, 56, 56)
@@ -37,7 +41,7 @@ def test_weights_are_found_by_backbone_method_and_knob(composed, weights):
 
 def test_weights_by_file(composed, weights):
     _, file, trained = weights
-    config = composed("method=sit", "method.keep_rate=0.5", f"method.weights={file}")
+    config = composed(*SIT, f"method.weights={file}")
     model, _ = load_model(config, config.method)
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -53,9 +57,30 @@ def test_weights_by_file(composed, weights):
     ],
 )
 def test_weights_of_something_else_are_refused_with_the_mismatch(composed, weights, overrides, message):
-    config = composed("method=sit", "method.keep_rate=0.5", *overrides, f"method.weights={weights[1]}")
+    config = composed(*SIT, *overrides, f"method.weights={weights[1]}")
     with pytest.raises(UserError, match=message):
         load_model(config, config.method)
+
+
+def test_weights_of_an_unfinished_training_are_taken_only_by_name(composed, weights, tmp_path):
+    config = composed(*SIT, "epochs=6", config_name="train")
+    file = tmp_path / place(config.backbone, config.method) / "last.safetensors"
+    file.parent.mkdir(parents=True)
+    save_weights(weights[2], config, torch.float32, 2, file)
+    found = composed(*SIT, f"checkpoints_dir={tmp_path}")
+    with pytest.raises(UserError, match=r"last.safetensors: trained for 2 of 6 epochs so far; .* method.weights=/"):
+        load_model(found, found.method)
+    named = composed(*SIT, f"method.weights={file}")
+    assert load_model(named, named.method)[1] == file
+
+
+def test_weights_say_how_they_were_trained_and_may_be_read_by_others(composed, weights):
+    with safe_open(weights[1], "pt") as content:
+        about = content.metadata()
+    assert [about[key] for key in ("epoch", "epochs", "init", "data")] == ["30", "30", "pretrained", "digits"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert weights[1].stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(
@@ -69,7 +94,7 @@ def test_weights_of_something_else_are_refused_with_the_mismatch(composed, weigh
 def test_files_that_are_no_weights(composed, weights, tmp_path, make, message):
     file = tmp_path / "w.safetensors"
     make(weights[1].read_bytes(), file)
-    config = composed("method=sit", "method.keep_rate=0.5", f"method.weights={file}")
+    config = composed(*SIT, f"method.weights={file}")
     with pytest.raises(UserError, match=message):
         load_model(config, config.method)
 
@@ -101,7 +126,7 @@ def test_a_learned_method_without_weights_needs_permission_and_is_marked(compose
 
 
 def test_runs_say_that_they_are_trained(composed, weights, tmp_path):
-    options = ["method=sit", "method.keep_rate=0.5", f"checkpoints_dir={weights[0]}", f"results_dir={tmp_path}"]
+    options = [*SIT, f"checkpoints_dir={weights[0]}", f"results_dir={tmp_path}"]
     metrics = evaluate(composed(*options, "data.limit=8", "device=cpu"))
     assert metrics["trained"] and not metrics["untrained"]
     assert metrics["params_m"] == pytest.approx(sum(p.numel() for p in weights[2].parameters()) / 1e6)

@@ -29,6 +29,7 @@ def finished_run(folder, number, correct=None, **changes):
         knobs = {"k": k, **options, "proportional_attention": False, "backend": "auto"} | knobs
     metrics = {
         "run_id": f"{number:016x}", "experiment": None, "backbone": "deit_micro", "method": "dhtm", "knobs": knobs,
+        "knob": "k", "trained": False, "untrained": False, "targets_reduction_pct": [],
         "layers": [4, 7, 11], "data": "digits", "split": "test", "n_images": 2000, "n_failed": 0, "top1": 90.0,
         "top1_ci95": [89.0, 91.0], "top5": 99.0, "flops_g": 0.17 - k / 1000, "flops_baseline_g": 0.17,
         "flops_reduction_pct": 100 * k / 170, "merge_flops_g": 0.0, "params_m": 0.6, "tokens_by_layer": [196, 156],
@@ -208,7 +209,7 @@ def test_published_numbers():
 
 
 def test_what_a_target_run_says_of_itself(tmp_path):
-    finished_run(tmp_path, 1, k=30)  # of the first harness
+    finished_run(tmp_path, 1, k=30)
     aimed_run(tmp_path, 2, "dpc_knn", 12.5, trained=True)
     aimed_run(tmp_path, 3, "sinkhorn", untrained=True, targets_reduction_pct=[30.000000000000004, 31.0])
     aimed_run(tmp_path, 4, "unmerged")

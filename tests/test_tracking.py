@@ -8,7 +8,7 @@ import wandb
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from dhtm.harness import tracking
+from dhtm.harness import tracking, training
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import evaluate
 from dhtm.harness.training import train
@@ -19,8 +19,13 @@ MINIMAL = {
 
 
 def records(folder):
-    """Everything in the one .wandb file below a folder: after a header of 7 bytes, LevelDB's log of protobuf records."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    """Everything in the .wandb files below a folder, oldest first."""
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime):
+        yield from records_of(file)
+
+
+def records_of(file):
+    """After a header of 7 bytes, LevelDB's log of protobuf records."""
     data, offset, record = file.read_bytes(), 7, b""
     while offset + 7 <= len(data):
         if 2**15 - offset % 2**15 < 7:  # too little is left of this block of 32 KiB for a chunk's header
@@ -61,14 +66,39 @@ def short_training(folder):
     return [*short, "tracker=wandb", f"tracker.dir={folder}", "tracker.mode=offline"]
 
 
+def rows_of(folder):
+    """What was logged by step."""
+    rows = (
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records(folder)
+    )
+    return [row for row in rows if row]
+
+
 def test_a_training_logs_its_epochs(composed, tmp_path):
     last = train(composed(*short_training(tmp_path), "device=cpu", config_name="train"))
-    rows = []
-    for record in records(tmp_path):
-        row = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        rows += [row] if row else []
+    rows = rows_of(tmp_path)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[-1]["top1"] == last["top1"] and rows[-1]["loss"] == last["loss"]
+
+
+def test_a_training_that_goes_on_goes_on_in_the_same_wandb_run(composed, tmp_path, monkeypatch):
+    config = composed(*short_training(tmp_path), "device=cpu", config_name="train")
+    with monkeypatch.context() as patched:
+
+        def stopped(config, model, validation, epoch, ranks):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            return top1(config, model, validation, epoch, ranks)
+
+        top1 = training._top1
+        patched.setattr(training, "_top1", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    assert len({record.run.run_id for record in records(tmp_path) if record.run.run_id}) == 1
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("works", [True, False])

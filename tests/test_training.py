@@ -1,6 +1,7 @@
 """The trainer goes on bit for bit where it was killed, trains alike over ranks and parts, and refuses what cannot end well."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,11 +101,16 @@ def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, tmp_path):
     equal(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "scripts/train.py"),
-        *SHORT, *exact, f"output={tmp_path}/ranks",
+        "-m", *SHORT, *exact, "method.keep_rate=0.5,0.6", f"checkpoints_dir={tmp_path}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    equal(state(tmp_path / "whole"), state(tmp_path / "ranks"), rtol=1e-3, atol=1e-4)
+    ranks = tmp_path / "deit_micro/sit_keep_rate_0.5"
+    equal(state(tmp_path / "whole"), state(ranks), rtol=1e-3, atol=1e-4)
+    (row,) = pd.read_csv(ranks / "history.csv").to_dict("records")
+    assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "the mean over ranks"
+    assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "each image counted once"
+    assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"
 
 
 def test_photographs_with_the_whole_protocol(composed, photos, tmp_path):
@@ -178,11 +184,69 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path):
         ("output=/proc/nowhere", "output=/proc/nowhere: cannot write there"),
         ("save_dtype=int8", "save_dtype=int8: choose one of"),
         ("method.keep_rate=1.5", "keep_rate=1.5: it must be above 0 and at most 1"),
+        ("mixup=null", "mixup=None: it must be a number from 0"),
+        ("cutmix=x", "cutmix=x: it must be a number from 0"),
+        ("base_lr=abc", "base_lr=abc: it must be a number from 0"),
+        ("random_erasing=null", "random_erasing=None: it must be a number from 0 and below 1"),
+        ("label_smoothing=1", "label_smoothing=1: it must be a number from 0 and below 1"),
+        ("drop_path=true", "drop_path=True: it must be a number from 0 and below 1"),
+        ("clip_grad=-1", "clip_grad=-1: it must be a number from 0, or null"),
+        ("seed=null", "seed=None: it must be an integer from 0"),
+        ("num_workers=-1", "num_workers=-1: it must be an integer from 0, or null"),
+        ("warmup_epochs=4", "warmup_epochs=4: more than epochs=3"),
+        ("optimiser=x", "optimiser=x: timm makes no such optimiser"),
     ],
 )
 def test_what_cannot_end_well_is_not_begun(run, override, message):
     with pytest.raises(UserError, match=message):
         run(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["augment=true", "auto_augment=foo"], "auto_augment=foo .*: timm takes no such augmentation"),
+        (["init=scratch", "backbone.architecture=vgg99"], "backbone.architecture=vgg99: not a model of timm"),
+    ],
+)
+def test_what_cannot_be_built_is_named(run, overrides, message):
+    with pytest.raises(UserError, match=message):
+        run(*overrides)
+
+
+def test_running_out_of_memory_keeps_the_last_epoch_and_names_a_remedy(run, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dhtm.harness.training, "cross_entropy", full)
+    with pytest.raises(UserError, match=r"device=cpu: out of memory with 16 images at once; .* accumulate=2, say"):
+        run()
+
+
+def test_classes_that_differ_between_the_splits_are_refused(composed, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data/train/n02102040").rename(tmp_path / "data/train/n03000684")
+    options = [
+        "backbone=deit_tiny",
+        "backbone.num_classes=3",
+        "init=scratch",
+        "method=tome",
+        "batch_size=2",
+        "device=cpu",
+    ]
+    message = (
+        r"data.train_split=train and data.split=val have different classes, n02979186 and n02102040 under one number"
+    )
+    with pytest.raises(UserError, match=message):
+        train(
+            composed(
+                "data=imagefolder",
+                f"data.root={tmp_path}/data",
+                f"output={tmp_path}/out",
+                *options,
+                config_name="train",
+            )
+        )
 
 
 def test_the_trained_model_keeps_its_method_in_the_state_dict(run, tmp_path):

@@ -47,7 +47,7 @@ def bare_backbone(architecture: str, num_classes: int) -> VisionTransformer:
     Raises:
         UserError: the architecture is unknown.
     """
-    _check_known(architecture)
+    check_known(architecture)
     return timm.create_model(architecture, pretrained=False, num_classes=num_classes).eval()
 
 
@@ -65,7 +65,7 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
     Raises:
         UserError: the architecture is unknown, or the weights cannot be had, read, or fitted to it.
     """
-    _check_known(architecture)
+    check_known(architecture)
     if checkpoint is None:
         pretrained = timm.get_pretrained_cfg(architecture)
         if pretrained and pretrained.num_classes != num_classes:
@@ -85,7 +85,8 @@ def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -
     return model
 
 
-def _check_known(architecture: str) -> None:
+def check_known(architecture: str) -> None:
+    """Raise a UserError unless timm knows an architecture."""
     if not timm.is_model(architecture):
         raise UserError(
             f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"

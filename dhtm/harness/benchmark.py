@@ -17,7 +17,7 @@ from dhtm.flops import count_flops
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.digits import scenes
 from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import require_number
 from dhtm.harness.evaluate import pick_device, pick_dtype
 from dhtm.harness.methods import patched
 from dhtm.harness.store import require_writable, write_atomically
@@ -41,8 +41,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, "dtype")
     for key in ("batch_size", "rounds"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise UserError(f"{key}={config[key]}: it must be an integer from 1")
+        require_number(config, key, 1, integer=True)
     output = Path(config.output).expanduser()
     require_writable(output.parent, f"output={output}")
     backbone = copy.deepcopy(bare_backbone(config.backbone.architecture, config.backbone.num_classes))

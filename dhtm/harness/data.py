@@ -16,6 +16,7 @@ from dhtm.harness import digits as scenes
 from dhtm.harness.errors import UserError, one_line
 
 TRAIN_SCENES = 6_400  # in an epoch of training on the digits
+_DIGITS = tuple("0123456789")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Split:
 
     Attributes:
         dataset: item i is (image, label); the image as the transform leaves it.
-        n_classes: labels are in [0, n_classes).
+        classes: the names of the classes, in the order of their labels.
         channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
         in_memory: items cost next to nothing, so that loading them needs no worker processes.
     """
 
     dataset: Dataset
-    n_classes: int
+    classes: tuple[str, ...]
     channels: int
     fingerprint: str
     in_memory: bool
@@ -48,12 +49,12 @@ def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Spl
     """
     if split == "train":
         dataset = _NewScenes(_limited(limit, TRAIN_SCENES), seed, transform)
-        return Split(dataset, 10, 1, f"digits {seed}", in_memory=False)
+        return Split(dataset, _DIGITS, 1, f"digits {seed}", in_memory=False)
     if split != "test":
         raise UserError(f"data.split={split}: the digits have data.split=test, and train")
     images, labels, fingerprint = _test_scenes(seed)
     n_images = _limited(limit, len(images))
-    return Split(_Images(images[:n_images], labels[:n_images], transform), 10, 1, fingerprint, in_memory=True)
+    return Split(_Images(images[:n_images], labels[:n_images], transform), _DIGITS, 1, fingerprint, in_memory=True)
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def imagefolder(root: str | None, split: str, limit: int | None, transform: Call
     dataset = copy.copy(listed)
     dataset.transform = transform
     part = Subset(dataset, range(_limited(limit, len(dataset))))
-    return Split(part, len(dataset.classes), 3, fingerprint, in_memory=False)
+    return Split(part, tuple(dataset.classes), 3, fingerprint, in_memory=False)
 
 
 @functools.cache

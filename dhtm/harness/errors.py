@@ -1,8 +1,11 @@
 """Mistakes of the user, told in one line."""
 
 import functools
+import math
 import sys
 from collections.abc import Callable
+
+from omegaconf import DictConfig
 
 
 class UserError(Exception):
@@ -16,6 +19,27 @@ class UnavailableError(UserError):
 def one_line(error: BaseException) -> str:
     """The first line of an exception's message, for use inside another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def require_number(
+    config: DictConfig,
+    key: str,
+    least: float = 0,
+    below: float = math.inf,
+    integer: bool = False,
+    optional: bool = False,
+) -> None:
+    """Raise a UserError unless a key of a config is a number in [least, below), or null where it is optional."""
+    value = config[key]
+    if optional and value is None:
+        return
+    kinds = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < below:
+        limit = f" and below {below:g}" if below < math.inf else ""
+        raise UserError(
+            f"{key}={value}: it must be {'an integer' if integer else 'a number'} from {least:g}{limit}"
+            + (", or null" if optional else "")
+        )
 
 
 def command(function: Callable) -> Callable:

@@ -1,9 +1,11 @@
 """One run: one backbone with one method on one data set."""
 
+import contextlib
 import datetime
 import logging
 import os
 import time
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
@@ -20,7 +22,7 @@ from dhtm.flops import count_flops
 from dhtm.harness.backbones import weights_sha256
 from dhtm.harness.data import Indexed, Split, collate
 from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, require_number
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
 from dhtm.vit import image_ids, tokens_by_layer
@@ -40,11 +42,10 @@ def evaluate(config: DictConfig) -> dict:
         UserError: the config asks for something that cannot be had.
     """
     device = pick_device(config.device)
-    batch_size = pick_batch_size(config.batch_size, device)
-    if config.num_workers is not None and (not isinstance(config.num_workers, int) or config.num_workers < 0):
-        raise UserError(f"num_workers={config.num_workers}: it must be a number of processes from 0, or null")
-    if not isinstance(config.seed, int):
-        raise UserError(f"seed={config.seed}: it must be an integer")
+    require_number(config, "batch_size", 1, integer=True, optional=True)
+    batch_size = config.batch_size or pick_batch_size(device)
+    require_number(config, "num_workers", integer=True, optional=True)
+    require_number(config, "seed", integer=True)
     dtype = pick_dtype(config.dtype, "dtype")
     config = config.copy()
     config.method, target = solve(config.backbone, config.method, config.target)
@@ -154,34 +155,37 @@ def predict(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
-    name: str,
+    name: str | None,
     num_workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[pd.DataFrame, float]:
-    """The five best classes for every image of a split.
+    """The five best classes for every image of a split, or of one rank's share of it.
 
     Args:
         model: a patched model, which is moved to the device and dtype.
+        name: what to call this on a progress bar; None for no bar.
         num_workers: processes that load images; None for one a core where images are on disk.
+        share: rank and world: the images rank, rank + world, rank + 2·world, …
 
     Returns:
         index, label, top5 (best first), correct (is the first right) and nonfinite, a row an image in order; and the
         seconds that it took, loading included.
     """
     model.to(device=device, dtype=dtype).eval()
-    if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default would embed patches in less than float32
     if num_workers is None:
         num_workers = 0 if split.in_memory else min(16, os.cpu_count() or 1)
     loader = DataLoader(
         Indexed(split.dataset),
         batch_size,
+        sampler=range(share[0], len(split.dataset), share[1]),
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
     parts = []
     start = time.perf_counter()
-    with tqdm(total=len(split.dataset), desc=name, unit=" images", disable=None) as bar:
+    hidden = True if name is None else None
+    with _whole_float32(), tqdm(total=len(loader.sampler), desc=name, unit=" images", disable=hidden) as bar:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -201,7 +205,20 @@ def predict(
                 )
             )
             bar.update(len(indices))
+    if not parts:  # more ranks than images
+        parts = [pd.DataFrame(columns=["index", "label", "top5", "correct", "nonfinite"])]
     return pd.concat(parts, ignore_index=True), time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions on float32 in float32, as matrix products are: cuDNN's default would embed patches in TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int, **augmentation) -> Split:
@@ -215,15 +232,19 @@ def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int,
         augmentation: more options of timm's create_transform.
     """
     try:
-        arguments = {key: value for key, value in data.items() if key not in ("name", "train_split")}
         transform = create_transform(**preprocessing, **augmentation)
+    except Exception as error:  # timm checks options by assertions, conversions and look-ups
+        options = " ".join(f"{key}={value}" for key, value in augmentation.items())
+        raise UserError(f"{options}: timm takes no such augmentation ({one_line(error)})") from error
+    try:
+        arguments = {key: value for key, value in data.items() if key not in ("name", "train_split")}
         split = instantiate({**arguments, "split": split}, transform=transform)
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise cause if isinstance(cause, UserError) else UserError(f"data={data.name}: {one_line(cause)}") from error
-    if split.n_classes != n_classes:
+    if len(split.classes) != n_classes:
         raise UserError(
-            f"data={data.name} has {split.n_classes} classes, the backbone {n_classes}: choose a backbone for this data "
+            f"data={data.name} has {len(split.classes)} classes, the backbone {n_classes}: choose a backbone for this data "
             "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...)"
         )
     if split.channels != preprocessing["input_size"][0]:
@@ -255,10 +276,6 @@ def pick_dtype(name: str, key: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def pick_batch_size(batch_size: int | None, device: torch.device) -> int:
-    """The configured batch size, or one that is fast on the device; results do not depend on it."""
-    if batch_size is None:
-        return 512 if device.type == "cuda" else 64
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: it must be a number from 1")
-    return batch_size
+def pick_batch_size(device: torch.device) -> int:
+    """A batch size that is fast on the device; results do not depend on it."""
+    return 512 if device.type == "cuda" else 64

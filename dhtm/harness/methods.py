@@ -10,7 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -92,6 +92,11 @@ def load_model(config: DictConfig, method: DictConfig) -> tuple[VisionTransforme
     for key, wanted in identity(config.backbone, method).items():
         if about.get(key) != wanted:
             raise UserError(f"{source}: trained with {key}={about.get(key)}, not {key}={wanted}")
+    if method.weights == "trained" and about.get("epoch") != about.get("epochs"):
+        raise UserError(
+            f"{file}: trained for {about.get('epoch')} of {about.get('epochs')} epochs so far; the command that began it goes "
+            f"on, or take them as they are, method.weights={file}"
+        )
     fit(model, state, source, f"{config.backbone.name} with {method.name}")
     return model, file
 
@@ -110,10 +115,20 @@ def place(backbone: DictConfig, method: DictConfig) -> Path:
     return Path(backbone.name) / f"{method.name}{knob}"
 
 
-def save_weights(model: nn.Module, backbone: DictConfig, method: DictConfig, dtype: torch.dtype, file: Path) -> None:
-    """Write a patched model's parameters, with what they belong to; atomically."""
+def save_weights(model: nn.Module, config: DictConfig, dtype: torch.dtype, epoch: int, file: Path) -> None:
+    """Write a patched model's parameters, with what they belong to and how they were trained; atomically.
+
+    Args:
+        config: of the training.
+        dtype: in which they are written.
+        epoch: after how many of the training's epochs this is.
+    """
     state = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    write_atomically(file, lambda path: save_file(state, path, identity(backbone, method)))
+    history = {"epoch": epoch, "epochs": config.epochs, "init": config.init, "data": config.data.name}
+    about = {**identity(config.backbone, config.method), **{key: str(value) for key, value in history.items()}}
+    write_atomically(
+        file, lambda path: path.write_bytes(save(state, about))
+    )  # save_file's would be readable to nobody else
 
 
 def _find(config: DictConfig, method: DictConfig) -> Path | None:

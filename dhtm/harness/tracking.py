@@ -35,13 +35,16 @@ def log_report(config: DictConfig, tables: dict[str, pd.DataFrame], figures: dic
 
 
 @contextmanager
-def training_log(config: DictConfig, name: str, first: bool) -> Iterator[Callable[[dict], None]]:
-    """Log a training, from its first rank: what this yields takes the figures of one epoch after the other."""
+def training_log(config: DictConfig, name: str, log_id: str, first: bool) -> Iterator[Callable[[dict], None]]:
+    """Log a training, from its first rank: what this yields takes the figures of one epoch after the other.
+
+    A training that goes on under the same ``log_id`` goes on in the same W&B run.
+    """
     if not first or config.tracker.name == "none":
         yield lambda row: None
         return
-    options = {"name": name, "job_type": "training", "config": OmegaConf.to_container(config, resolve=True)}
-    run = _start(config.tracker, options)
+    described = OmegaConf.to_container(config, resolve=True)
+    run = _start(config.tracker, {"id": log_id, "name": name, "job_type": "training", "config": described})
 
     def tell(row: dict) -> None:
         with _warning():

@@ -1,9 +1,11 @@
 """Training a backbone with a method's reduction on, as for the "w/ train" rows of Table 2."""
 
+import atexit
 import contextlib
 import logging
 import os
 import random
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-from dhtm.harness.data import Indexed, collate
+from dhtm.harness.backbones import check_known
+from dhtm.harness.data import Indexed, Split, collate
 from dhtm.harness.equal_cost import solve
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, require_number
 from dhtm.harness.evaluate import DTYPES, load_data, pick_batch_size, pick_device, pick_dtype, predict
 from dhtm.harness.methods import patched, place, pretrained, save_weights
 from dhtm.harness.store import require_writable, write_atomically
@@ -51,14 +54,9 @@ def train(config: DictConfig) -> dict:
     Raises:
         UserError: the config asks for something that cannot be had, or the loss is not finite.
     """
+    config = config.copy()
+    _check(config)
     ranks = Ranks(config.device)
-    try:
-        return _train(config.copy(), ranks)
-    finally:
-        ranks.leave()
-
-
-def _train(config: DictConfig, ranks: "Ranks") -> dict:
     config.method, _ = solve(config.backbone, config.method, config.target)
     name = f"{config.backbone.name} with {place(config.backbone, config.method).name}"
     output = _output(config)
@@ -69,18 +67,12 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
         config.data, config.data.train_split, preprocessing, model.num_classes, **_augmentation(config)
     )
     validation = load_data(config.data, config.data.split, preprocessing, model.num_classes)
-    if training.fingerprint == validation.fingerprint:
-        raise UserError(
-            f"data={config.data.name}: data.train_split={config.data.train_split} and data.split={config.data.split} are the "
-            "same images; give a data.root that holds a folder for each"
-        )
+    _check_splits(config, training, validation)
     n_updates = len(training.dataset) // config.batch_size
     if n_updates == 0:
         raise UserError(f"batch_size={config.batch_size}: the training split has only {len(training.dataset)} images")
 
-    optimiser = create_optimizer_v2(
-        model, opt=config.optimiser, lr=config.base_lr * config.batch_size / 1024, weight_decay=config.weight_decay
-    )
+    optimiser = _optimiser(config, model)
     schedule, _ = create_scheduler_v2(
         optimiser, "cosine", config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
         min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=n_updates,
@@ -88,7 +80,7 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "float16")
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     _seed(config.seed + ranks.rank)
-    history = [] if config.force else _resume(output / "last.pt", config, parts, ranks)
+    history, log_id = _resume(output / "last.pt", config, parts, ranks) or ([], secrets.token_hex(4))
     if len(history) >= config.epochs:
         log.info("%s: trained before, %s", name, output)
         return history[-1]
@@ -96,28 +88,25 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
         log.info("%s: going on after epoch %d of %d", name, len(history), config.epochs)
 
     parallel = DistributedDataParallel(model) if ranks.world > 1 else model
-    with training_log(config, name, ranks.first) as tell:
+    with training_log(config, name, log_id, ranks.first) as tell:
         for epoch in range(len(history) + 1, config.epochs + 1):
             loader = _loader(config, training.dataset, epoch, micro_batch, ranks)
             start = time.perf_counter()
-            loss = _one_epoch(
-                config, parallel, loader, parts, (epoch - 1) * n_updates, n_updates, f"{name}, {epoch}", ranks
-            )
-            seconds = time.perf_counter() - start
-            predictions, _ = predict(
-                model, validation, pick_batch_size(None, ranks.device), ranks.device, torch.float32, "validation",
-                config.num_workers,
-            )  # fmt: skip
-            if predictions.nonfinite.any():
-                raise UserError(
-                    f"after epoch {epoch} the logits are not finite: stopped, the checkpoint of the epoch before is kept; "
-                    f"try a smaller base_lr={config.base_lr}"
+            try:
+                loss = _one_epoch(
+                    config, parallel, loader, parts, (epoch - 1) * n_updates, n_updates, f"{name}, {epoch}", ranks
                 )
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"device={ranks.device}: out of memory with {micro_batch} images at once; the checkpoint of the last whole "
+                    f"epoch is kept; take each update in more parts, accumulate={2 * config.accumulate}, say"
+                ) from error
+            seconds = time.perf_counter() - start
             row = {
                 "epoch": epoch,
                 "lr": optimiser.param_groups[0]["lr"],
                 "loss": loss,
-                "top1": 100 * float(predictions.correct.mean()),
+                "top1": _top1(config, model, validation, epoch, ranks),
                 "images_per_s": n_updates * config.batch_size / seconds,
             }
             history.append(row)
@@ -128,14 +117,30 @@ def _train(config: DictConfig, ranks: "Ranks") -> dict:
             )  # fmt: skip
             random_states = ranks.gather(_random_state(ranks.device))
             if ranks.first:
-                _keep(config, parts, history, random_states, output)
+                _keep(config, parts, history, log_id, random_states, output)
                 tell(row)
             ranks.wait()
     return history[-1]
 
 
+def _top1(config: DictConfig, model: VisionTransformer, validation: Split, epoch: int, ranks: "Ranks") -> float:
+    """Percent of the validation split that the runner's evaluation finds right, each rank taking its share."""
+    predictions, _ = predict(
+        model, validation, pick_batch_size(ranks.device), ranks.device, torch.float32,
+        "validation" if ranks.first else None, config.num_workers, (ranks.rank, ranks.world),
+    )  # fmt: skip
+    counts = ranks.gather([len(predictions), int(predictions.correct.sum()), int(predictions.nonfinite.sum())])
+    n_images, n_correct, n_nonfinite = map(sum, zip(*counts, strict=True))
+    if n_nonfinite:
+        raise UserError(
+            f"after epoch {epoch} the logits of {n_nonfinite} images are not finite: stopped, the checkpoint of the epoch "
+            f"before is kept; try a smaller base_lr={config.base_lr}"
+        )
+    return 100 * n_correct / n_images
+
+
 def _one_epoch(config, model, loader, parts, updates_before, n_updates, name, ranks) -> float:
-    """One pass over the training split; returns the mean loss."""
+    """One pass over the training split; returns the mean loss, over all ranks."""
     model.train()
     mixup = _mixup(config, parts["model"].num_classes)
     losses = []
@@ -166,7 +171,7 @@ def _one_epoch(config, model, loader, parts, updates_before, n_updates, name, ra
                 _update(config, parts, updates_before + update)
                 bar.update()
                 bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
-    return float(np.mean(losses))
+    return float(np.mean(ranks.gather(float(np.mean(losses)))))
 
 
 def _update(config: DictConfig, parts: dict[str, Any], number: int) -> None:
@@ -185,16 +190,51 @@ def _output(config: DictConfig) -> Path:
     return Path(folder).expanduser()
 
 
-def _micro_batch(config: DictConfig, world: int) -> int:
-    """Images that one rank takes at once."""
-    for key, least in (("batch_size", 1), ("accumulate", 1), ("epochs", 1), ("warmup_epochs", 0)):
-        if not isinstance(config[key], int) or config[key] < least:
-            raise UserError(f"{key}={config[key]}: it must be an integer from {least}")
+def _check(config: DictConfig) -> None:
+    """Everything that can be said about a config before anything is loaded."""
+    for key in ("batch_size", "accumulate", "epochs"):
+        require_number(config, key, 1, integer=True)
+    for key in ("warmup_epochs", "seed"):
+        require_number(config, key, integer=True)
+    require_number(config, "num_workers", integer=True, optional=True)
+    require_number(config, "clip_grad", optional=True)
+    for key in ("base_lr", "warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix"):
+        require_number(config, key)
+    for key in ("drop_path", "label_smoothing", "random_erasing"):
+        require_number(config, key, below=1)
+    if config.warmup_epochs > config.epochs:
+        raise UserError(f"warmup_epochs={config.warmup_epochs}: more than epochs={config.epochs}; set fewer")
     if config.amp not in (None, "bfloat16", "float16"):
         raise UserError(f"amp={config.amp}: choose one of bfloat16, float16, or null")
     pick_dtype(config.save_dtype, "save_dtype")
     if config.init not in ("pretrained", "scratch"):
         raise UserError(f"init={config.init}: choose one of pretrained, scratch")
+
+
+def _check_splits(config: DictConfig, training: Split, validation: Split) -> None:
+    """Other images, of the same classes in the same order."""
+    data = f"data={config.data.name}: data.train_split={config.data.train_split} and data.split={config.data.split}"
+    if training.fingerprint == validation.fingerprint:
+        raise UserError(f"{data} are the same images; give a data.root that holds a folder for each")
+    if training.classes != validation.classes:
+        one, other = next(
+            pair for pair in zip(training.classes, validation.classes, strict=False) if pair[0] != pair[1]
+        )
+        raise UserError(
+            f"{data} have different classes, {one} and {other} under one number; make their folders the same"
+        )
+
+
+def _optimiser(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    lr = config.base_lr * config.batch_size / 1024
+    try:
+        return create_optimizer_v2(model, opt=config.optimiser, lr=lr, weight_decay=config.weight_decay)
+    except Exception as error:  # an unknown name, or one that needs a package which is not there
+        raise UserError(f"optimiser={config.optimiser}: timm makes no such optimiser ({one_line(error)})") from error
+
+
+def _micro_batch(config: DictConfig, world: int) -> int:
+    """Images that one rank takes at once."""
     micro_batch, rest = divmod(config.batch_size, world * config.accumulate)
     if rest or not micro_batch or (micro_batch % 2 and _mixes(config)):
         raise UserError(
@@ -206,6 +246,7 @@ def _micro_batch(config: DictConfig, world: int) -> int:
 
 def _model(config: DictConfig) -> VisionTransformer:
     options = {"num_classes": config.backbone.num_classes, "drop_path_rate": config.drop_path}
+    check_known(config.backbone.architecture)
     trained = pretrained(config.backbone) if config.init == "pretrained" else None
     torch.manual_seed(config.seed)
     model = timm.create_model(config.backbone.architecture, pretrained=False, **options)
@@ -244,25 +285,29 @@ def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, 
     )  # fmt: skip
 
 
-def _keep(config: DictConfig, parts: dict, history: list[dict], random_states: list, output: Path) -> None:
+def _keep(config: DictConfig, parts: dict, history: list[dict], log_id: str, random_states: list, output: Path) -> None:
     """Write what an epoch leaves behind."""
-    dtype = DTYPES[config.save_dtype]
-    save_weights(parts["model"], config.backbone, config.method, dtype, output / "last.safetensors")
+    dtype, epoch = DTYPES[config.save_dtype], len(history)
+    save_weights(parts["model"], config, dtype, epoch, output / "last.safetensors")
     if history[-1]["top1"] >= max(row["top1"] for row in history):
-        save_weights(parts["model"], config.backbone, config.method, dtype, output / "best.safetensors")
+        save_weights(parts["model"], config, dtype, epoch, output / "best.safetensors")
     write_atomically(output / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"history": history, "random": random_states, "config": _determinants(config)}
+    state |= {"history": history, "log_id": log_id, "random": random_states, "config": _determinants(config)}
     write_atomically(output / "last.pt", lambda file: torch.save(state, file))
 
 
-def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> list[dict]:
-    """Take everything up as a checkpoint left it; returns the history, empty where there is no checkpoint."""
-    if not file.exists():
-        return []
+def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> tuple[list[dict], str] | None:
+    """Take everything up as a checkpoint left it.
+
+    Returns:
+        The history, and the name under which a tracker knows the training; None where it is to begin.
+    """
+    if config.force or not file.exists():
+        return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        before, history, random_states = state["config"], state["history"], state["random"]
+        before, history, log_id, random_states = (state[key] for key in ("config", "history", "log_id", "random"))
     except Exception as error:  # the file may hold anything, and its readers raise as much
         raise UserError(f"{file}: damaged ({one_line(error)}); remove it, or begin again with force=true") from error
     for key, value in _determinants(config).items():
@@ -279,7 +324,7 @@ def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> list
         raise UserError(
             f"{file}: does not fit this version of the code ({one_line(error)}); begin again with force=true"
         ) from error
-    return history
+    return history, log_id
 
 
 def _determinants(config: DictConfig) -> dict[str, str]:
@@ -331,10 +376,11 @@ class Ranks:
                 f"{n_gpus}, or device=cpu"
             )
         self.device = pick_device(f"cuda:{local}" if on_gpus else device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():  # one group for all trainings of this process
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
 
     def gather(self, value: Any) -> list[Any]:
         """Everyone's values, in the order of ranks."""
@@ -348,7 +394,3 @@ class Ranks:
         """Until everyone is here."""
         if self.world > 1:
             dist.barrier()
-
-    def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -14,7 +14,6 @@ _COLUMNS = [
     "params_m", "tokens_by_layer", "dtype", "device", "seed", "weights_sha256", "data_fingerprint", "code_version",
     "finished", "plain",
 ]  # fmt: skip
-_NEWER = ["knob", "trained", "untrained", "targets_reduction_pct"]  # keys that the first harness did not write
 # A run belongs in the paper's tables where every option but the knob and the layers is the paper's, which is the default.
 _DEFAULTS = {
     "dhtm": {
@@ -39,7 +38,7 @@ _IMAGES = ["dtype", "n_images", "split", "data_fingerprint"]
 
 
 def load_runs(results_dir: str) -> pd.DataFrame:
-    """All finished runs, one row each; what the first harness did not write yet is filled in.
+    """All finished runs, one row each.
 
     ``value`` is that of the knob; ``targets`` are the FLOPs reductions in percent that the knob was solved for, joined by
     commas, "" where it was given; ``plain``: are the options the paper's?
@@ -47,15 +46,7 @@ def load_runs(results_dir: str) -> pd.DataFrame:
     runs = finished_runs(results_dir)
     if runs.empty:
         return pd.DataFrame(columns=_COLUMNS)
-    runs = runs.reindex(columns=runs.columns.union(_NEWER, sort=False))
-    older = runs.targets_reduction_pct.isna()
-    runs["knob"] = runs.knob.mask(older, "k")
-    runs["trained"] = runs.trained.mask(older, False).astype(bool)
-    runs["untrained"] = runs.untrained.mask(older, False).astype(bool)
-    runs["targets"] = [
-        "" if old else ",".join(f"{target:g}" for target in targets)
-        for old, targets in zip(older, runs.targets_reduction_pct, strict=True)
-    ]
+    runs["targets"] = [",".join(f"{target:g}" for target in targets) for targets in runs.targets_reduction_pct]
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
     runs["value"] = pd.Series([knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)], dtype=float)
     runs["ci_low"], runs["ci_high"] = zip(*runs.top1_ci95, strict=True)
