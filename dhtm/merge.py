@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dhtm import kernels
+from dhtm.kernels.batched import raise_runs_out
 from dhtm.reducer import Attention, Reducer, after_merges, check_k
 from dhtm.regions import Regions, grid_pairs
 
@@ -114,6 +115,8 @@ def _reference(tokens, features, regions, k, connectivity, similarity, linkage):
         patches = [set() for _ in range(n)]
         for patch, token in enumerate(regions.assignment[image].tolist()):
             patches[token].add(patch)
+        if sum(map(bool, patches)) <= k:  # every merge takes two regions of the grid
+            raise_runs_out(k, image)
         measured = None if features is None else list(features[image].cpu().to(wide))
         new, members = algorithm_1(
             list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured
@@ -157,7 +160,7 @@ def hierarchical_merge(
         similarity: "cosine", "euclidean", "manhattan" or "kl"; see the functions of these names.
         linkage: "mean" (Eq. 10 as written: the plain average of the two, at every merge) or "size" (weighted by patches,
             which is Eq. 5 over the whole region).
-        backend: "reference" (Algorithm 1, image by image), "torch" (whole batch), or "auto".
+        backend: "reference" (Algorithm 1, image by image), "torch" (whole batch, any device), "numba" (CPU), or "auto".
         features: [B, N, F], what similarity is measured on instead of the tokens, and averaged with them.
 
     Returns:
@@ -165,7 +168,7 @@ def hierarchical_merge(
         regions: the regions of the merged tokens.
 
     Raises:
-        ValueError: a shape or an option is wrong; the message names it.
+        ValueError: a shape or an option is wrong, or the regions given run out of adjacent tokens; the message names it.
     """
     if tokens.dim() != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be floats [B, N, D], not {tokens.dtype} {list(tokens.shape)}")
@@ -182,8 +185,8 @@ def hierarchical_merge(
         raise ValueError(f"features are [B, N] = {list(features.shape[:2])}, tokens {[batch, n]}")
     if not 0 <= k < n:
         raise ValueError(f"k={k} merges of N={n} tokens: k must be at least 0 and below N")
-    backend = "torch" if backend == "auto" else backend
     _check_options(connectivity, similarity, linkage, backend)
+    backend = kernels.pick(backend, tokens.device)
     if k == 0:
         return tokens, regions
     merged, token_map, _ = kernels.hierarchical_merge(

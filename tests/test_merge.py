@@ -1,5 +1,10 @@
 """DHTM against an independent statement of it, every backend against the reference, and what must always hold."""
 
+import multiprocessing
+import os
+import subprocess
+import sys
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -8,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from dhtm import Regions, hierarchical_merge
+from dhtm import Regions, hierarchical_merge, kernels
 from dhtm.kernels import BACKENDS, merge_flops
 from dhtm.regions import grid_pairs
 
@@ -169,14 +174,102 @@ def test_the_batch_does_not_change_the_merges():
         assert torch.equal(alone[0], merged[image]) and torch.equal(its.assignment[0], regions.assignment[image])
 
 
-def test_full_size_tokens_merge_as_in_the_reference():
-    # Neighbours alike, as in a network: a smooth field, and many merges into few regions.
-    generator = torch.Generator().manual_seed(1)
-    field = torch.nn.functional.interpolate(torch.randn(1, 64, 4, 4, generator=generator), size=14, mode="bicubic")
-    tokens = field.flatten(2).transpose(1, 2) + 0.1 * torch.randn(1, 196, 64, generator=generator)
-    expected, regions = hierarchical_merge(tokens, 150, grid=(14, 14), backend="reference")
-    merged, other = hierarchical_merge(tokens, 150, grid=(14, 14), backend="torch")
+def smooth(batch, grid, channels, seed):
+    """Tokens whose neighbours are alike, as in a network: [B, N, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    field = torch.randn(batch, channels, 4, 4, generator=generator)
+    field = torch.nn.functional.interpolate(field, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
+    return field + 0.1 * torch.randn(field.shape, generator=generator)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_full_size_tokens_merge_as_in_the_reference(backend, similarity):
+    tokens = smooth(1, (14, 14), 64, seed=1)
+    expected, regions = hierarchical_merge(tokens, 150, grid=(14, 14), similarity=similarity, backend="reference")
+    merged, other = hierarchical_merge(tokens, 150, grid=(14, 14), similarity=similarity, backend=backend)
     assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+
+
+@pytest.mark.parametrize("linkage", ["mean", "size"])
+@pytest.mark.parametrize(
+    ("grid", "channels", "k"), [((1, 2), 16, 1), ((32, 32), 384, 300), ((7, 9), 1536, 60), ((24, 24), 192, 570)]
+)
+def test_all_sizes_of_models(grid, channels, k, linkage):
+    """From two tokens to 1,024, and from few channels to many: numba as torch, which the reference takes too long for."""
+    tokens = smooth(2, grid, channels, seed=6)
+    expected, regions = hierarchical_merge(tokens, k, grid=grid, linkage=linkage, backend="torch")
+    merged, other = hierarchical_merge(tokens, k, grid=grid, linkage=linkage, backend="numba")
+    assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x], dim=1)[:, 12:],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.repeat_interleave(2, dim=2)[..., ::2],
+        lambda x: x[:1].expand(3, -1, -1),
+    ],
+)
+def test_any_strides(view, backend):
+    tokens = view(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(7)))
+    assert not tokens.is_contiguous()
+    expected, regions = hierarchical_merge(tokens.contiguous(), 5, grid=(3, 4), backend="reference")
+    merged, other = hierarchical_merge(tokens, 5, grid=(3, 4), backend=backend)
+    assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+
+
+def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
+    tokens = smooth(9, (6, 6), 16, seed=8)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            results.append(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0])
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(
+            target=lambda: queue.put(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0].numpy())
+        )
+        child.start()
+        results.append(torch.from_numpy(queue.get()))
+        child.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_numba_without_a_place_for_machine_code(tmp_path):
+    code = "import torch, dhtm; dhtm.hierarchical_merge(torch.ones(1, 4, 2), 1, grid=(2, 2), backend='numba')"
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | nowhere, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_auto_is_the_fastest_that_is_there(monkeypatch):
+    assert kernels.pick("auto", torch.device("cpu")) == "numba"
+    assert kernels.pick("auto", torch.device("meta")) == "torch"
+    with pytest.raises(ValueError, match=r"backend='numba' is for tokens on the CPU, not on meta"):
+        kernels.pick("numba", torch.device("meta"))
+    monkeypatch.setattr(kernels, "HAS_NUMBA", False)
+    assert kernels.pick("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="numba is not installed; pip install numba"):
+        kernels.pick("numba", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_touch_none_cannot_be_merged(backend):
+    """Regions may be anybody's: here all patches are in the first two tokens, and the third stands alone."""
+    regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
+    _, new = hierarchical_merge(torch.ones(1, 3, 2), 1, regions, backend=backend)
+    assert new.sizes.tolist() == [[4, 0]]
+    with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
+        hierarchical_merge(torch.ones(1, 3, 2), 2, regions, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -216,14 +309,14 @@ def test_nan_and_inf_are_merged_last(backend):
     assert merged.isfinite().all(-1).sum() == 8
 
 
-@settings(max_examples=15, deadline=None)
-@given(merges())
-def test_operator_checks(case):
+@settings(max_examples=30, deadline=None)
+@given(merges(), st.sampled_from(list(BACKENDS)))
+def test_operator_checks(case, backend):
     tokens, grid, k, options = case
     assume(k > 0)
     regions = Regions.identity(len(tokens), grid)
     arguments = (tokens.requires_grad_(), None, regions.assignment, regions.sizes, k, *grid)
-    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options.values(), "torch"))
+    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options.values(), backend))
 
 
 @pytest.mark.parametrize(

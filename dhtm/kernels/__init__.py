@@ -1,6 +1,7 @@
 """The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -8,9 +9,33 @@ from torch import Tensor
 from dhtm.kernels import batched
 from dhtm.regions import Regions
 
+HAS_NUMBA = find_spec("numba") is not None
+
+
+def _numba(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from dhtm.kernels import cpu  # Numba takes its time to import, and need not be there
+
+    return cpu.merge(*arguments)
+
+
 # Every backend takes (tokens, features, regions, k, connectivity, similarity, linkage), returns (merged, token_map,
 # weights) and chooses the same merges. dhtm.merge adds "reference".
-BACKENDS: dict[str, Callable] = {"torch": batched.merge}
+BACKENDS: dict[str, Callable] = {"torch": batched.merge, "numba": _numba}
+
+
+def pick(backend: str, device: torch.device) -> str:
+    """The backend to use for tensors on a device; "auto" is the fastest that is there.
+
+    Raises:
+        ValueError: the backend is not to be had.
+    """
+    if backend == "auto":
+        return "numba" if device.type == "cpu" and HAS_NUMBA else "torch"
+    if backend == "numba" and not HAS_NUMBA:
+        raise ValueError("backend='numba': the package numba is not installed; pip install numba, or backend='auto'")
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"backend='numba' is for tokens on the CPU, not on {device}: choose backend='auto'")
+    return backend
 
 
 @torch.library.custom_op("dhtm::hierarchical_merge", mutates_args=())

@@ -22,6 +22,9 @@ def merge(
     Returns:
         merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
         token it went into.
+
+    Raises:
+        ValueError: an image runs out of adjacent tokens before k merges are made.
     """
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -38,11 +41,13 @@ def merge(
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
+    stuck = torch.zeros(batch, 1, dtype=torch.bool, device=tokens.device)
 
     for _ in range(k):
         # The best score; among equals the lexicographically smallest pair.
         best = scores.amax(dim=1, keepdim=True)
         pair = torch.where(scores == best, low * n + high, n * n).amin(dim=1, keepdim=True)
+        stuck = stuck | best.isneginf()
         i, j = pair // n, pair % n
         at_i, at_j = (image, i[:, 0]), (image, j[:, 0])
 
@@ -63,12 +68,19 @@ def merge(
         scores = torch.where(touched, to_new.gather(1, torch.where(touched, low + high - i, low)), scores)
         scores.masked_fill_(low == high, -torch.inf)
 
+    if stuck.any():
+        raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
     token_map = renumber(owner)
     slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
     merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
     if linkage == "size":
         weights = regions.sizes / sizes.gather(1, owner)
     return merged.to(tokens.dtype), token_map, weights.to(torch.float32)
+
+
+def raise_runs_out(k: int, image: int) -> None:
+    """For regions of which some touch no other: soft methods leave tokens that no patch is in."""
+    raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
 
 
 def _describe(features: Tensor, similarity: str) -> Tensor:
