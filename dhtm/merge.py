@@ -160,7 +160,8 @@ def hierarchical_merge(
         similarity: "cosine", "euclidean", "manhattan" or "kl"; see the functions of these names.
         linkage: "mean" (Eq. 10 as written: the plain average of the two, at every merge) or "size" (weighted by patches,
             which is Eq. 5 over the whole region).
-        backend: "reference" (Algorithm 1, image by image), "torch" (whole batch, any device), "numba" (CPU), or "auto".
+        backend: "reference" (Algorithm 1, image by image), "torch" (whole batch, any device), "numba" (CPU), "triton"
+            (CUDA), or "auto", the fastest that is there.
         features: [B, N, F], what similarity is measured on instead of the tokens, and averaged with them.
 
     Returns:

@@ -1,5 +1,6 @@
 """The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from dhtm.kernels import batched
 from dhtm.regions import Regions
 
-HAS_NUMBA = find_spec("numba") is not None
+HAS_NUMBA, HAS_TRITON = find_spec("numba") is not None, find_spec("triton") is not None
 
 
 def _numba(*arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,9 +19,15 @@ def _numba(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return cpu.merge(*arguments)
 
 
+def _triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from dhtm.kernels import gpu  # as above
+
+    return gpu.merge(*arguments)
+
+
 # Every backend takes (tokens, features, regions, k, connectivity, similarity, linkage), returns (merged, token_map,
 # weights) and chooses the same merges. dhtm.merge adds "reference".
-BACKENDS: dict[str, Callable] = {"torch": batched.merge, "numba": _numba}
+BACKENDS: dict[str, Callable] = {"torch": batched.merge, "numba": _numba, "triton": _triton}
 
 
 def pick(backend: str, device: torch.device) -> str:
@@ -30,11 +37,17 @@ def pick(backend: str, device: torch.device) -> str:
         ValueError: the backend is not to be had.
     """
     if backend == "auto":
-        return "numba" if device.type == "cpu" and HAS_NUMBA else "torch"
-    if backend == "numba" and not HAS_NUMBA:
-        raise ValueError("backend='numba': the package numba is not installed; pip install numba, or backend='auto'")
-    if backend == "numba" and device.type != "cpu":
-        raise ValueError(f"backend='numba' is for tokens on the CPU, not on {device}: choose backend='auto'")
+        fast = {"cpu": HAS_NUMBA and "numba", "cuda": HAS_TRITON and "triton"}
+        return fast.get(device.type) or "torch"
+    if (backend == "numba" and not HAS_NUMBA) or (backend == "triton" and not HAS_TRITON):
+        raise ValueError(
+            f"backend={backend!r}: the package {backend} is not installed; install it, or choose backend='auto'"
+        )
+    wrong = (backend == "numba" and device.type != "cpu") or (
+        backend == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET")
+    )
+    if wrong:
+        raise ValueError(f"backend={backend!r} is not for tokens on {device.type}: choose backend='auto'")
     return backend
 
 

@@ -1,0 +1,296 @@
+"""Backend ``triton``: all merges of an image in one program on the GPU, without a word to the host.
+
+The edges of the region adjacency graph stay in registers from the first merge to the last, each with the tokens at its
+ends and their similarity. A step picks the best edge by one reduction, averages two rows of tokens, lists the edges at the
+new token, and measures these against it: as much as there are neighbours of the two merged regions, besides a few
+operations on registers. Nothing depends on the order in which threads run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dhtm.regions import Regions, grid_pairs
+
+_KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_COSINE, _EUCLIDEAN, _KL = (tl.constexpr(_KINDS[name]) for name in ("cosine", "euclidean", "kl"))
+
+
+def merge(
+    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k merges in each image of a batch; see :func:`dhtm.hierarchical_merge` for the arguments.
+
+    Where an image runs out of adjacent tokens before k merges are made, the device fails an assertion: to raise an
+    exception would mean to wait for the device.
+
+    Returns:
+        merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
+        token it went into.
+    """
+    batch, n, channels = tokens.shape
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    contiguous = {"memory_format": torch.contiguous_format, "copy": True}
+    carried = tokens.to(wide, **contiguous)
+    measured = carried if features is None else features.to(wide, **contiguous)
+    n_features = measured.shape[2]
+    pairs = grid_pairs(regions.grid, connectivity, tokens.device)
+    n_edges = len(pairs)
+    block_e = triton.next_power_of_2(n_edges)
+    assignment, sizes = regions.assignment.contiguous(), regions.sizes.contiguous()
+
+    def scratch(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=tokens.device)
+
+    log_p = scratch(*(measured.shape if similarity == "kl" else (1,)), dtype=torch.float64)
+    inverse = scratch(batch, n, dtype=torch.float64)
+    scores = scratch(batch, n_edges, dtype=torch.float32)
+    neighbours = scratch(batch, max(n, n_edges), dtype=torch.int32)
+    merged = scratch(batch, n - k, channels, dtype=wide)
+    token_map, weights = scratch(batch, n, dtype=torch.int64), scratch(batch, n, dtype=torch.float32)
+    stuck = scratch(batch, dtype=torch.int32)
+
+    # Products and sums are rounded one by one, as in the other backends.
+    options = {
+        "KIND": _KINDS[similarity],
+        "BLOCK_D": min(128, triton.next_power_of_2(n_features)),
+        "enable_fp_fusion": False,
+    }
+    _describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
+    _edge_scores[(batch, triton.cdiv(n_edges, 16))](
+        measured,
+        log_p,
+        inverse,
+        assignment,
+        pairs,
+        scores,
+        n,
+        n_features,
+        assignment.shape[1],
+        n_edges,
+        BLOCK_C=16,
+        **options,
+    )
+    _merge_image[(batch,)](
+        carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
+        k, n, channels, n_features, assignment.shape[1], n_edges,
+        TWO=features is not None, BY_SIZE=linkage == "size", BLOCK_N=triton.next_power_of_2(n), BLOCK_E=block_e, BLOCK_C=16,
+        num_warps=min(16, max(4, block_e // 256)), **options,
+    )  # fmt: skip
+    torch._assert_async((stuck == 0).all(), f"k={k} merges, but an image runs out of adjacent tokens before that")
+    return merged.to(tokens.dtype), token_map, weights
+
+
+@triton.jit
+def _describe(x, log_p, inverse, n_features, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a similarity needs of one token beside its features: one over its norm, or the logarithm of its softmax."""
+    columns = tl.arange(0, BLOCK_D)
+    if KIND == _COSINE:
+        squares = tl.zeros((BLOCK_D,), tl.float64)
+        for start in range(0, n_features, BLOCK_D):
+            value = tl.load(x + start + columns, start + columns < n_features, 0.0).to(tl.float64)
+            squares += value * value
+        norm = tl.sqrt(tl.sum(squares))
+        tl.store(inverse, tl.where(norm == 0.0, 0.0, 1.0 / norm))
+    elif KIND == _KL:
+        highest = tl.full((BLOCK_D,), float("-inf"), tl.float64)
+        for start in range(0, n_features, BLOCK_D):
+            value = tl.load(x + start + columns, start + columns < n_features, float("-inf")).to(tl.float64)
+            highest = tl.maximum(highest, value, propagate_nan=tl.PropagateNan.ALL)
+        top = tl.max(highest)
+        total = tl.zeros((BLOCK_D,), tl.float64)
+        for start in range(0, n_features, BLOCK_D):
+            value = tl.load(x + start + columns, start + columns < n_features, float("-inf")).to(tl.float64)
+            total += tl.exp(value - top)
+        log_total = tl.log(tl.sum(total))
+        for start in range(0, n_features, BLOCK_D):
+            inside = start + columns < n_features
+            value = tl.load(x + start + columns, inside, 0.0).to(tl.float64)
+            tl.store(
+                log_p + start + columns, value - top - log_total, inside
+            )  # so tokens that differ by a shift are alike
+
+
+@triton.jit
+def _similarity(
+    x, log_p, inverse, a, b, inside, n_features, KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Of tokens a and b, [BLOCK_C] each: float64 sums, rounded to float32; NaN is lowest, and infinity finite."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float64)
+    for start in range(0, n_features, BLOCK_D):
+        mask = inside[:, None] & (start + columns < n_features)
+        at_a, at_b = a[:, None] * n_features + start + columns, b[:, None] * n_features + start + columns
+        if KIND == _KL:  # Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)
+            p, q = tl.load(log_p + at_a, mask, 0.0), tl.load(log_p + at_b, mask, 0.0)
+            sums -= 0.5 * (tl.exp(p) - tl.exp(q)) * (p - q)
+        else:
+            p, q = tl.load(x + at_a, mask, 0.0).to(tl.float64), tl.load(x + at_b, mask, 0.0).to(tl.float64)
+            if KIND == _COSINE:
+                sums += p * q
+            elif KIND == _EUCLIDEAN:
+                sums += (p - q) * (p - q)
+            else:
+                sums -= tl.abs(p - q)
+    score = tl.sum(sums, axis=1)
+    if KIND == _COSINE:
+        score *= tl.load(inverse + a, inside, 0.0) * tl.load(inverse + b, inside, 0.0)
+    elif KIND == _EUCLIDEAN:
+        score = -tl.sqrt(score)
+    rounded = score.to(tl.float32)
+    rounded = tl.where(rounded != rounded, _LOWEST, rounded)
+    rounded = tl.where(rounded == 0.0, 0.0, rounded)  # not -0.0, whose bits are lower
+    return tl.minimum(tl.maximum(rounded, _LOWEST), -_LOWEST)
+
+
+@triton.jit
+def _describe_all(x, log_p, inverse, n, n_features, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program a token."""
+    token = tl.program_id(0).to(tl.int64) * n + tl.program_id(1)
+    _describe(x + token * n_features, log_p + token * n_features, inverse + token, n_features, KIND, BLOCK_D)
+
+
+@triton.jit
+def _edge_scores(
+    x, log_p, inverse, assignment, pairs, scores, n, n_features, n_patches, n_edges,
+    KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The first similarities, a program for BLOCK_C edges of an image; of a dead edge that of a token with itself."""
+    image = tl.program_id(0).to(tl.int64)
+    edge = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = edge < n_edges
+    a = tl.load(assignment + image * n_patches + tl.load(pairs + 2 * edge, inside, 0), inside, 0)
+    b = tl.load(assignment + image * n_patches + tl.load(pairs + 2 * edge + 1, inside, 0), inside, 0)
+    first = image * n
+    score = _similarity(
+        x + first * n_features,
+        log_p + first * n_features,
+        inverse + first,
+        a,
+        b,
+        inside,
+        n_features,
+        KIND,
+        BLOCK_C,
+        BLOCK_D,
+    )
+    tl.store(scores + image * n_edges + edge, score, inside)
+
+
+@triton.jit
+def _average(x, i, j, n_i, n_j, width, BLOCK_D: tl.constexpr):
+    """Row i becomes the average of rows i and j, weighted by the float64 n_i and n_j; rounded once."""
+    columns = tl.arange(0, BLOCK_D)
+    for start in range(0, width, BLOCK_D):
+        inside = start + columns < width
+        a = tl.load(x + i * width + start + columns, inside, 0.0)
+        b = tl.load(x + j * width + start + columns, inside, 0.0)
+        new = (a.to(tl.float64) * n_i + b.to(tl.float64) * n_j) / (n_i + n_j)
+        tl.store(x + i * width + start + columns, new.to(a.dtype), inside)
+
+
+@triton.jit
+def _merge_image(
+    carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
+    k, n, channels, n_features, n_patches, n_edges,
+    KIND: tl.constexpr, TWO: tl.constexpr, BY_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All merges of one image. ``scores`` and ``neighbours`` are written over; a barrier lets all threads see it."""
+    image = tl.program_id(0).to(tl.int64)
+    carried += image * n * channels
+    measured += image * n * n_features
+    log_p += image * n * n_features
+    inverse += image * n
+    scores += image * n_edges
+    neighbours += image * tl.maximum(n, n_edges)
+    assignment += image * n_patches
+
+    token = tl.arange(0, BLOCK_N)
+    is_token = token < n
+    size = tl.load(sizes + image * n + token, is_token, 0).to(tl.int32)
+    size_before = size
+    owner = token
+    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
+
+    edge = tl.arange(0, BLOCK_E)
+    is_edge = edge < n_edges
+    a = tl.load(assignment + tl.load(pairs + 2 * edge, is_edge, 0), is_edge, 0).to(tl.int32)
+    b = tl.load(assignment + tl.load(pairs + 2 * edge + 1, is_edge, 0), is_edge, 0).to(tl.int32)
+    low, high = tl.minimum(a, b), tl.maximum(a, b)
+    score = tl.load(scores + edge, is_edge & (low != high), float("-inf"))
+    tl.debug_barrier()
+
+    failed = 0
+    for _ in range(k):
+        # One reduction finds the best score and, among equals, the lexicographically smallest pair: a float32's bits,
+        # turned so that integers have its order, stand above those of the pair.
+        bits = score.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        pair = 0x7FFFFFFF - (low * n + high)
+        best = tl.max(ordered * 4294967296 + pair)
+        code = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
+        i, j = code // n, code % n
+        failed = tl.where(i == j, 1, failed)  # only dead edges are left
+
+        if BY_SIZE:
+            n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
+            n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
+        else:
+            n_i = tl.full((), 1.0, tl.float64)
+            n_j = tl.full((), 1.0, tl.float64)
+        _average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
+        if TWO:
+            _average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+        tl.debug_barrier()
+        _describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
+        joined = (owner == i) | (owner == j)
+        owner = tl.where(joined, i, owner)
+        if BY_SIZE:
+            size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
+        else:
+            weight = tl.where(joined, weight * 0.5, weight)
+
+        a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
+        low, high = tl.minimum(a, b), tl.maximum(a, b)
+        dead = low == high
+        touched = ((low == i) | (high == i)) & (dead == 0) & is_edge
+        place = tl.cumsum(touched.to(tl.int32), axis=0) - 1
+        n_touched = tl.sum(touched.to(tl.int32))
+        tl.store(neighbours + place, low + high - i, touched)
+        tl.debug_barrier()
+        for start in range(0, n_touched, BLOCK_C):
+            at = start + tl.arange(0, BLOCK_C)
+            others = tl.load(neighbours + at, at < n_touched, 0)
+            new = tl.zeros((BLOCK_C,), tl.int32) + i
+            to_new = _similarity(
+                measured, log_p, inverse, new, others, at < n_touched, n_features, KIND, BLOCK_C, BLOCK_D
+            )
+            tl.store(scores + at, to_new, at < n_touched)
+        tl.debug_barrier()
+        score = tl.where(touched, tl.load(scores + place, touched, 0.0), tl.where(dead, float("-inf"), score))
+        tl.debug_barrier()
+    tl.store(stuck + image, failed)
+
+    # The tokens that are left move up into the gaps.
+    alive = (owner == token) & is_token
+    place = tl.cumsum(alive.to(tl.int32), axis=0) - 1
+    tl.store(neighbours + token, tl.where(alive, place, -1), is_token)
+    tl.debug_barrier()
+    mine = tl.load(neighbours + owner, is_token, 0)
+    tl.store(token_map + image * n + token, mine.to(tl.int64), is_token)
+    if BY_SIZE:
+        tl.store(inverse + token, size.to(tl.float64), is_token)
+        tl.debug_barrier()
+        weight = (size_before.to(tl.float64) / tl.load(inverse + owner, is_token, 1.0)).to(tl.float32)
+    tl.store(weights + image * n + token, weight, is_token)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    for first in range(0, n, BLOCK_C):
+        rows = first + tl.arange(0, BLOCK_C)
+        to = tl.load(neighbours + rows, rows < n, -1)
+        for start in range(0, channels, BLOCK_D):
+            mask = ((to >= 0) & (to < n - k))[:, None] & (start + columns < channels)
+            value = tl.load(carried + rows[:, None] * channels + start + columns, mask, 0.0)
+            tl.store(merged + (image * (n - k) + to)[:, None] * channels + start + columns, value, mask)

@@ -1,0 +1,121 @@
+"""The CUDA kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_merge import SIMILARITIES, merges, smooth
+
+from dhtm import Regions, hierarchical_merge
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(tokens, k, regions=None, features=None, **options):
+    """The kernels make the reference's merges, bit for bit."""
+    expected, expected_regions = hierarchical_merge(
+        tokens, k, regions, features=features, backend="reference", **options
+    )
+    if regions is not None:
+        regions = Regions(regions.assignment.to(DEVICE), regions.sizes.to(DEVICE), regions.grid)
+    features = None if features is None else features.to(DEVICE)
+    merged, new = hierarchical_merge(tokens.to(DEVICE), k, regions, features=features, backend="triton", **options)
+    assert torch.equal(new.assignment.cpu(), expected_regions.assignment)
+    torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(merges())
+def test_any_tokens(case):
+    tokens, grid, k, options = case
+    check(tokens, k, grid=grid, **options)
+
+
+@settings(max_examples=10, deadline=None)
+@given(merges(), st.integers(0, 2**32 - 1))
+def test_regions_and_features_given(case, seed):
+    tokens, grid, k, options = case
+    assume(k > 1)
+    tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
+    features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
+    check(tokens, (k + 1) // 2, regions, features, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_and_strides(dtype):
+    tokens = smooth(2, (5, 5), 24, seed=0).to(dtype).repeat(1, 2, 1)[:, 25:]
+    check(tokens, 8, grid=(5, 5))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_the_grid_of_a_network(similarity):
+    check(smooth(1, (14, 14), 192, seed=1), 10, grid=(14, 14), similarity=similarity)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_nan_and_inf_are_merged_last(similarity):
+    tokens = smooth(1, (4, 4), 4, seed=2)
+    tokens[0, 5], tokens[0, 10] = torch.nan, torch.inf
+    check(tokens, 6, grid=(4, 4), similarity=similarity)
+
+
+def test_zero_and_minus_zero_are_equally_similar():
+    tokens = torch.tensor([[[1.0, 0.0], [-1e-30, 1e30], [-1.0, 0.0]]])
+    check(tokens, 1, grid=(1, 3))
+
+
+@pytest.mark.parametrize("linkage", ["mean", "size"])
+def test_gradients(linkage):
+    tokens = smooth(2, (3, 4), 3, seed=3).to(DEVICE)
+    gradients = []
+    for backend in ("torch", "triton"):
+        leaf = tokens.clone().requires_grad_()
+        merged, _ = hierarchical_merge(leaf, 5, grid=(3, 4), linkage=linkage, backend=backend)
+        (merged * torch.arange(merged.numel(), device=DEVICE).reshape(merged.shape)).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_running_out_of_neighbours_is_an_error():
+    regions = Regions(torch.tensor([[0, 0, 1, 1]], device=DEVICE), torch.tensor([[2, 2, 0]], device=DEVICE), (2, 2))
+    if DEVICE == "cuda":
+        pytest.skip("a failed assertion leaves the device unusable for this process")
+    with pytest.raises(RuntimeError, match="k=2 merges, but an image runs out of adjacent tokens"):
+        hierarchical_merge(torch.ones(1, 3, 2, device=DEVICE), 2, regions, backend="triton")
+
+
+AHEAD = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dhtm.kernels import gpu
+
+pointers = {"log_p": "*fp64", "inverse": "*fp64", "weights": "*fp32", "scores": "*fp32", "neighbours": "*i32", "stuck": "*i32"}
+pointers |= {"assignment": "*i64", "sizes": "*i64", "pairs": "*i64", "token_map": "*i64"}
+pointers |= dict.fromkeys(("x", "carried", "measured", "merged"), "*fp32")
+blocks = {"BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D": 128}
+for kernel in (gpu._describe_all, gpu._edge_scores, gpu._merge_image):
+    constants = {"KIND": int(sys.argv[1]), "TWO": True, "BY_SIZE": True, **blocks}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    print(len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+
+
+@pytest.mark.parametrize("kind", [0, 3])
+def test_the_kernels_compile_for_a_gpu_without_one(kind, tmp_path):
+    """Down to the machine code of an H100: the interpreter takes more than the compiler does."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", AHEAD, str(kind)], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 3
