@@ -67,7 +67,7 @@ class DPCKNN(KeepRateReducer):
             weights = (scores - scores.amax(dim=1, keepdim=True)).exp()
         else:
             weights = torch.ones(cluster.shape, device=tokens.device)
-        totals = weights.new_zeros(len(tokens), m).scatter_add(1, cluster, weights)
+        totals = weights.new_zeros(tokens.shape[0], m).scatter_add(1, cluster, weights)
         shares = weights / totals.gather(1, cluster)
         return average(tokens, cluster, shares, m), regions.merged(cluster, m)
 
@@ -86,5 +86,5 @@ def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:
     delta = torch.where(denser, distances, torch.inf).amin(dim=-1)
     delta = torch.where(delta.isinf(), distances.amax(dim=(1, 2))[:, None], delta)
     centres = highest(density + delta.log(), m).sort(dim=1).values
-    ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
+    ranks = torch.arange(m, device=tokens.device).expand(tokens.shape[0], m)
     return rows(distances, centres).argmin(dim=1).scatter(1, centres, ranks)

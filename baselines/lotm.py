@@ -51,20 +51,30 @@ class LoTM(Reducer):
         weights = torch.ones(batch, n, device=tokens.device)
         remaining = torch.full((batch, 1), self.k, device=tokens.device)
         current = tokens
-        while True:
+        for step in range(_passes(n - height, self.k)):
+            if step > 0:
+                current = average(tokens, owner, weights, n)
             taken, right = _pass(current, owner, rows, remaining, width)
             everyone = torch.arange(n + 1, device=tokens.device).repeat(batch, 1)
             owner = everyone.scatter(1, torch.where(taken, right, n), everyone[:, :n])[:, :n].gather(1, owner)
             weights = torch.where(taken.gather(1, owner), weights / 2, weights)
             remaining = remaining - taken.sum(dim=1, keepdim=True)
-            if not remaining.any():
+            if tokens.device.type == "cpu" and not remaining.any():  # a GPU would have to be waited for
                 break
-            current = average(tokens, owner, weights, n)
         token_map = renumber(owner)
         return average(tokens, token_map, weights, n - self.k), regions.merged(token_map, n - self.k)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, layers={self.layers}"
+
+
+def _passes(n_candidates: int, k: int) -> int:
+    """How many walks are sure to find k pairs: one leaves no pair open, so it takes a third of the candidates at least."""
+    passes, found = 0, 0
+    while found < k:
+        taken = -(-n_candidates // 3)
+        n_candidates, found, passes = n_candidates - taken, found + taken, passes + 1
+    return passes
 
 
 def _pass(tokens: Tensor, owner: Tensor, rows: Tensor, remaining: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class TokenMergence(KeepRateReducer):
         with torch.no_grad():  # which token goes where has no gradient
             crucial = highest(attention.cls, m).sort(dim=1).values
             units = F.normalize(tokens.float(), dim=-1)
-            ranks = torch.arange(m, device=tokens.device).expand(len(tokens), m)
+            ranks = torch.arange(m, device=tokens.device).expand(tokens.shape[0], m)
             with torch.autocast(tokens.device.type, enabled=False):
                 similarities = rows(units, crucial) @ units.transpose(1, 2)
             cluster = similarities.argmax(dim=1).scatter(1, crucial, ranks)

@@ -70,7 +70,7 @@ class ToMe(Reducer):
         into = partner.gather(1, merged)
 
         n_kept, n_b = kept.shape[1], n - best.shape[1]
-        ranks = torch.arange(n_kept, device=tokens.device).expand(len(tokens), -1)
+        ranks = torch.arange(n_kept, device=tokens.device).expand(tokens.shape[0], -1)
         places = (n_kept + partner).scatter(1, kept, ranks)
         token_map = torch.empty_like(regions.sizes)
         token_map[:, first::2] = places
