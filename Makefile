@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
-.PHONY: help setup sweep report test lint format constraints clean force
+.PHONY: help setup sweep report bench test lint format constraints clean force
 
 ARGS ?=
 VENV := .venv
@@ -51,6 +51,9 @@ sweep: $(STAMP) ## run every experiment, then make the tables and figures; ARGS=
 
 report: $(STAMP) ## make the tables and figures from the runs that are there
 	@$(BIN)/python scripts/report.py $(ARGS)
+
+bench: $(STAMP) ## how fast the methods are on this machine; ARGS="backbone=deit_base batch_size=256 dtype=bfloat16"
+	@$(BIN)/python scripts/benchmark.py $(ARGS)
 
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
 	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)

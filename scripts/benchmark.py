@@ -1,16 +1,57 @@
-"""Time every method at equal FLOPs: `python scripts/benchmark.py --help`."""
+"""Time every method at equal FLOPs, and DHTM's merge by itself: `python scripts/benchmark.py --help`."""
+
+import datetime
+import json
+import logging
+from pathlib import Path
 
 import hydra
+import pandas as pd
+import torch
 from omegaconf import DictConfig
 
-from dhtm.harness.benchmark import benchmark
+from dhtm.harness.benchmark import benchmark, check, scaling
 from dhtm.harness.errors import command
+from dhtm.harness.methods import SHIPPED
+from dhtm.harness.store import environment, require_writable, write_atomically
+from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
+from dhtm.report.style import BACKBONES, save_figure
+
+log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
 @command
 def main(config: DictConfig) -> None:
-    benchmark(config)
+    """Measure, then write tables and figures."""
+    check(config)
+    folder = Path(config.output_dir).expanduser()
+    require_writable(folder, f"output_dir={config.output_dir}")
+    machine = environment()
+    where = machine["gpu"] or f"{machine['torch_threads']} threads of {machine['processor']}"
+    backbone = BACKBONES.get(config.backbone.name, config.backbone.name)
+    title = f"{backbone}, {_aim(config.target)}, batch {config.batch_size}, {config.dtype}, {where}"
+
+    frame = benchmark(config)
+    table = speed_table(frame, f"{title}, {config.rounds} rounds, PyTorch {torch.__version__}")
+    table.save(folder / "speed")
+    runs = pd.read_csv(SHIPPED.parent / "tables" / "runs.csv")
+    save_figure(speed_figure(frame, runs, config.target, title), folder / "speed")
+    log.info("%s", table.markdown())
+
+    grown = scaling(config)
+    title = f"DHTM's merge by itself, {config.scaling.channels} channels, {config.dtype}, {where}"
+    table = scaling_table(grown, f"{title}, {config.rounds} rounds")
+    table.save(folder / "merge")
+    save_figure(scaling_figure(grown, title), folder / "merge")
+    date = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    text = json.dumps(date | machine, indent=2) + "\n"
+    write_atomically(folder / "environment.json", lambda file: file.write_text(text))
+    log.info("%s\n%s", table.markdown(), folder)
+
+
+def _aim(target: DictConfig) -> str:
+    return f"{target.reduction_pct:g}% fewer FLOPs" if target.flops_g is None else f"{target.flops_g:g} GFLOPs"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def shortened(photos, weights, tmp_path):
             return [*arguments, SHORT_TRAINING, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
         if script.endswith("benchmark.py"):
             small = ["backbone=deit_micro" if "backbone=" in argument else argument for argument in arguments]
-            return [*small, "rounds=1", "batch_size=2", "~methods.random", f"output={tmp_path}/speed.csv"]
+            grown = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]"]
+            return [*small, *grown, "rounds=1", "batch_size=2", "~methods.random", f"output_dir={tmp_path}"]
         if script.endswith("report.py"):
             (tmp_path / "runs").mkdir()
             return [script, f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}"]
@@ -105,6 +106,19 @@ def test_make_sweep(command, shortened, tmp_path):
 
 
 @needs_make
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make bench")])
+def test_make_bench(command, shortened, tmp_path):
+    overrides = shlex.split(command)[2:]
+    arguments = shlex.split(overrides[0].removeprefix("ARGS=")) if overrides else ["backbone=deit_micro"]
+    arguments = " ".join([*shortened(["benchmark.py", *arguments])[1:], "device=cpu", "dtype=float32"])
+    result = subprocess.run(
+        ["make", "bench", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "speed.png").exists()
+
+
+@needs_make
 def test_make_test():
     assert "make test" in COMMANDS
     result = subprocess.run(
@@ -119,6 +133,7 @@ def test_every_command_is_of_a_kind_that_is_run_here():
         "python scripts/",
         "torchrun ",
         "make sweep",
+        "make bench",
         "make test",
         "make setup TORCH=",
     )  # the last in test_makefile.py
@@ -126,13 +141,16 @@ def test_every_command_is_of_a_kind_that_is_run_here():
     assert {"make sweep", "make test"} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
-def test_code(code, monkeypatch, capsys):
+def test_code(monkeypatch, capsys):
+    """All blocks one after the other, as in one session."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
     scope = {}
-    exec(code, scope)
+    for kind, code in BLOCKS:
+        if kind == "python":
+            exec(code, scope)
     assert scope["logits"].shape == (8, 1000)
+    assert scope["program"].module()(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
     assert scope["merged"].shape == (2, 156, 384)
     assert round(float(capsys.readouterr().out), 2) == 3.34
 

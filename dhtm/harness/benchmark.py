@@ -1,81 +1,127 @@
-"""Speed of the methods at equal FLOPs, against the backbone as it is, interleaved in one process."""
+"""Speed: of the methods at equal FLOPs against the backbone as it is, and of DHTM's merge by itself."""
 
 import copy
+import itertools
 import logging
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from scipy.cluster.hierarchy import linkage
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.digits import scenes
 from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import require_number
+from dhtm.harness.errors import UserError, require_number
 from dhtm.harness.evaluate import pick_device, pick_dtype
 from dhtm.harness.methods import patched
-from dhtm.harness.store import require_writable, write_atomically
+from dhtm.merge import hierarchical_merge
 
 log = logging.getLogger(__name__)
 
 
+def check(config: DictConfig) -> None:
+    """Raise a UserError where a config asks for something that cannot be had."""
+    pick_device(config.device)
+    pick_dtype(config.dtype, "dtype")
+    for key in ("batch_size", "rounds"):
+        require_number(config, key, 1, integer=True)
+    for key, least in (("grids", 2), ("ks", 1), ("batch_sizes", 1)):
+        values = config.scaling[key]
+        if not values or not all(isinstance(value, int) and value >= least for value in values):
+            raise UserError(f"scaling.{key}={values}: it must be a list of integers from {least}")
+    if max(config.scaling.ks) >= min(config.scaling.grids) ** 2:
+        raise UserError(
+            f"scaling.ks={config.scaling.ks}: each must be below the tokens of the smallest of scaling.grids"
+        )
+
+
 def benchmark(config: DictConfig) -> pd.DataFrame:
-    """Time one forward of every method in turn, round after round, and write the figures to ``config.output``.
+    """Time forwards of every method in turn, round after round.
 
     A round's speed-up is the backbone's time over the method's in the same round, so that what slows the machine for a
     while slows both. Weights are random, which costs what trained ones cost; images are scenes of digits, not noise, for
     what merges first depends on them.
 
     Returns:
-        One row a method: what it was set to, its FLOPs, the median time, and the speed-up with its quartiles.
-
-    Raises:
-        UserError: the config asks for something that cannot be had.
+        One row a method: knob, value, layers and trained (has it weights of its own?), what its weights are; flops_g;
+        flops_reduction_pct and ideal_speedup by FLOPs; ms (median), images_per_s, and speedup with its quartiles of a
+        batch; ideal_share_pct, of the ideal's gain; merge_pct, the reduction's share of the forward; peak_memory_mb beside
+        weights and images; latency_ms and latency_speedup with its quartiles, of one image.
     """
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, "dtype")
-    for key in ("batch_size", "rounds"):
-        require_number(config, key, 1, integer=True)
-    output = Path(config.output).expanduser()
-    require_writable(output.parent, f"output={output}")
+    device, dtype = pick_device(config.device), pick_dtype(config.dtype, "dtype")
     backbone = copy.deepcopy(bare_backbone(config.backbone.architecture, config.backbone.num_classes))
     backbone = backbone.to(device=device, dtype=dtype)
     images = _images(backbone, config.batch_size).to(device=device, dtype=dtype)
-    models, rows = {"unmerged": backbone}, {}
     plain = baseline_flops(config.backbone.architecture, config.backbone.num_classes)
+    models, rows = {"unmerged": backbone}, {"unmerged": {"flops_g": plain / 1e9}}
     for name, given in config.methods.items():
         method, _ = solve(config.backbone, given, config.target)
         models[name] = patched(backbone, config.backbone, method)
-        flops = count_flops(models[name]).total
-        rows[name] = {"knob": method.knob, "value": method[method.knob], "flops_g": flops / 1e9}
-        rows[name] |= {"flops_reduction_pct": 100 * (1 - flops / plain), "ideal_speedup": plain / flops}
-    rows["unmerged"] = {"flops_g": plain / 1e9, "flops_reduction_pct": 0.0, "ideal_speedup": 1.0}
+        layers = method.layers if isinstance(method.layers, str) else ",".join(map(str, method.layers))
+        rows[name] = {"knob": method.knob, "value": method[method.knob], "layers": layers}
+        rows[name] |= {"trained": method.weights is not None, "flops_g": count_flops(models[name]).total / 1e9}
 
-    seconds = _interleaved(models, images, config.rounds)
-    speedups = pd.DataFrame({name: seconds["unmerged"] / seconds[name] for name in models})
-    for name in models:
-        rows[name] |= {
-            "ms": 1000 * seconds[name].median(),
-            "images_per_s": config.batch_size / seconds[name].median(),
-            "speedup": speedups[name].median(),
-            "speedup_q1": speedups[name].quantile(0.25),
-            "speedup_q3": speedups[name].quantile(0.75),
-        }
-    frame = pd.DataFrame.from_dict(rows, orient="index").loc[list(models)].rename_axis("method").reset_index()
+    batch = _speedups(_interleaved(_forwards(models, images), config.rounds, device, f"batch {len(images)}"))
+    alone = _speedups(_interleaved(_forwards(models, images[:1]), config.rounds, device, "one image"))
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
+    frame["flops_reduction_pct"] = 100 * (1 - frame.flops_g / frame.flops_g[0])
+    frame["ideal_speedup"] = frame.flops_g[0] / frame.flops_g
+    for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
+        frame[column] = frame.method.map(batch[column])
+    frame.insert(frame.columns.get_loc("ms") + 1, "images_per_s", 1000 * len(images) / frame.ms)
     frame["ideal_share_pct"] = 100 * (frame.speedup - 1) / (frame.ideal_speedup - 1).where(frame.ideal_speedup > 1)
-    write_atomically(output, lambda file: frame.to_csv(file, index=False, float_format="%.6g"))
-    log.info(
-        "%s, batch %d, %s, %s, %d threads, %d rounds\n\n%s\n\n%s",
-        config.backbone.name, config.batch_size, config.dtype, device.type, torch.get_num_threads(), config.rounds,
-        frame.to_markdown(index=False, floatfmt=".3f"), output,
-    )  # fmt: skip
+    frame["merge_pct"] = [_merge_pct(models[name], images) for name in frame.method]
+    frame["peak_memory_mb"] = [_peak_memory_mb(models[name], images) for name in frame.method]
+    for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
+        frame[f"latency_{column}"] = frame.method.map(alone[column])
     return frame
+
+
+def scaling(config: DictConfig) -> pd.DataFrame:
+    """Time DHTM's merge by itself over the number of tokens, over k and over the batch, from one setting on.
+
+    On a CPU also scipy's average-linkage clustering of the same tokens, image by image, for scale; its clusters may be of
+    any shape.
+
+    Returns:
+        One row a setting: varied ("n_tokens", "k" or "batch_size"), n_tokens, k, batch_size, channels; merge_ms with its
+        quartiles, and scipy_ms.
+    """
+    device, dtype, given = pick_device(config.device), pick_dtype(config.dtype, "dtype"), config.scaling
+    first = {"grid": given.grids[0], "k": given.ks[0], "batch_size": given.batch_sizes[0]}
+    settings = [("n_tokens", first | {"grid": grid}) for grid in given.grids]
+    settings += [("k", first | {"k": k}) for k in given.ks]
+    settings += [("batch_size", first | {"batch_size": batch_size}) for batch_size in given.batch_sizes]
+    rows = []
+    for varied, setting in settings:
+        grid, k, batch_size = setting.values()
+        tokens = _tokens(batch_size, grid, given.channels).to(device=device, dtype=dtype)
+
+        def merge(tokens=tokens, k=k, grid=grid):
+            return hierarchical_merge(tokens, k, grid=(grid, grid))
+
+        def cluster(tokens=tokens):
+            return [linkage(image.numpy(), "average", "cosine") for image in tokens.float()]
+
+        steps = {"merge": merge} | ({"scipy": cluster} if device.type == "cpu" else {})
+        ms = 1000 * _interleaved(steps, config.rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
+        row = {"varied": varied, "n_tokens": grid**2, "k": k, "batch_size": batch_size, "channels": given.channels}
+        row |= {
+            "merge_ms": ms["merge"].median(),
+            "merge_ms_q1": ms["merge"].quantile(0.25),
+            "merge_ms_q3": ms["merge"].quantile(0.75),
+        }
+        rows.append(row | {"scipy_ms": ms["scipy"].median() if "scipy" in ms else float("nan")})
+    return pd.DataFrame(rows)
 
 
 def _images(model: nn.Module, n_images: int) -> Tensor:
@@ -85,17 +131,83 @@ def _images(model: nn.Module, n_images: int) -> Tensor:
     return interpolate(grey, size=(height, width), mode="bicubic").expand(-1, channels, -1, -1).contiguous()
 
 
+def _tokens(n_images: int, grid: int, channels: int) -> Tensor:
+    """Scenes of digits as tokens [B, grid², D]: their patches of 16×16 pixels through one random projection."""
+    grey = torch.from_numpy(scenes("test", range(n_images))[0])[:, None].float() / 127.5 - 1
+    patches = interpolate(grey, size=(16 * grid, 16 * grid), mode="bicubic").unfold(2, 16, 16).unfold(3, 16, 16)
+    projection = torch.randn(256, channels, generator=torch.Generator().manual_seed(0)) / 16
+    return patches.reshape(n_images, grid**2, 256) @ projection
+
+
+def _forwards(models: dict[str, nn.Module], images: Tensor) -> dict[str, Callable]:
+    return {name: lambda model=model: model(images) for name, model in models.items()}
+
+
 @torch.inference_mode()
-def _interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int) -> pd.DataFrame:
-    """Seconds of one forward: a row a round, a column a model; one more round before them warms up."""
+def _interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, what: str) -> pd.DataFrame:
+    """Seconds of each step: a row a round, a column a step; one more round before them warms up."""
     measured = []
-    for _ in tqdm(range(rounds + 1), desc="rounds", disable=None):
+    for _ in tqdm(range(rounds + 1), desc=what, unit=" rounds", disable=None):
         row = {}
-        for name, model in models.items():
+        for name, step in steps.items():
             start = time.perf_counter()
-            model(images)
-            if images.device.type == "cuda":
-                torch.cuda.synchronize(images.device)
+            step()
+            _wait(device)
             row[name] = time.perf_counter() - start
         measured.append(row)
     return pd.DataFrame(measured[1:])
+
+
+def _speedups(seconds: pd.DataFrame) -> pd.DataFrame:
+    """By method: the median ms, and the speed-up over the unmerged model in the same round, with its quartiles."""
+    speedups = seconds.rdiv(seconds.unmerged, axis=0)
+    quartiles = speedups.quantile([0.25, 0.5, 0.75]).T.set_axis(["speedup_q1", "speedup", "speedup_q3"], axis=1)
+    return quartiles.assign(ms=1000 * seconds.median())
+
+
+@torch.inference_mode()
+def _merge_pct(model: nn.Module, images: Tensor, rounds: int = 3) -> float:
+    """The reducer's share of a forward, in percent, the median of some; waiting for the device before and after it."""
+    if not hasattr(model, "reducer"):
+        return float("nan")
+    began, spent, shares = [], [], []
+
+    def before(*_):
+        _wait(images.device)
+        began.append(time.perf_counter())
+
+    def after(*_):
+        _wait(images.device)
+        spent.append(time.perf_counter() - began.pop())
+
+    hooks = [model.reducer.register_forward_pre_hook(before), model.reducer.register_forward_hook(after)]
+    for _ in range(rounds):
+        spent.clear()
+        start = time.perf_counter()
+        model(images)
+        _wait(images.device)
+        shares.append(100 * sum(spent) / (time.perf_counter() - start))
+    for hook in hooks:
+        hook.remove()
+    return float(pd.Series(shares).median())
+
+
+@torch.inference_mode()
+def _peak_memory_mb(model: nn.Module, images: Tensor) -> float:
+    """The most memory that one forward holds at once, beside weights and images, in 10⁶ bytes."""
+    if images.device.type == "cuda":
+        _wait(images.device)
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        model(images)
+        return (torch.cuda.max_memory_allocated(images.device) - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model(images)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)) / 1e6
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
