@@ -188,6 +188,9 @@ def test_the_results_are_the_committed_ones():
     table = (ROOT / "results" / "embedded" / "tables" / "table1.md").read_text(encoding="utf-8")
     assert shown
     assert shown in table
+    shown = re.search(r"<!-- speed:.*?-->\n(.*?)<!-- end of speed -->", README, re.DOTALL).group(1).strip()
+    assert shown
+    assert shown in (ROOT / "results" / "speed" / "cpu" / "speed.md").read_text(encoding="utf-8")
     runs = pd.read_csv(ROOT / "results" / "embedded" / "tables" / "runs.csv")
     runs = runs[runs.targets.isna()].set_index(["method", "k"])
     assert f"at random keeps {runs.loc[('random', 56), 'top1']:.2f}%" in README
