@@ -31,7 +31,8 @@ def run(composed, tmp_path):
     """Evaluate in this process, results in a folder of the test's own."""
 
     def evaluate_with(*overrides):
-        return evaluate(composed(f"results_dir={tmp_path}/runs", "device=cpu", *overrides))
+        folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
+        return evaluate(composed(*folders, "device=cpu", *overrides))
 
     return evaluate_with
 
@@ -304,7 +305,7 @@ def test_damaged_metrics_are_named(run, tmp_path):
     ],
 )
 def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, message, tmp_path):
-    result = script("evaluate", *overrides, f"results_dir={tmp_path}/runs")
+    result = script("evaluate", *overrides, f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

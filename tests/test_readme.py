@@ -65,7 +65,7 @@ def shortened(photos, weights, tmp_path):
         if "tracker=wandb" in arguments:
             arguments += [f"tracker.dir={tmp_path}", "tracker.mode=offline"]
         if "--help" not in arguments:
-            arguments += ["data.limit=2", f"results_dir={tmp_path}/runs"]
+            arguments += ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
         return arguments
 
     return shorten

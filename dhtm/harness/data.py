@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Split:
         channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
         in_memory: items cost next to nothing, so that loading them needs no worker processes.
+        normalise: what is still to be done to a batch of images, where the data set leaves it to the device.
     """
 
     dataset: Dataset
@@ -36,6 +38,7 @@ class Split:
     channels: int
     fingerprint: str
     in_memory: bool
+    normalise: Callable | None = None
 
 
 def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Split:
@@ -131,6 +134,11 @@ def _listed(folder: Path) -> tuple[ImageFolder, str]:
         raise UserError(f"data.root: {folder}: {what}") from None
     files = [f"{Path(path).relative_to(folder)} {Path(path).stat().st_size} {label}" for path, label in dataset.samples]
     return dataset, hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def n_loaders(num_workers: int | None) -> int:
+    """Processes that load images: as many as asked for, or one a core."""
+    return min(16, os.cpu_count() or 1) if num_workers is None else num_workers
 
 
 def _limited(limit: int | None, n_images: int) -> int:

@@ -3,26 +3,23 @@
 import contextlib
 import datetime
 import logging
-import os
 import time
 from collections.abc import Iterator
 
 import pandas as pd
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from scipy.stats import binomtest
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import weights_sha256
-from dhtm.harness.data import Indexed, Split, collate
+from dhtm.harness.data import Split
 from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError, one_line, require_number
+from dhtm.harness.loading import batches, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
 from dhtm.vit import image_ids, tokens_by_layer
@@ -74,6 +71,7 @@ def evaluate(config: DictConfig) -> dict:
         log.info("%s: done before, %s", name, run.path)
         return run.add_target(metrics, target)
 
+    split = from_cache(split, config, preprocessing)
     cost = _cost(model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
     try:
         predictions, seconds = predict(model, split, batch_size, device, dtype, name, config.num_workers)
@@ -172,31 +170,19 @@ def predict(
         seconds that it took, loading included.
     """
     model.to(device=device, dtype=dtype).eval()
-    if num_workers is None:
-        num_workers = 0 if split.in_memory else min(16, os.cpu_count() or 1)
-    loader = DataLoader(
-        Indexed(split.dataset),
-        batch_size,
-        sampler=range(share[0], len(split.dataset), share[1]),
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )
+    indices = range(share[0], len(split.dataset), share[1])
     parts = []
     start = time.perf_counter()
     hidden = True if name is None else None
-    with _whole_float32(), tqdm(total=len(loader.sampler), desc=name, unit=" images", disable=hidden) as bar:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            indices, images, labels = batch
-            with image_ids(model, indices):
-                logits = model(images.to(device=device, dtype=dtype, non_blocking=True)).float()
+    with _whole_float32(), tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
+        for ids, images, labels in batches(split, indices, batch_size, device, num_workers):
+            with image_ids(model, ids):
+                logits = model(images.to(dtype=dtype)).float()
             top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
             parts.append(
                 pd.DataFrame(
                     {
-                        "index": indices.numpy(),
+                        "index": ids.numpy(),
                         "label": labels.numpy(),
                         "top5": list(top5.numpy()),
                         "correct": (top5[:, 0] == labels).numpy(),
@@ -204,7 +190,7 @@ def predict(
                     }
                 )
             )
-            bar.update(len(indices))
+            bar.update(len(ids))
     if not parts:  # more ranks than images
         parts = [pd.DataFrame(columns=["index", "label", "top5", "correct", "nonfinite"])]
     return pd.concat(parts, ignore_index=True), time.perf_counter() - start
@@ -219,40 +205,6 @@ def _whole_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int, **augmentation) -> Split:
-    """A split of what a config of the group ``data`` names, checked against the outputs of the backbone.
-
-    Args:
-        data: of the config group.
-        split: which, instead of the config's.
-        preprocessing: the backbone's, as timm resolves it.
-        n_classes: outputs of the backbone.
-        augmentation: more options of timm's create_transform.
-    """
-    try:
-        transform = create_transform(**preprocessing, **augmentation)
-    except Exception as error:  # timm checks options by assertions, conversions and look-ups
-        options = " ".join(f"{key}={value}" for key, value in augmentation.items())
-        raise UserError(f"{options}: timm takes no such augmentation ({one_line(error)})") from error
-    try:
-        arguments = {key: value for key, value in data.items() if key not in ("name", "train_split")}
-        split = instantiate({**arguments, "split": split}, transform=transform)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise cause if isinstance(cause, UserError) else UserError(f"data={data.name}: {one_line(cause)}") from error
-    if len(split.classes) != n_classes:
-        raise UserError(
-            f"data={data.name} has {len(split.classes)} classes, the backbone {n_classes}: choose a backbone for this data "
-            "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...)"
-        )
-    if split.channels != preprocessing["input_size"][0]:
-        raise UserError(
-            f"data={data.name} has images of {split.channels} channels, the backbone takes {preprocessing['input_size'][0]}: "
-            "choose a backbone for this data (backbone=...)"
-        )
-    return split
 
 
 def pick_device(name: str) -> torch.device:

@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.backbones import check_known
-from dhtm.harness.data import Indexed, Split, collate
+from dhtm.harness.data import Indexed, Split, collate, n_loaders
 from dhtm.harness.equal_cost import solve
 from dhtm.harness.errors import UserError, one_line, require_number
-from dhtm.harness.evaluate import DTYPES, load_data, pick_batch_size, pick_device, pick_dtype, predict
+from dhtm.harness.evaluate import DTYPES, pick_batch_size, pick_device, pick_dtype, predict
+from dhtm.harness.loading import load_data
 from dhtm.harness.methods import patched, place, pretrained, save_weights
 from dhtm.harness.store import require_writable, write_atomically
 from dhtm.harness.tracking import training_log
@@ -278,10 +279,9 @@ def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, 
     dataset.epoch = epoch
     sampler = DistributedSampler(dataset, ranks.world, ranks.rank, seed=config.seed, drop_last=True)
     sampler.set_epoch(epoch)
-    n_workers = min(16, os.cpu_count() or 1) if config.num_workers is None else config.num_workers
     return DataLoader(
-        Indexed(dataset), micro_batch, sampler=sampler, num_workers=n_workers, collate_fn=collate, drop_last=True,
-        pin_memory=ranks.device.type == "cuda",
+        Indexed(dataset), micro_batch, sampler=sampler, num_workers=n_loaders(config.num_workers), collate_fn=collate,
+        drop_last=True, pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
 
 

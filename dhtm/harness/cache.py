@@ -1,0 +1,196 @@
+"""Images as a backbone sees them, decoded, resized and cropped once for all runs of a sweep.
+
+A folder of ``cache_dir`` holds one split under one transform: ``pixels`` (uint8 [n, C, H, W]), ``labels`` (int64 [n]),
+``checksums`` (a line for every chunk that is written) and ``lock``. Only chunks whose checksum is right are believed; so
+what a crash, or anything else, leaves behind is made again, and no more than that.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
+from tqdm import tqdm
+
+from dhtm.harness.data import Indexed, Split, collate, n_loaders
+from dhtm.harness.errors import UserError
+from dhtm.harness.store import require_writable
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64  # images
+_PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize another way
+_opened: dict[Path, "Pixels"] = {}  # by this process, which need not verify them again
+
+
+class Pixels:
+    """A split's images, uint8 [n, C, H, W], and labels, int64 [n]; both in memory only where they are looked at."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+        self._resident: Tensor | None = None
+
+    def __len__(self):
+        return len(self.images)
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """All images on a GPU, where they stay; None where that has no room for them twice, or is none."""
+        if device.type != "cuda":
+            return None
+        if self._resident is None or self._resident.device != device:
+            if torch.cuda.mem_get_info(device)[0] < 2 * self.images.nbytes:
+                return None
+            self._resident = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
+            for rows in _chunks(len(self)):
+                self._resident[rows.start : rows.stop] = torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
+        return self._resident
+
+    def batches(self, indices: range, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, images (uint8, on the device) and labels of one batch after the other."""
+        resident = self.on(device)
+        for start in range(0, len(indices), batch_size):
+            rows = indices[start : start + batch_size]
+            part = slice(rows.start, rows.stop, rows.step)
+            images = torch.from_numpy(np.array(self.images[part])) if resident is None else resident[part]
+            yield torch.tensor(rows), images.to(device), torch.from_numpy(np.array(self.labels[part]))
+
+
+class Normaliser:
+    """What a transform does to cropped images, for a whole batch wherever it is, bit for bit as image by image."""
+
+    def __init__(self, normalize: Normalize):
+        self.mean, self.std = (torch.as_tensor(of, dtype=torch.float32) for of in (normalize.mean, normalize.std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] to float32 of the same shape."""
+        # By a tensor: a GPU divides by a number by multiplying with its inverse, which rounds another way.
+        largest = torch.full((1,), 255.0, device=pixels.device)
+        mean, std = (of.to(pixels.device).view(-1, 1, 1) for of in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(largest).sub_(mean).div_(std)
+
+
+def parts(transform: Compose) -> tuple[Compose, Normaliser] | None:
+    """An evaluation's transform in two: from PIL images to uint8 [C, H, W], and the rest. None if it has another form."""
+    *first, to_tensor, normalize = transform.transforms
+    if not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
+        return None
+    return Compose([*first, PILToTensor()]), Normaliser(normalize)
+
+
+def cached(
+    split: Split, transform: str, size: tuple[int, int, int], cache_dir: str, num_workers: int | None, name: str
+) -> Pixels | None:
+    """The images of a split from the cache, after putting there what it lacks; None where the disk has no room.
+
+    Args:
+        split: gives uint8 tensors [C, H, W].
+        transform: the one by which it does, in words.
+        size: C, H, W.
+        cache_dir: folder of caches.
+        num_workers: processes that decode images; None for one a core.
+        name: what to call it on a progress bar.
+
+    Raises:
+        UserError: an image cannot be read, or nothing can be written to the folder.
+    """
+    versions = {package: metadata.version(package) for package in _PACKAGES}
+    key = json.dumps([split.fingerprint, len(split.dataset), transform, size, versions])
+    folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if folder not in _opened:
+        require_writable(folder, f"cache_dir={cache_dir}")
+        with _alone(folder):
+            found = _complete(split, (len(split.dataset), *size), folder, num_workers, name)
+        if found is None:
+            return None
+        _opened[folder] = found
+    return _opened[folder]
+
+
+def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: int | None, name: str) -> Pixels | None:
+    try:
+        for file, size in (("pixels", math.prod(shape)), ("labels", 8 * shape[0])):
+            _reserve(folder / file, size)
+    except OSError as error:
+        (folder / "pixels").unlink(missing_ok=True)
+        log.warning(
+            "cache_dir: %s: no room for %.1f GB (%s); images are decoded anew for every run",
+            folder, math.prod(shape) / 1e9, error.strerror,
+        )  # fmt: skip
+        return None
+    images = np.memmap(folder / "pixels", np.uint8, "r+", shape=shape)
+    labels = np.memmap(folder / "labels", np.int64, "r+", shape=shape[:1])
+    missing = _missing(folder, images, labels)
+    if missing:
+        batches = DataLoader(
+            Indexed(split.dataset), batch_sampler=missing, num_workers=n_loaders(num_workers), collate_fn=collate
+        )
+        with (folder / "checksums").open("a") as file:
+            bar = tqdm(total=sum(map(len, missing)), desc=f"{name}: cache", unit=" images", disable=None)
+            for rows, batch in zip(missing, batches, strict=True):
+                if isinstance(batch, UserError):
+                    raise batch
+                _, images[rows.start : rows.stop], labels[rows.start : rows.stop] = batch
+                file.write(f"{rows.start} {_checksum(images, labels, rows)}\n")
+                file.flush()
+                bar.update(len(rows))
+            bar.close()
+    images.flags.writeable = labels.flags.writeable = False
+    return Pixels(images, labels)
+
+
+def _missing(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[range]:
+    """The chunks that are not there, or not as they were written."""
+    written = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "checksums").read_text(errors="replace").splitlines():
+            first, _, checksum = line.partition(" ")
+            written[first] = checksum
+    chunks = _chunks(len(images))
+    missing = [rows for rows in chunks if written.get(str(rows.start)) != str(_checksum(images, labels, rows))]
+    damaged = [rows for rows in missing if str(rows.start) in written]
+    if damaged:
+        log.warning("%s: %d of %d chunks are damaged and made again", folder, len(damaged), len(chunks))
+    if missing and written:
+        with (folder / "checksums").open("a") as file:  # the last line may have been cut off
+            file.write("\n")
+    return missing
+
+
+def _chunks(n_images: int) -> list[range]:
+    return [range(first, min(first + CHUNK, n_images)) for first in range(0, n_images, CHUNK)]
+
+
+def _checksum(images: np.ndarray, labels: np.ndarray, rows: range) -> int:
+    part = slice(rows.start, rows.stop)
+    return zlib.crc32(labels[part].tobytes(), zlib.crc32(np.ascontiguousarray(images[part]).data))
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Give a file its size and the disk's blocks behind it: writing to a map of a full disk would kill the process."""
+    with file.open("ab") as opened:
+        os.ftruncate(opened.fileno(), size)
+        os.posix_fallocate(opened.fileno(), 0, size)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the system takes from a process that dies."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which fills %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,39 @@
+"""Fill the cache of images for a backbone ahead of a sweep: `python scripts/prepare_data.py --help`."""
+
+import logging
+
+import hydra
+from omegaconf import DictConfig
+from timm.data import resolve_data_config
+
+from dhtm.harness.backbones import bare_backbone
+from dhtm.harness.cache import Pixels
+from dhtm.harness.errors import UserError, command
+from dhtm.harness.loading import from_cache, load_data
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+@command
+def main(config: DictConfig) -> None:
+    """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
+    if config.cache_dir is None:
+        raise UserError("cache_dir=null: there is no cache to fill; give a folder")
+    preprocessing = resolve_data_config(model=bare_backbone(config.backbone.architecture, config.backbone.num_classes))
+    split = load_data(config.data, config.data.split, preprocessing, config.backbone.num_classes)
+    images = from_cache(split, config, preprocessing).dataset
+    if isinstance(images, Pixels):
+        log.info(
+            "%s for %s: %d images, %.1f GB",
+            config.data.name,
+            config.backbone.name,
+            len(images),
+            images.images.nbytes / 1e9,
+        )
+    else:
+        log.info("%s needs no cache, or finds no room for one", config.data.name)
+
+
+if __name__ == "__main__":
+    main()

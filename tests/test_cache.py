@@ -1,0 +1,212 @@
+"""The cache of decoded images: the same predictions as without it, whatever has happened to its files."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
+
+from dhtm.harness import cache, data
+from dhtm.harness.backbones import bare_backbone
+from dhtm.harness.errors import UserError
+from dhtm.harness.evaluate import evaluate
+
+WIDE = {"input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bicubic"}
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """Every test opens its caches anew, as another process would."""
+    monkeypatch.setattr(cache, "_opened", {})
+    monkeypatch.setattr(cache, "CHUNK", 3)
+
+
+@pytest.fixture
+def run(composed, photos, tmp_path):
+    """Evaluate DeiT-Tiny on a copy of the photographs; returns predictions and metrics."""
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    checkpoint = tmp_path / "tiny.safetensors"
+    save_file(bare_backbone("deit_tiny_patch16_224", 3).state_dict(), checkpoint)
+    numbers = itertools.count()
+
+    def evaluate_with(*overrides):
+        results = tmp_path / f"runs{next(numbers)}"
+        metrics = evaluate(
+            composed(
+                "backbone=deit_tiny", f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "data=imagefolder",
+                f"data.root={root}", "device=cpu", "num_workers=0", f"results_dir={results}",
+                f"cache_dir={tmp_path}/cache", *overrides,
+            )
+        )  # fmt: skip
+        rows = pd.read_parquet(results / metrics["run_id"] / "predictions.parquet")
+        return rows.assign(top5=rows.top5.map(tuple)), metrics
+
+    evaluate_with.root, evaluate_with.cache = root, tmp_path / "cache"
+    return evaluate_with
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(8, 90), st.integers(8, 90)))
+def test_in_parts_a_transform_is_the_same_bit_for_bit(seed, size):
+    rng = np.random.default_rng(seed)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(2)]
+    whole = create_transform(**WIDE)
+    first, normalise = cache.parts(whole)
+    pixels = torch.stack([first(image) for image in images])
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalise(pixels), torch.stack([whole(image) for image in images]))
+
+
+def test_augmentation_has_no_parts():
+    assert cache.parts(create_transform(**WIDE, is_training=True, auto_augment=None, re_prob=0.5)) is None
+
+
+@pytest.mark.parametrize("overrides", [[], ["dtype=bfloat16"], ["data.limit=5", "batch_size=2"]])
+def test_predictions_are_those_without_a_cache_row_by_row(run, overrides):
+    direct, metrics = run(*overrides, "cache_dir=null")
+    assert not run.cache.exists()
+    for _ in range(2):
+        rows, same = run(*overrides)
+        pd.testing.assert_frame_equal(rows, direct)
+        assert same["run_id"] == metrics["run_id"], "a cache is no part of what a run is"
+
+
+def test_the_images_are_decoded_once(run, monkeypatch):
+    before, _ = run()
+    for file in run.root.glob("val/*/*"):
+        file.write_bytes(bytes(file.stat().st_size))  # as many zeros
+    pd.testing.assert_frame_equal(run()[0], before)
+    monkeypatch.setattr(cache, "_opened", {})
+    pd.testing.assert_frame_equal(run()[0], before)
+    with pytest.raises(UserError, match="cannot be read"):
+        run("cache_dir=null")
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "chunks"),
+    [
+        ("pixels", flip, 1),
+        ("labels", flip, 1),
+        ("pixels", lambda file: os.truncate(file, file.stat().st_size // 2), 2),
+        ("labels", lambda file: file.write_bytes(b""), 2),  # the labels of the first chunk are zero
+        ("checksums", lambda file: file.write_bytes(file.read_bytes()[:-4]), 1),
+        ("checksums", lambda file: file.write_bytes(os.urandom(100)), 0),
+        ("checksums", lambda file: file.unlink(), 0),
+    ],
+)
+def test_what_is_damaged_is_made_again(run, monkeypatch, caplog, name, damage, chunks):
+    before, _ = run()
+    (folder,) = run.cache.iterdir()
+    damage(folder / name)
+    monkeypatch.setattr(cache, "_opened", {})
+    pd.testing.assert_frame_equal(run()[0], before)
+    assert (f"{chunks} of 3 chunks are damaged" in caplog.text) == bool(chunks)
+    monkeypatch.setattr(cache, "_opened", {})
+    caplog.clear()
+    pd.testing.assert_frame_equal(run()[0], before)
+    assert "damaged" not in caplog.text
+
+
+def test_other_images_or_another_crop_are_another_cache(run):
+    run()
+    run("data.limit=4")
+    next(run.root.glob("val/*/*")).unlink()
+    data._listed.cache_clear()
+    run()
+    assert len(list(run.cache.iterdir())) == 3
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_stay(run):
+    file = sorted(run.root.glob("val/*/*"))[-1]
+    content = file.read_bytes()
+    file.write_bytes(content[:200].ljust(len(content)))
+    with pytest.raises(UserError, match=f"image 7 cannot be read: .*{file.name}"):
+        run()
+    (folder,) = run.cache.iterdir()
+    assert len((folder / "checksums").read_text().splitlines()) == 2
+    file.write_bytes(content)
+    pd.testing.assert_frame_equal(run()[0], run("cache_dir=null")[0])
+
+
+def test_without_room_images_are_decoded_for_every_run(run, monkeypatch, caplog):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    rows, _ = run()
+    assert "no room for 0.0 GB (No space left on device); images are decoded anew" in caplog.text
+    pd.testing.assert_frame_equal(rows, run("cache_dir=null")[0])
+    assert not list(run.cache.glob("*/pixels"))
+
+
+def test_where_nothing_can_be_written_the_setting_is_named(run):
+    with pytest.raises(UserError, match="cache_dir=/proc/nowhere: cannot write there"):
+        run("cache_dir=/proc/nowhere")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """1,500 small JPEGs of three classes."""
+    root = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    for i in range(1500):
+        folder = root / "val" / f"class{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((300, 260)).save(folder / f"{i}.jpg")
+    return root
+
+
+def prepare(root, folder):
+    options = ["backbone=deit_tiny", "backbone.num_classes=3", "data=imagefolder", f"data.root={root}", "num_workers=1"]
+    return [sys.executable, str(ROOT / "scripts/prepare_data.py"), *options, f"cache_dir={folder}"]
+
+
+def written(folder):
+    return sum(file.read_text().count("\n") for file in folder.glob("*/checksums"))
+
+
+def contents(folder):
+    return [(folder / next(folder.iterdir()) / name).read_bytes() for name in ("pixels", "labels")]
+
+
+def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path):
+    killed, together = tmp_path / "killed", tmp_path / "together"
+    process = subprocess.Popen(prepare(many, killed), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while written(killed) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = written(killed)
+    assert 2 <= before < 24, "killed before its end"
+    result = subprocess.run(prepare(many, killed), capture_output=True, text=True, timeout=300, check=True)
+    assert "1500 images, 0.2 GB" in result.stdout
+    assert written(killed) <= 24 + 1 + 1, "what was there was not made again"
+
+    builders = [subprocess.Popen(prepare(many, together), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [builder.communicate(timeout=300)[0] for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0]
+    assert sum("waiting for another process" in text for text in said) == 1
+    assert written(together) == 24
+    assert contents(killed) == contents(together)
