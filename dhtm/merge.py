@@ -187,7 +187,6 @@ def hierarchical_merge(
     if not 0 <= k < n:
         raise ValueError(f"k={k} merges of N={n} tokens: k must be at least 0 and below N")
     _check_options(connectivity, similarity, linkage, backend)
-    backend = kernels.pick(backend, tokens.device)
     if k == 0:
         return tokens, regions
     merged, token_map, _ = kernels.hierarchical_merge(

@@ -71,7 +71,8 @@ def hierarchical_merge(
         merged [B, N - k, D]; token_map int64 [B, N]; weights float32 [B, N], with which each token entered its average.
     """
     regions = Regions(assignment, sizes, (height, width))
-    return BACKENDS[backend](tokens.detach(), features, regions, k, connectivity, similarity, linkage)
+    merge = BACKENDS[pick(backend, tokens.device)]  # here, so that an exported model may run on another device
+    return merge(tokens.detach(), features, regions, k, connectivity, similarity, linkage)
 
 
 @hierarchical_merge.register_fake
