@@ -182,6 +182,12 @@ def hierarchical_merge(
         raise ValueError(f"grid={tuple(grid)} contradicts regions.grid={regions.grid}")
     if regions.sizes.shape != (batch, n):
         raise ValueError(f"tokens are [B, N] = {[batch, n]}, regions describe {list(regions.sizes.shape)}")
+    n_patches = regions.grid[0] * regions.grid[1]
+    if regions.assignment.shape != (batch, n_patches) or regions.assignment.dtype != torch.int64:
+        raise ValueError(
+            f"regions.assignment must be int64 [B, P] = {[batch, n_patches]}, not {regions.assignment.dtype} "
+            f"{list(regions.assignment.shape)}"
+        )
     if features is not None and features.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"features are [B, N] = {list(features.shape[:2])}, tokens {[batch, n]}")
     if not 0 <= k < n:

@@ -243,6 +243,12 @@ def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "reference"])
+def test_no_images_at_all(backend):
+    merged, regions = hierarchical_merge(torch.ones(0, 4, 2), 1, grid=(2, 2), backend=backend)
+    assert merged.shape == (0, 3, 2) and regions.sizes.shape == (0, 3)
+
+
 def test_numba_without_a_place_for_machine_code(tmp_path):
     code = "import torch, dhtm; dhtm.hierarchical_merge(torch.ones(1, 4, 2), 1, grid=(2, 2), backend='numba')"
     nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
@@ -273,7 +279,10 @@ def test_auto_is_the_fastest_that_is_there(monkeypatch):
 def test_tokens_that_touch_none_cannot_be_merged(backend):
     """Regions may be anybody's: here all patches are in the first two tokens, and the third stands alone."""
     regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
-    _, new = hierarchical_merge(torch.ones(1, 3, 2), 1, regions, backend=backend)
+    tokens = torch.ones(1, 3, 2, requires_grad=True)
+    merged, new = hierarchical_merge(tokens, 1, regions, linkage="size", backend=backend)
+    merged.sum().backward()
+    assert tokens.grad.tolist() == [[[0.5, 0.5], [0.5, 0.5], [1, 1]]]
     assert new.sizes.tolist() == [[4, 0]]
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
         hierarchical_merge(torch.ones(1, 3, 2), 2, regions, backend=backend)
@@ -340,6 +349,18 @@ def test_operator_checks(case, backend):
         ({"tokens": torch.ones(9, 2)}, r"\[B, N, D\]"),
         ({"tokens": torch.ones(1, 9, 2, dtype=torch.int64)}, "floats"),
         ({"features": torch.ones(1, 8, 2)}, "features"),
+        (
+            {"grid": None, "regions": Regions(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 9), (3, 3))},
+            r"regions.assignment must be int64 \[B, P\] = \[1, 9\], not torch.int64 \[1, 4\]",
+        ),
+        (
+            {"grid": None, "regions": Regions(torch.zeros(1, 9), torch.ones(1, 9), (3, 3))},
+            r"not torch.float32 \[1, 9\]",
+        ),
+        (
+            {"grid": None, "regions": Regions(torch.arange(1, 10)[None], torch.ones(1, 9, dtype=torch.int64), (3, 3))},
+            "regions.assignment has tokens from 1 to 9, but N=9",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -29,14 +29,14 @@ def check(tokens, k, regions=None, features=None, **options):
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(merges())
 def test_any_tokens(case):
     tokens, grid, k, options = case
     check(tokens, k, grid=grid, **options)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(merges(), st.integers(0, 2**32 - 1))
 def test_regions_and_features_given(case, seed):
     tokens, grid, k, options = case

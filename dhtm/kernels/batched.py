@@ -74,7 +74,9 @@ def merge(
     slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
     merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
     if linkage == "size":
-        weights = regions.sizes / sizes.gather(1, owner)
+        weights = torch.where(
+            regions.sizes > 0, regions.sizes / sizes.gather(1, owner), 1
+        )  # a token without a patch is alone
     return merged.to(tokens.dtype), token_map, weights.to(torch.float32)
 
 

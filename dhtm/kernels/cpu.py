@@ -58,14 +58,19 @@ def merge(
     token_map = torch.empty(batch, n, dtype=torch.int64)
     weights = torch.empty(batch, n, dtype=torch.float32)
     made = np.empty(batch, dtype=np.int64)
+    assignment = _array(regions.assignment)
+    if batch and not (
+        assignment.min() >= 0 and assignment.max() < n
+    ):  # compiled code would write where nothing is its own
+        raise ValueError(f"regions.assignment has tokens from {assignment.min()} to {assignment.max()}, but N={n}")
     merge_images = _merge_images_of(carried.dtype)
     arguments = (
-        carried, measured, features is not None, _array(regions.assignment), _array(regions.sizes), pairs, k,
+        carried, measured, features is not None, assignment, _array(regions.sizes), pairs, k,
         _KINDS[similarity], linkage == "size", merged.numpy(), token_map.numpy(), weights.numpy(), made,
     )  # fmt: skip
 
     n_threads = min(batch, torch.get_num_threads())
-    if n_threads == 1:
+    if n_threads <= 1:
         merge_images(0, batch, *arguments)
     else:  # compiled code lets go of the interpreter's lock; parts are small, for something may slow a thread down
         ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
@@ -229,7 +234,7 @@ def _merge_images(
             m = t
             while m >= 0:
                 token_map[image, m] = place
-                if by_size:
+                if by_size and n_patches[t] > 0:
                     weights[image, m] = np.float32(sizes[image, m]) / np.float32(n_patches[t])
                 m = member[m]
             place += 1

@@ -58,27 +58,28 @@ def merge(
         "BLOCK_D": min(128, triton.next_power_of_2(n_features)),
         "enable_fp_fusion": False,
     }
-    _describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
-    _edge_scores[(batch, triton.cdiv(n_edges, 16))](
-        measured,
-        log_p,
-        inverse,
-        assignment,
-        pairs,
-        scores,
-        n,
-        n_features,
-        assignment.shape[1],
-        n_edges,
-        BLOCK_C=16,
-        **options,
-    )
-    _merge_image[(batch,)](
-        carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
-        k, n, channels, n_features, assignment.shape[1], n_edges,
-        TWO=features is not None, BY_SIZE=linkage == "size", BLOCK_N=triton.next_power_of_2(n), BLOCK_E=block_e, BLOCK_C=16,
-        num_warps=min(16, max(4, block_e // 256)), **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may be another
+        _describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
+        _edge_scores[(batch, triton.cdiv(n_edges, 16))](
+            measured,
+            log_p,
+            inverse,
+            assignment,
+            pairs,
+            scores,
+            n,
+            n_features,
+            assignment.shape[1],
+            n_edges,
+            BLOCK_C=16,
+            **options,
+        )
+        _merge_image[(batch,)](
+            carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
+            k, n, channels, n_features, assignment.shape[1], n_edges,
+            TWO=features is not None, BY_SIZE=linkage == "size", BLOCK_N=triton.next_power_of_2(n), BLOCK_E=block_e, BLOCK_C=16,
+            num_warps=min(16, max(4, block_e // 256)), **options,
+        )  # fmt: skip
     torch._assert_async((stuck == 0).all(), f"k={k} merges, but an image runs out of adjacent tokens before that")
     return merged.to(tokens.dtype), token_map, weights
 
@@ -284,7 +285,8 @@ def _merge_image(
     if BY_SIZE:
         tl.store(inverse + token, size.to(tl.float64), is_token)
         tl.debug_barrier()
-        weight = (size_before.to(tl.float64) / tl.load(inverse + owner, is_token, 1.0)).to(tl.float32)
+        whole = tl.load(inverse + owner, is_token, 1.0)
+        weight = tl.where(whole > 0.0, size_before.to(tl.float64) / whole, 1.0).to(tl.float32)
     tl.store(weights + image * n + token, weight, is_token)
     columns = tl.arange(0, BLOCK_D)[None, :]
     for first in range(0, n, BLOCK_C):
