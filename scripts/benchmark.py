@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from dhtm.harness.benchmark import benchmark, check, scaling
 from dhtm.harness.errors import command
+from dhtm.harness.evaluate import pick_device
 from dhtm.harness.methods import SHIPPED
 from dhtm.harness.store import environment, require_writable, write_atomically
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
@@ -27,16 +28,18 @@ def main(config: DictConfig) -> None:
     check(config)
     folder = Path(config.output_dir).expanduser()
     require_writable(folder, f"output_dir={config.output_dir}")
-    machine = environment()
-    where = machine["gpu"] or f"{machine['torch_threads']} threads of {machine['processor']}"
+    machine, device = environment(), pick_device(config.device)
+    threads = f"{machine['torch_threads']} threads of {machine['processor']}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     backbone = BACKBONES.get(config.backbone.name, config.backbone.name)
     title = f"{backbone}, {_aim(config.target)}, batch {config.batch_size}, {config.dtype}, {where}"
 
     frame = benchmark(config)
     table = speed_table(frame, f"{title}, {config.rounds} rounds, PyTorch {torch.__version__}")
     table.save(folder / "speed")
-    runs = pd.read_csv(SHIPPED.parent / "tables" / "runs.csv")
-    save_figure(speed_figure(frame, runs, config.target, title), folder / "speed")
+    if config.target.reduction_pct is not None:  # else there is no top-1 at the same reduction
+        runs = pd.read_csv(SHIPPED.parent / "tables" / "runs.csv")
+        save_figure(speed_figure(frame, runs, config.target.reduction_pct, title), folder / "speed")
     log.info("%s", table.markdown())
 
     grown = scaling(config)
@@ -44,14 +47,16 @@ def main(config: DictConfig) -> None:
     table = scaling_table(grown, f"{title}, {config.rounds} rounds")
     table.save(folder / "merge")
     save_figure(scaling_figure(grown, title), folder / "merge")
-    date = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    date = {"device": str(device), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     text = json.dumps(date | machine, indent=2) + "\n"
     write_atomically(folder / "environment.json", lambda file: file.write_text(text))
     log.info("%s\n%s", table.markdown(), folder)
 
 
 def _aim(target: DictConfig) -> str:
-    return f"{target.reduction_pct:g}% fewer FLOPs" if target.flops_g is None else f"{target.flops_g:g} GFLOPs"
+    if target.reduction_pct is not None:
+        return f"{target.reduction_pct:g}% fewer FLOPs"
+    return "knobs as given" if target.flops_g is None else f"{target.flops_g:g} GFLOPs"
 
 
 if __name__ == "__main__":

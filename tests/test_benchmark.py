@@ -61,8 +61,7 @@ def test_growth_is_the_exponent():
     assert growth(grown) == pytest.approx(1.25)
 
 
-def test_the_figure_has_each_method_at_its_speed_and_top1(composed, frame):
-    config = composed(*FAST, config_name="benchmark")
+def test_the_figure_has_each_method_at_its_speed_and_top1(frame):
     rows = [
         ("dhtm", False, "4,7,11", "30", 90.0),
         ("dhtm", False, "4,7,11", "20", 10.0),
@@ -71,7 +70,7 @@ def test_the_figure_has_each_method_at_its_speed_and_top1(composed, frame):
     rows.append(("sit", True, "4,7,10", "20,30", 80.0))
     runs = pd.DataFrame(rows, columns=["method", "trained", "layers", "targets", "top1"])
     runs["ci_low"], runs["ci_high"] = runs.top1 - 1, runs.top1 + 1
-    (ax,) = speed_figure(frame.reset_index(), runs, config.target, "").axes
+    (ax,) = speed_figure(frame.reset_index(), runs, 30, "").axes
     points = {container.get_label(): container[0].get_xydata()[0].tolist() for container in ax.containers}
     assert points == {
         "unmerged": [1, 95],
@@ -99,6 +98,7 @@ def test_the_script_writes_tables_figures_and_the_machine(script, tmp_path):
         ("dtype=int8", "dtype=int8: choose"),
         ("scaling.grids=[]", r"scaling.grids=\[\]: it must be a list of integers from 2"),
         ("scaling.ks=[196]", r"scaling.ks=\[196\]: each must be below the tokens of the smallest"),
+        ("scaling.channels=0", "channels=0: it must be an integer from 1"),
         ("device=nowhere", "device=nowhere: not to be had"),
     ],
 )

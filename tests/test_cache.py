@@ -160,6 +160,20 @@ def test_without_room_images_are_decoded_for_every_run(run, monkeypatch, caplog)
     assert not list(run.cache.glob("*/pixels"))
 
 
+@pytest.mark.parametrize("cannot", [None, errno.EOPNOTSUPP])
+def test_file_systems_that_cannot_reserve_blocks(run, monkeypatch, caplog, cannot):
+    def fails(*arguments):
+        raise OSError(cannot, "not supported")
+
+    if cannot is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", fails)
+    rows, _ = run()
+    assert "no room" not in caplog.text and list(run.cache.glob("*/pixels"))
+    pd.testing.assert_frame_equal(rows, run("cache_dir=null")[0])
+
+
 def test_where_nothing_can_be_written_the_setting_is_named(run):
     with pytest.raises(UserError, match="cache_dir=/proc/nowhere: cannot write there"):
         run("cache_dir=/proc/nowhere")
@@ -167,10 +181,10 @@ def test_where_nothing_can_be_written_the_setting_is_named(run):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """1,500 small JPEGs of three classes."""
+    """900 small JPEGs of three classes."""
     root = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
-    for i in range(1500):
+    for i in range(900):
         folder = root / "val" / f"class{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((300, 260)).save(folder / f"{i}.jpg")
@@ -199,14 +213,14 @@ def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = written(killed)
-    assert 2 <= before < 24, "killed before its end"
+    assert 2 <= before < 15, "killed before its end"
     result = subprocess.run(prepare(many, killed), capture_output=True, text=True, timeout=300, check=True)
-    assert "1500 images, 0.2 GB" in result.stdout
-    assert written(killed) <= 24 + 1 + 1, "what was there was not made again"
+    assert "900 images, 0.1 GB" in result.stdout
+    assert written(killed) <= 15 + 1 + 1, "what was there was not made again"
 
     builders = [subprocess.Popen(prepare(many, together), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [builder.communicate(timeout=300)[0] for builder in builders]
     assert [builder.returncode for builder in builders] == [0, 0]
     assert sum("waiting for another process" in text for text in said) == 1
-    assert written(together) == 24
+    assert written(together) == 15
     assert contents(killed) == contents(together)

@@ -9,8 +9,7 @@ import dhtm
 from dhtm.harness import backbones  # noqa: F401  timm knows deit_micro by it
 
 METHODS = {
-    "dhtm": lambda: dhtm.DHTM(k=30, layers=(1, 3)),
-    "dhtm, plain torch": lambda: dhtm.DHTM(k=5, layers=(1, 3), backend="torch", proportional_attention=True),
+    "dhtm": lambda: dhtm.DHTM(k=30, layers=(1, 3), proportional_attention=True),
     "tome": lambda: baselines.ToMe(13),
 }
 IMAGES = torch.randn(3, 1, 56, 56, generator=torch.Generator().manual_seed(0))

@@ -86,10 +86,10 @@ def test_a_training_that_goes_on_goes_on_in_the_same_wandb_run(composed, tmp_pat
     config = composed(*short_training(tmp_path), "device=cpu", config_name="train")
     with monkeypatch.context() as patched:
 
-        def stopped(config, model, validation, epoch, ranks):
+        def stopped(config, model, validation, epoch, micro_batch, ranks):
             if epoch == 2:
                 raise KeyboardInterrupt
-            return top1(config, model, validation, epoch, ranks)
+            return top1(config, model, validation, epoch, micro_batch, ranks)
 
         top1 = training._top1
         patched.setattr(training, "_top1", stopped)

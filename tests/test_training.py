@@ -214,13 +214,19 @@ def test_what_cannot_be_built_is_named(run, overrides, message):
         run(*overrides)
 
 
-def test_running_out_of_memory_keeps_the_last_epoch_and_names_a_remedy(run, tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_running_out_of_memory_keeps_the_last_epoch_and_the_remedy_goes_on(run, monkeypatch):
+    whole, calls = dhtm.harness.training.cross_entropy, iter(range(100))
+
+    def full(logits, *arguments, **options):
+        if len(logits) == 16 and next(calls) == 4:  # in the second epoch
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(logits, *arguments, **options)
 
     monkeypatch.setattr(dhtm.harness.training, "cross_entropy", full)
     with pytest.raises(UserError, match=r"device=cpu: out of memory with 16 images at once; .* accumulate=2, say"):
         run()
+    assert run("accumulate=2")["epoch"] == 3
+    assert next(calls) == 5, "the first epoch was not trained again"
 
 
 def test_classes_that_differ_between_the_splits_are_refused(composed, photos, tmp_path):

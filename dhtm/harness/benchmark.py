@@ -38,6 +38,9 @@ def check(config: DictConfig) -> None:
         values = config.scaling[key]
         if not values or not all(isinstance(value, int) and value >= least for value in values):
             raise UserError(f"scaling.{key}={values}: it must be a list of integers from {least}")
+    require_number(config.scaling, "channels", 1, integer=True)
+    if not config.methods:
+        raise UserError("methods: there is none to time; leave one in")
     if max(config.scaling.ks) >= min(config.scaling.grids) ** 2:
         raise UserError(
             f"scaling.ks={config.scaling.ks}: each must be below the tokens of the smallest of scaling.grids"

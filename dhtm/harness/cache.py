@@ -6,12 +6,14 @@ what a crash, or anything else, leaves behind is made again, and no more than th
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from importlib import metadata
@@ -31,6 +33,7 @@ from dhtm.harness.store import require_writable
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # images
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize another way
 _opened: dict[Path, "Pixels"] = {}  # by this process, which need not verify them again
 
@@ -49,7 +52,9 @@ class Pixels:
         """All images on a GPU, where they stay; None where that has no room for them twice, or is none."""
         if device.type != "cuda":
             return None
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         if self._resident is None or self._resident.device != device:
+            self._resident = None
             if torch.cuda.mem_get_info(device)[0] < 2 * self.images.nbytes:
                 return None
             self._resident = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
@@ -123,7 +128,6 @@ def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: i
         for file, size in (("pixels", math.prod(shape)), ("labels", 8 * shape[0])):
             _reserve(folder / file, size)
     except OSError as error:
-        (folder / "pixels").unlink(missing_ok=True)
         log.warning(
             "cache_dir: %s: no room for %.1f GB (%s); images are decoded anew for every run",
             folder, math.prod(shape) / 1e9, error.strerror,
@@ -179,9 +183,20 @@ def _checksum(images: np.ndarray, labels: np.ndarray, rows: range) -> int:
 
 def _reserve(file: Path, size: int) -> None:
     """Give a file its size and the disk's blocks behind it: writing to a map of a full disk would kill the process."""
-    with file.open("ab") as opened:
-        os.ftruncate(opened.fileno(), size)
-        os.posix_fallocate(opened.fileno(), 0, size)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor)
+        if before.st_size == size and 512 * before.st_blocks >= size:
+            return
+        os.ftruncate(descriptor, size)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except (OSError, AttributeError) as error:  # some file systems and systems cannot
+            if getattr(error, "errno", None) in _FULL or shutil.disk_usage(file.parent).free < size:
+                file.unlink()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from dhtm.vit import image_ids
 log = logging.getLogger(__name__)
 
 # What may differ between the command that began a training and the one that goes on with it.
-_FREE = ("device", "num_workers", "output", "checkpoints_dir", "tracker", "force")
+_FREE = ("accumulate", "device", "num_workers", "output", "checkpoints_dir", "tracker", "force")
 
 
 def train(config: DictConfig) -> dict:
@@ -107,7 +107,7 @@ def train(config: DictConfig) -> dict:
                 "epoch": epoch,
                 "lr": optimiser.param_groups[0]["lr"],
                 "loss": loss,
-                "top1": _top1(config, model, validation, epoch, ranks),
+                "top1": _top1(config, model, validation, epoch, micro_batch, ranks),
                 "images_per_s": n_updates * config.batch_size / seconds,
             }
             history.append(row)
@@ -124,10 +124,12 @@ def train(config: DictConfig) -> dict:
     return history[-1]
 
 
-def _top1(config: DictConfig, model: VisionTransformer, validation: Split, epoch: int, ranks: "Ranks") -> float:
+def _top1(
+    config: DictConfig, model: VisionTransformer, validation: Split, epoch: int, micro_batch: int, ranks: "Ranks"
+) -> float:
     """Percent of the validation split that the runner's evaluation finds right, each rank taking its share."""
     predictions, _ = predict(
-        model, validation, pick_batch_size(ranks.device), ranks.device, torch.float32,
+        model, validation, min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
         "validation" if ranks.first else None, config.num_workers, (ranks.rank, ranks.world),
     )  # fmt: skip
     counts = ranks.gather([len(predictions), int(predictions.correct.sum()), int(predictions.nonfinite.sum())])
@@ -135,7 +137,7 @@ def _top1(config: DictConfig, model: VisionTransformer, validation: Split, epoch
     if n_nonfinite:
         raise UserError(
             f"after epoch {epoch} the logits of {n_nonfinite} images are not finite: stopped, the checkpoint of the epoch "
-            f"before is kept; try a smaller base_lr={config.base_lr}"
+            f"before is kept; try a smaller base_lr={config.base_lr}, with force=true"
         )
     return 100 * n_correct / n_images
 
@@ -166,7 +168,8 @@ def _one_epoch(config, model, loader, parts, updates_before, n_updates, name, ra
             if not np.isfinite(losses[-1]):
                 raise UserError(
                     f"the loss is {losses[-1]} in update {updates_before + update + 1}: stopped, the checkpoint of the last "
-                    f"whole epoch is kept; try a smaller base_lr={config.base_lr}, or amp=bfloat16 instead of float16"
+                    f"whole epoch is kept; try a smaller base_lr={config.base_lr}, or amp=bfloat16 instead of float16, "
+                    "with force=true"
                 )
             if complete:
                 _update(config, parts, updates_before + update)
