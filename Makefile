@@ -56,7 +56,7 @@ bench: $(STAMP) ## how fast the methods are on this machine; ARGS="backbone=deit
 	@$(BIN)/python scripts/benchmark.py $(ARGS)
 
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
-	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

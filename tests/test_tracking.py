@@ -1,6 +1,7 @@
 """W&B: offline runs are really written, and W&B's failures stop nothing."""
 
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -19,8 +20,11 @@ MINIMAL = {
 
 
 def records(folder):
-    """Everything in the .wandb files below a folder, oldest first."""
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime):
+    """Everything in the .wandb files below a folder, oldest first; W&B may still be writing when it says it has finished."""
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.parent.name):
+        deadline = time.monotonic() + 20
+        while not any(record.HasField("exit") for record in records_of(file)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         yield from records_of(file)
 
 
@@ -95,6 +99,7 @@ def test_a_training_that_goes_on_goes_on_in_the_same_wandb_run(composed, tmp_pat
         patched.setattr(training, "_top1", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(config)
+    time.sleep(1)  # W&B names folders by the second
     train(config)
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
     assert len({record.run.run_id for record in records(tmp_path) if record.run.run_id}) == 1
