@@ -1,7 +1,6 @@
 """Time every method at equal FLOPs, and DHTM's merge by itself: `python scripts/benchmark.py --help`."""
 
 import datetime
-import json
 import logging
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dhtm.harness.benchmark import benchmark, check, scaling
 from dhtm.harness.errors import command
 from dhtm.harness.evaluate import pick_device
 from dhtm.harness.methods import SHIPPED
-from dhtm.harness.store import environment, require_writable, write_atomically
+from dhtm.harness.store import environment, require_writable, write_json
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
 from dhtm.report.style import BACKBONES, save_figure
 
@@ -47,9 +46,8 @@ def main(config: DictConfig) -> None:
     table = scaling_table(grown, f"{title}, {config.rounds} rounds")
     table.save(folder / "merge")
     save_figure(scaling_figure(grown, title), folder / "merge")
-    date = {"device": str(device), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
-    text = json.dumps(date | machine, indent=2) + "\n"
-    write_atomically(folder / "environment.json", lambda file: file.write_text(text))
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    write_json(folder / "environment.json", {"device": str(device), "date": date, **machine})
     log.info("%s\n%s", table.markdown(), folder)
 
 

@@ -126,9 +126,8 @@ def save_weights(model: nn.Module, config: DictConfig, dtype: torch.dtype, epoch
     state = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
     history = {"epoch": epoch, "epochs": config.epochs, "init": config.init, "data": config.data.name}
     about = {**identity(config.backbone, config.method), **{key: str(value) for key, value in history.items()}}
-    write_atomically(
-        file, lambda path: path.write_bytes(save(state, about))
-    )  # save_file's would be readable to nobody else
+    # Not by save_file, whose files nobody else may read.
+    write_atomically(file, lambda path: path.write_bytes(save(state, about)))
 
 
 def _find(config: DictConfig, method: DictConfig) -> Path | None:

@@ -75,7 +75,7 @@ class RunDirectory:
         targets = metrics["targets_reduction_pct"]
         if target is not None and target not in targets:
             metrics = {**metrics, "targets_reduction_pct": sorted([*targets, target])}
-            write_atomically(self.path / "metrics.json", lambda path: path.write_text(_json(metrics)))
+            write_json(self.path / "metrics.json", metrics)
         return metrics
 
     def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
@@ -84,9 +84,9 @@ class RunDirectory:
         write_atomically(
             self.path / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config, resolve=True))
         )
-        write_atomically(self.path / "environment.json", lambda path: path.write_text(_json(environment())))
+        write_json(self.path / "environment.json", environment())
         write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
-        write_atomically(self.path / "metrics.json", lambda path: path.write_text(_json(metrics)))
+        write_json(self.path / "metrics.json", metrics)
 
 
 def finished_runs(results_dir: str) -> pd.DataFrame:
@@ -112,6 +112,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a file of JSON, atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def versions() -> dict[str, str]:
@@ -142,7 +147,3 @@ def environment() -> dict:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
     }
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2) + "\n"

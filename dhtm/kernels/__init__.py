@@ -1,4 +1,9 @@
-"""The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends."""
+"""The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends.
+
+Every backend is a function of (tokens, features, regions, k, connectivity, similarity, linkage), as they are explained in
+:func:`dhtm.hierarchical_merge`, and makes the same merges. It returns merged [B, N - k, D] in the tokens' dtype; token_map
+int64 [B, N], the place of each token among the new ones; and weights float32 [B, N], with which it entered its average.
+"""
 
 import os
 from collections.abc import Callable
@@ -25,8 +30,7 @@ def _triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return gpu.merge(*arguments)
 
 
-# Every backend takes (tokens, features, regions, k, connectivity, similarity, linkage), returns (merged, token_map,
-# weights) and chooses the same merges. dhtm.merge adds "reference".
+# dhtm.merge adds "reference".
 BACKENDS: dict[str, Callable] = {"torch": batched.merge, "numba": _numba, "triton": _triton}
 
 
@@ -65,11 +69,7 @@ def hierarchical_merge(
     linkage: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dhtm.hierarchical_merge`, which checks the arguments.
-
-    Returns:
-        merged [B, N - k, D]; token_map int64 [B, N]; weights float32 [B, N], with which each token entered its average.
-    """
+    """See :func:`dhtm.hierarchical_merge`, which checks the arguments; it returns what the backends return."""
     regions = Regions(assignment, sizes, (height, width))
     merge = BACKENDS[pick(backend, tokens.device)]  # here, so that an exported model may run on another device
     return merge(tokens.detach(), features, regions, k, connectivity, similarity, linkage)

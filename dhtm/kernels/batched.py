@@ -14,14 +14,10 @@ _CHUNK = 2**24  # elements of float64 held at once while the first similarities 
 def merge(
     tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k merges in each image of a batch; see :func:`dhtm.hierarchical_merge` for the arguments.
+    """k merges in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
 
     The edges of the region adjacency graph are the pairs of adjacent patches, each end named by the token that the
     patch is in. A merge renames one end; an edge with both ends in one token is dead.
-
-    Returns:
-        merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
-        token it went into.
 
     Raises:
         ValueError: an image runs out of adjacent tokens before k merges are made.

@@ -40,14 +40,10 @@ def _compiled(*signatures, **options) -> Callable[[Callable], Callable]:
 def merge(
     tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k merges in each image of a batch; see :func:`dhtm.hierarchical_merge` for the arguments.
-
-    Returns:
-        merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
-        token it went into.
+    """k merges in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
 
     Raises:
-        ValueError: an image runs out of adjacent tokens before k merges are made.
+        ValueError: an image runs out of adjacent tokens before k merges are made, or its regions name tokens that are not.
     """
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -59,9 +55,8 @@ def merge(
     weights = torch.empty(batch, n, dtype=torch.float32)
     made = np.empty(batch, dtype=np.int64)
     assignment = _array(regions.assignment)
-    if batch and not (
-        assignment.min() >= 0 and assignment.max() < n
-    ):  # compiled code would write where nothing is its own
+    # Compiled code would write where nothing is its own.
+    if batch and not (assignment.min() >= 0 and assignment.max() < n):
         raise ValueError(f"regions.assignment has tokens from {assignment.min()} to {assignment.max()}, but N={n}")
     merge_images = _merge_images_of(carried.dtype)
     arguments = (

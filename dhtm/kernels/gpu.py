@@ -21,14 +21,10 @@ _COSINE, _EUCLIDEAN, _KL = (tl.constexpr(_KINDS[name]) for name in ("cosine", "e
 def merge(
     tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k merges in each image of a batch; see :func:`dhtm.hierarchical_merge` for the arguments.
+    """k merges in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
 
     Where an image runs out of adjacent tokens before k merges are made, the device fails an assertion: to raise an
     exception would mean to wait for the device.
-
-    Returns:
-        merged: [B, N - k, D]. token_map: int64 [B, N]. weights: float32 [B, N], the share of each token in the
-        token it went into.
     """
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
