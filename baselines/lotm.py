@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dhtm.reducer import Attention, Reducer, average, check_k
+from dhtm.reducer import Attention, Reducer, average, check_k, rows
 from dhtm.regions import Regions, renumber
 
 
@@ -46,7 +46,7 @@ class LoTM(Reducer):
         height, width = regions.grid
         patches = torch.arange(height * width, device=tokens.device).expand(batch, -1)
         leftmost = torch.full_like(regions.sizes, height * width).scatter_reduce(1, regions.assignment, patches, "amin")
-        rows = leftmost // width
+        row = leftmost // width
         owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
         weights = torch.ones(batch, n, device=tokens.device)
         remaining = torch.full((batch, 1), self.k, device=tokens.device)
@@ -54,7 +54,7 @@ class LoTM(Reducer):
         for step in range(_passes(n - height, self.k)):
             if step > 0:
                 current = average(tokens, owner, weights, n)
-            taken, right = _pass(current, owner, rows, remaining, width)
+            taken, right = _pass(current, owner, row, remaining, width)
             everyone = torch.arange(n + 1, device=tokens.device).repeat(batch, 1)
             owner = everyone.scatter(1, torch.where(taken, right, n), everyone[:, :n])[:, :n].gather(1, owner)
             weights = torch.where(taken.gather(1, owner), weights / 2, weights)
@@ -77,13 +77,13 @@ def _passes(n_candidates: int, k: int) -> int:
     return passes
 
 
-def _pass(tokens: Tensor, owner: Tensor, rows: Tensor, remaining: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _pass(tokens: Tensor, owner: Tensor, row: Tensor, remaining: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """One walk through the candidates.
 
     Args:
         tokens: [B, N, D]; those that were merged into others are still in their places, and ignored.
         owner: int64 [B, N], where the token is that each one was merged into.
-        rows: int64 [B, N], the row of the grid that each token stands in.
+        row: int64 [B, N], the row of the grid that each token stands in.
         remaining: int64 [B, 1], pairs to take.
         width: columns of the grid.
 
@@ -99,10 +99,10 @@ def _pass(tokens: Tensor, owner: Tensor, rows: Tensor, remaining: Tensor, width:
     right = torch.cat([from_right[:, 1:], nothing], dim=1)
     from_left = torch.where(alive, places, -1).cummax(dim=1).values
     left = torch.cat([nothing, torch.where(from_left < 0, n, from_left)[:, :-1]], dim=1)
-    candidates = alive & (F.pad(rows, (0, 1), value=-1).gather(1, right) == rows)
+    candidates = alive & (F.pad(row, (0, 1), value=-1).gather(1, right) == row)
 
     tokens = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-    beside = tokens.gather(1, right.clamp(max=n - 1)[..., None].expand_as(tokens))
+    beside = rows(tokens, right.clamp(max=n - 1))
     scores = torch.where(candidates, (tokens * beside).sum(-1), -torch.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)
     priority = torch.empty_like(order).scatter(1, order, places)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dhtm import kernels
 from dhtm.reducer import Attention, Reducer, after_merges, average, check_k
-from dhtm.regions import Regions, contract, renumber
+from dhtm.regions import Regions
 
 
 class RandomMerge(Reducer):
@@ -19,20 +20,31 @@ class RandomMerge(Reducer):
         k: merges in each layer.
         layers: which layers, from 1, increasing; or "all".
         connectivity: 8 or 4.
-        seed: any integer.
+        seed: any integer, taken modulo 2⁶⁴.
+        backend: "torch", "numba", "triton" or "auto", as of :func:`dhtm.hierarchical_merge`; all draw the same.
 
     Raises:
         ValueError: an option is not of its kind, k is negative, or layers are not increasing.
     """
 
-    def __init__(self, k: int, layers: Sequence[int] | str = (4, 7, 11), connectivity: int = 8, seed: int = 0):
+    def __init__(
+        self,
+        k: int,
+        layers: Sequence[int] | str = (4, 7, 11),
+        connectivity: int = 8,
+        seed: int = 0,
+        backend: str = "auto",
+    ):
         super().__init__(layers)
         check_k(k)
         if connectivity not in (8, 4):
             raise ValueError(f"connectivity={connectivity!r}: choose one of 8, 4")
         if not isinstance(seed, int):
             raise ValueError(f"seed={seed!r}: it must be an integer")
-        self.k, self.connectivity, self.seed = k, connectivity, seed
+        if backend not in ("auto", *kernels.DRAWS):
+            raise ValueError(f"backend={backend!r}: choose one of auto, {', '.join(kernels.DRAWS)}")
+        self.k, self.connectivity, self.backend = k, connectivity, backend
+        self.seed = (seed + 2**63) % 2**64 - 2**63
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
         return after_merges(n_tokens, self.k, layer)
@@ -41,33 +53,10 @@ class RandomMerge(Reducer):
         batch, n, _ = tokens.shape
         ids = self.image_ids
         ids = torch.arange(batch, device=tokens.device) if ids is None else ids.to(tokens.device)
-        low, high = regions.adjacent_tokens(self.connectivity).unbind(-1)
-        owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
-        weights = torch.ones(batch, n, device=tokens.device)
-        for step in range(self.k):
-            # n - step counts down over all layers, so no two draws of an image share their key. Where two tokens touch in
-            # several places the pair is listed as often, but always with the same lot: the draw is uniform over pairs.
-            lots = _lots(self.seed, ids[:, None], n - step, low * n + high)
-            drawn = torch.where(low == high, -1, lots).argmax(dim=1, keepdim=True)
-            i, j = low.gather(1, drawn), high.gather(1, drawn)
-            joined = (owner == i) | (owner == j)
-            owner = torch.where(joined, i, owner)
-            weights = torch.where(joined, weights / 2, weights)
-            low, high = contract(low, high, i, j)
-        token_map = renumber(owner)
+        token_map, weights = kernels.random_merge(
+            regions.assignment, regions.sizes, ids, self.k, *regions.grid, self.connectivity, self.seed, self.backend
+        )
         return average(tokens, token_map, weights, n - self.k), regions.merged(token_map, n - self.k)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, layers={self.layers}, connectivity={self.connectivity}, seed={self.seed}"
-
-
-def _lots(*keys) -> Tensor:
-    """Random int64 in [0, 2⁶²), a hash of the keys: the same on every device and in every process."""
-    state = torch.zeros((), dtype=torch.int64)
-    for key in keys:
-        # The finaliser of SplitMix64 (Steele et al. 2014) in wrapping int64 arithmetic, logical shifts by masking.
-        state = state + key + -7046029254386353131
-        state = (state ^ ((state >> 30) & (2**34 - 1))) * -4658895280553007687
-        state = (state ^ ((state >> 27) & (2**37 - 1))) * -7723592293110705685
-        state = state ^ ((state >> 31) & (2**33 - 1))
-    return state & (2**62 - 1)

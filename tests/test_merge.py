@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import networkx as nx
 import numpy as np
@@ -258,10 +260,15 @@ def test_numba_without_a_place_for_machine_code(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_auto_is_the_fastest_that_is_there(monkeypatch):
+def test_auto_is_the_fastest_that_works(monkeypatch):
+    works = {}
+    monkeypatch.setattr(kernels, "_triton_works", lambda device: works.get("here", True))
     assert kernels.pick("auto", torch.device("cpu")) == "numba"
     assert kernels.pick("auto", torch.device("meta")) == "torch"
     assert kernels.pick("auto", torch.device("cuda")) == "triton"
+    works["here"] = False
+    assert kernels.pick("auto", torch.device("cuda")) == "torch"
+    works["here"] = True
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend, device in (("numba", "cuda"), ("triton", "cpu")):
         with pytest.raises(
@@ -273,6 +280,23 @@ def test_auto_is_the_fastest_that_is_there(monkeypatch):
         assert kernels.pick("auto", torch.device(device)) == "torch"
         with pytest.raises(ValueError, match=f"the package {backend} is not installed; install it, or choose"):
             kernels.pick(backend, torch.device(device))
+
+
+def test_triton_that_makes_no_code_is_said_once(monkeypatch):
+    def no_compiler(*arguments):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setitem(kernels.BACKENDS, "triton", no_compiler)
+    kernels._triton_works.cache_clear()
+    message = re.escape(
+        "backend='auto': Triton does not work on cpu (Failed to find C compiler.); the slower 'torch' does"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert not kernels._triton_works(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels._triton_works(torch.device("cpu"))
+    kernels._triton_works.cache_clear()
 
 
 @pytest.mark.parametrize("backend", HERE)

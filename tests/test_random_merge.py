@@ -3,11 +3,71 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from baselines import RandomMerge
-from dhtm import Regions
+from dhtm import Regions, kernels
+from dhtm.merge import get_neighbors
 from dhtm.reducer import Attention
+from dhtm.regions import grid_pairs
+
+HERE = [name for name in kernels.DRAWS if name != "triton"]  # which tests/test_triton.py is about
+
+
+def lot(*keys):
+    """SplitMix64 as Steele et al. (2014) print it, on integers that wrap at 2⁶⁴, one key after the other."""
+    state = 0
+    for key in keys:
+        state = (state + key + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state % 2**62
+
+
+def drawn(grid, k, connectivity, seed, image_id):
+    """Which patches are together after k merges of one image, as sets of patches, in the order of the tokens."""
+    adjacent = {tuple(pair) for pair in grid_pairs(grid, connectivity).tolist()}
+    n = grid[0] * grid[1]
+    regions = [{patch} for patch in range(n)]
+    names = list(range(n))
+    for step in range(k):
+        pairs = get_neighbors(regions, adjacent)
+        i, j = max(pairs, key=lambda pair: lot(seed, image_id, n - step, names[pair[0]] * n + names[pair[1]]))
+        regions[i] |= regions[j]
+        del regions[j], names[j]
+    return regions
+
+
+@st.composite
+def draws(draw):
+    """A grid, merges, connectivity, seed and the ids of some images."""
+    grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 1))
+    ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=3))
+    seed = draw(st.one_of(st.integers(0, 9), st.integers(-(2**70), 2**70)))
+    return grid, draw(st.integers(0, grid[0] * grid[1] - 1)), draw(st.sampled_from((4, 8))), seed, ids
+
+
+def check_draws(case, backend, device="cpu"):
+    """A backend draws as stated above."""
+    grid, k, connectivity, seed, ids = case
+    reducer = RandomMerge(k, connectivity=connectivity, seed=seed, backend=backend)
+    reducer.image_ids = torch.tensor(ids, device=device)
+    regions = Regions.identity(len(ids), grid, device)
+    _, merged = reducer(torch.ones(len(ids), grid[0] * grid[1], 1, device=device), regions, Attention())
+    for assignment, image_id in zip(merged.assignment.tolist(), ids, strict=True):
+        expected = drawn(grid, k, connectivity, seed, image_id)
+        assert [
+            {patch for patch, token in enumerate(assignment) if token == t} for t in range(len(expected))
+        ] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(draws(), st.sampled_from(HERE))
+def test_every_backend_draws_the_same(case, backend):
+    check_draws(case, backend)
 
 
 def merge(n_images, k, ids=None, seed=0, grid=(2, 3), tokens=None):
@@ -63,6 +123,20 @@ def test_tokens_are_averaged_pair_by_pair():
         torch.testing.assert_close(merged[0], torch.stack([values[region] for region in after]))
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_operator_checks(backend):
+    regions = Regions.identity(3, (4, 4))
+    arguments = (regions.assignment, regions.sizes, torch.arange(3), 5, 4, 4, 8, 0, backend)
+    torch.library.opcheck(torch.ops.dhtm.random_merge, arguments)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_tokens_that_touch_none_cannot_be_merged(backend):
+    regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
+    with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
+        RandomMerge(2, backend=backend)(torch.ones(1, 3, 2), regions, Attention())
+
+
 def test_gradients_flow():
     tokens = torch.randn(1, 6, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: merge(1, 3, tokens=x)[0], (tokens,))
@@ -70,7 +144,12 @@ def test_gradients_flow():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": -1}, "k=-1"), ({"k": 2, "connectivity": 5}, "connectivity=5"), ({"k": 2, "seed": "x"}, "seed='x'")],
+    [
+        ({"k": -1}, "k=-1"),
+        ({"k": 2, "connectivity": 5}, "connectivity=5"),
+        ({"k": 2, "seed": "x"}, "seed='x'"),
+        ({"k": 2, "backend": "reference"}, "backend='reference': choose one of auto, torch, numba, triton"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

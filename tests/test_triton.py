@@ -10,8 +10,11 @@ from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_merge import SIMILARITIES, merges, smooth
+from test_random_merge import check_draws, draws
 
+from baselines import RandomMerge
 from dhtm import Regions, hierarchical_merge
+from dhtm.reducer import Attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -44,6 +47,12 @@ def test_regions_and_features_given(case, seed):
     tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
     features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
     check(tokens, (k + 1) // 2, regions, features, **options)
+
+
+@settings(max_examples=12, deadline=None)
+@given(draws())
+def test_random_draws(case):
+    check_draws(case, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -85,8 +94,11 @@ def test_running_out_of_neighbours_is_an_error():
     regions = Regions(torch.tensor([[0, 0, 1, 1]], device=DEVICE), torch.tensor([[2, 2, 0]], device=DEVICE), (2, 2))
     if DEVICE == "cuda":
         pytest.skip("a failed assertion leaves the device unusable for this process")
-    with pytest.raises(RuntimeError, match="k=2 merges, but an image runs out of adjacent tokens"):
+    message = "k=2 merges, but an image runs out of adjacent tokens"
+    with pytest.raises(RuntimeError, match=message):
         hierarchical_merge(torch.ones(1, 3, 2, device=DEVICE), 2, regions, backend="triton")
+    with pytest.raises(RuntimeError, match=message):
+        RandomMerge(2, backend="triton")(torch.ones(1, 3, 2, device=DEVICE), regions, Attention())
 
 
 AHEAD = """
@@ -97,10 +109,10 @@ from triton.compiler import ASTSource
 from dhtm.kernels import gpu
 
 pointers = {"log_p": "*fp64", "inverse": "*fp64", "weights": "*fp32", "scores": "*fp32", "neighbours": "*i32", "stuck": "*i32"}
-pointers |= {"assignment": "*i64", "sizes": "*i64", "pairs": "*i64", "token_map": "*i64"}
+pointers |= {"assignment": "*i64", "sizes": "*i64", "ids": "*i64", "token_map": "*i64", "places": "*i32", "seed": "i64"}
 pointers |= dict.fromkeys(("x", "carried", "measured", "merged"), "*fp32")
-blocks = {"BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D": 128}
-for kernel in (gpu._describe_all, gpu._edge_scores, gpu._merge_image):
+blocks = {"STEPS": 4, "BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D": 128}
+for kernel in (gpu._describe_all, gpu._edge_scores, gpu._merge_image, gpu._draw_image):
     constants = {"KIND": int(sys.argv[1]), "TWO": True, "BY_SIZE": True, **blocks}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
@@ -118,4 +130,4 @@ def test_the_kernels_compile_for_a_gpu_without_one(kind, tmp_path):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 3
+    assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 4

@@ -1,48 +1,48 @@
-"""The merge of DHTM behind one PyTorch operator, ``torch.ops.dhtm.hierarchical_merge``, with several backends.
+"""The merges of DHTM and those at random behind two PyTorch operators, ``torch.ops.dhtm.*``, with several backends.
 
-Every backend is a function of (tokens, features, regions, k, connectivity, similarity, linkage), as they are explained in
-:func:`dhtm.hierarchical_merge`, and makes the same merges. It returns merged [B, N - k, D] in the tokens' dtype; token_map
-int64 [B, N], the place of each token among the new ones; and weights float32 [B, N], with which it entered its average.
+Every backend is a module of two functions, and all make the same merges. ``merge`` takes (tokens, features, regions, k,
+connectivity, similarity, linkage), as they are explained in :func:`dhtm.hierarchical_merge`, and returns merged [B, N - k, D]
+in the tokens' dtype; token_map int64 [B, N], the place of each token among the new ones; and weights float32 [B, N], with
+which it entered its average. ``draw`` takes (regions, image_ids int64 [B], k, connectivity, seed), as they are explained in
+:class:`baselines.RandomMerge`, and returns token_map and weights.
 """
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from dhtm.kernels import batched
 from dhtm.regions import Regions
 
 HAS_NUMBA, HAS_TRITON = find_spec("numba") is not None, find_spec("triton") is not None
+_MODULES = {"torch": "batched", "numba": "cpu", "triton": "gpu"}
 
 
-def _numba(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    from dhtm.kernels import cpu  # Numba takes its time to import, and need not be there
-
-    return cpu.merge(*arguments)
-
-
-def _triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    from dhtm.kernels import gpu  # as above
-
-    return gpu.merge(*arguments)
+def _function(name: str, backend: str) -> Callable:
+    """A function of a backend, whose module its first call imports: that takes time, and packages that may not be there."""
+    return lambda *arguments: getattr(import_module(f"dhtm.kernels.{_MODULES[backend]}"), name)(*arguments)
 
 
 # dhtm.merge adds "reference".
-BACKENDS: dict[str, Callable] = {"torch": batched.merge, "numba": _numba, "triton": _triton}
+BACKENDS: dict[str, Callable] = {backend: _function("merge", backend) for backend in _MODULES}
+DRAWS: dict[str, Callable] = {backend: _function("draw", backend) for backend in _MODULES}
 
 
 def pick(backend: str, device: torch.device) -> str:
-    """The backend to use for tensors on a device; "auto" is the fastest that is there.
+    """The backend to use for tensors on a device; "auto" is the fastest that works there.
 
     Raises:
         ValueError: the backend is not to be had.
     """
     if backend == "auto":
-        fast = {"cpu": HAS_NUMBA and "numba", "cuda": HAS_TRITON and "triton"}
-        return fast.get(device.type) or "torch"
+        if device.type == "cpu":
+            return "numba" if HAS_NUMBA else "torch"
+        return "triton" if device.type == "cuda" and HAS_TRITON and _triton_works(device) else "torch"
     if (backend == "numba" and not HAS_NUMBA) or (backend == "triton" and not HAS_TRITON):
         raise ValueError(
             f"backend={backend!r}: the package {backend} is not installed; install it, or choose backend='auto'"
@@ -53,6 +53,21 @@ def pick(backend: str, device: torch.device) -> str:
     if wrong:
         raise ValueError(f"backend={backend!r} is not for tokens on {device.type}: choose backend='auto'")
     return backend
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton makes code for a GPU: one may be too old for it, and it needs a C compiler."""
+    try:
+        two = torch.ones(1, 2, 16, device=device), None, Regions.identity(1, (1, 2), device)
+        BACKENDS["triton"](*two, 1, 8, "cosine", "mean")
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"backend='auto': Triton does not work on {device} ({reason}); the slower 'torch' does", stacklevel=2
+        )
+        return False
+    return True
 
 
 @torch.library.custom_op("dhtm::hierarchical_merge", mutates_args=())
@@ -99,6 +114,28 @@ def _backward(ctx, grad_merged, _grad_map, _grad_weights):
 
 
 hierarchical_merge.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dhtm::random_merge", mutates_args=())
+def random_merge(
+    assignment: Tensor,
+    sizes: Tensor,
+    image_ids: Tensor,
+    k: int,
+    height: int,
+    width: int,
+    connectivity: int,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`baselines.RandomMerge`, which checks the arguments; it returns what the backends return."""
+    draw = DRAWS[pick(backend, assignment.device)]
+    return draw(Regions(assignment, sizes, (height, width)), image_ids, k, connectivity, seed)
+
+
+@random_merge.register_fake
+def _(assignment, sizes, image_ids, k, height, width, connectivity, seed, backend):
+    return sizes.new_empty(sizes.shape), sizes.new_empty(sizes.shape, dtype=torch.float32)
 
 
 def merge_flops(n_tokens: int, k: int, channels: int, n_pairs: int, n_patches: int, connectivity: int) -> int:

@@ -8,6 +8,7 @@ from dhtm.regions import Regions, contract, renumber
 
 # Similarities below this are not told apart, so that NaN and -inf stay mergeable: only what is not an adjacent pair is -inf.
 _LOWEST = torch.finfo(torch.float32).min
+KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}  # what compiled code calls the similarities
 _CHUNK = 2**24  # elements of float64 held at once while the first similarities are computed
 
 
@@ -74,6 +75,45 @@ def merge(
             regions.sizes > 0, regions.sizes / sizes.gather(1, owner), 1
         )  # a token without a patch is alone
     return merged.to(tokens.dtype), token_map, weights.to(torch.float32)
+
+
+def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
+    """k merges at random in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
+
+    Every adjacent pair of tokens draws a lot at every merge, and the highest wins. Where two tokens touch in several places
+    their pair is listed as often, but always with the same lot: the draw is uniform over pairs.
+
+    Raises:
+        ValueError: an image runs out of adjacent tokens before k merges are made.
+    """
+    batch, n = regions.sizes.shape
+    low, high = regions.adjacent_tokens(connectivity).unbind(-1)
+    owner = torch.arange(n, device=low.device).repeat(batch, 1)
+    weights = torch.ones(batch, n, dtype=torch.float32, device=low.device)
+    stuck = torch.zeros(batch, 1, dtype=torch.bool, device=low.device)
+    # n - step counts down over all layers, so no two draws of an image share their key.
+    steps = torch.arange(n, n - k, -1, device=low.device)
+    state = _hashed(_hashed(_hashed(torch.zeros_like(low[:1, :1]), seed), image_ids[:, None]), steps)
+    for step in range(k):
+        lots = _hashed(state[:, step : step + 1], low * n + high) & (2**62 - 1)
+        best, drawn = torch.where(low == high, -1, lots).max(dim=1, keepdim=True)
+        stuck = stuck | (best < 0)
+        i, j = low.gather(1, drawn), high.gather(1, drawn)
+        joined = (owner == i) | (owner == j)
+        owner = torch.where(joined, i, owner)
+        weights = torch.where(joined, weights / 2, weights)
+        low, high = contract(low, high, i, j)
+    if stuck.any():
+        raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
+    return renumber(owner), weights
+
+
+def _hashed(state: Tensor, key: Tensor | int) -> Tensor:
+    """One more key into a hash: SplitMix64's finaliser (Steele et al. 2014) in wrapping int64, logical shifts by masking."""
+    state = state + key + -7046029254386353131
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * -4658895280553007687
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * -7723592293110705685
+    return state ^ ((state >> 31) & (2**33 - 1))
 
 
 def raise_runs_out(k: int, image: int) -> None:

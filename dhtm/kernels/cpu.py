@@ -16,10 +16,9 @@ import torch
 from numba import bool_, float32, float64, int64, njit, types, void
 from torch import Tensor
 
-from dhtm.kernels.batched import raise_runs_out
+from dhtm.kernels.batched import KINDS, raise_runs_out
 from dhtm.regions import Regions, grid_pairs
 
-_KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}
 _LOWEST = np.finfo(np.float32).min
 # Sums may be reordered, which is what makes them fast: they run in float64 and only their float32 rounding counts.
 _SUMS = {"reassoc", "contract"}
@@ -49,33 +48,54 @@ def merge(
     wide = torch.promote_types(tokens.dtype, torch.float32)
     carried = _array(tokens.to(wide))
     measured = carried if features is None else _array(features.to(wide))
-    pairs = _array(grid_pairs(regions.grid, connectivity))
     merged = torch.empty(batch, n - k, channels, dtype=wide)
     token_map = torch.empty(batch, n, dtype=torch.int64)
     weights = torch.empty(batch, n, dtype=torch.float32)
-    made = np.empty(batch, dtype=np.int64)
-    assignment = _array(regions.assignment)
+    arguments = (
+        carried, measured, features is not None, _array(regions.sizes), KINDS[similarity], linkage == "size",
+        merged.numpy(), token_map.numpy(), weights.numpy(),
+    )  # fmt: skip
+    _in_parallel(_merge_images_of(carried.dtype), regions, connectivity, k, *arguments)
+    return merged.to(tokens.dtype), token_map, weights
+
+
+def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
+    """k merges at random in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
+
+    Raises:
+        ValueError: as of :func:`merge`.
+    """
+    token_map = torch.empty(regions.sizes.shape, dtype=torch.int64)
+    weights = torch.empty(regions.sizes.shape, dtype=torch.float32)
+    ids = _array(image_ids.contiguous())
+    _in_parallel(_draw_images_compiled(), regions, connectivity, k, ids, seed, token_map.numpy(), weights.numpy())
+    return token_map, weights
+
+
+def _in_parallel(images: Callable, regions: Regions, connectivity: int, k: int, *arguments) -> None:
+    """Run compiled code on the images of a batch, on as many threads as PyTorch uses.
+
+    Args:
+        images: merges in images first, …, last - 1, and says in ``made`` how many merges it made in each.
+    """
+    assignment, n = _array(regions.assignment), regions.n_tokens
+    batch = len(assignment)
     # Compiled code would write where nothing is its own.
     if batch and not (assignment.min() >= 0 and assignment.max() < n):
         raise ValueError(f"regions.assignment has tokens from {assignment.min()} to {assignment.max()}, but N={n}")
-    merge_images = _merge_images_of(carried.dtype)
-    arguments = (
-        carried, measured, features is not None, assignment, _array(regions.sizes), pairs, k,
-        _KINDS[similarity], linkage == "size", merged.numpy(), token_map.numpy(), weights.numpy(), made,
-    )  # fmt: skip
-
+    made = np.empty(batch, dtype=np.int64)
+    arguments = (assignment, _array(grid_pairs(regions.grid, connectivity)), k, made, *arguments)
     n_threads = min(batch, torch.get_num_threads())
     if n_threads <= 1:
-        merge_images(0, batch, *arguments)
+        images(0, batch, *arguments)
     else:  # compiled code lets go of the interpreter's lock; parts are small, for something may slow a thread down
         ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
         pool = _pool(n_threads, os.getpid())
-        jobs = [pool.submit(merge_images, *part, *arguments) for part in itertools.pairwise(ends)]
+        jobs = [pool.submit(images, *part, *arguments) for part in itertools.pairwise(ends)]
         for job in jobs:
             job.result()
     if (made < k).any():
         raise_runs_out(k, int(np.flatnonzero(made < k)[0]))
-    return merged.to(tokens.dtype), token_map, weights
 
 
 @cache
@@ -91,23 +111,34 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+def _given(kind: types.Type, dimensions: int) -> types.Array:
+    return types.Array(kind, dimensions, "A", readonly=True)
+
+
+_IMAGES = (
+    int64,
+    int64,
+    _given(int64, 2),
+    _given(int64, 2),
+    int64,
+    int64[::1],
+)  # first, last, assignment, pairs, k, made
+
+
 @cache
 def _merge_images_of(dtype: np.dtype) -> Callable:
     """:func:`_merge_images` for float32 or float64 tokens of any strides, compiled when it is first asked for."""
     real = {"float32": float32, "float64": float64}[dtype.name]
 
-    def given(kind, dimensions):
-        return types.Array(kind, dimensions, "A", readonly=True)
-
     signature = void(
-        int64, int64, given(real, 3), given(real, 3), bool_, given(int64, 2), given(int64, 2), given(int64, 2), int64, int64,
-        bool_, real[:, :, ::1], int64[:, ::1], float32[:, ::1], int64[::1],
+        *_IMAGES, _given(real, 3), _given(real, 3), bool_, _given(int64, 2), int64, bool_,
+        real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return _compiled(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, carried, measured, two, assignment, sizes, pairs, k, kind, by_size, merged, token_map, weights, made
+    first, last, assignment, pairs, k, made, carried, measured, two, sizes, kind, by_size, merged, token_map, weights
 ):
     """Merge in images first, …, last - 1; the arrays are of the whole batch, and those of the result are filled."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -233,6 +264,64 @@ def _merge_images(
                     weights[image, m] = np.float32(sizes[image, m]) / np.float32(n_patches[t])
                 m = member[m]
             place += 1
+
+
+@cache
+def _draw_images_compiled() -> Callable:
+    return _compiled(void(*_IMAGES, _given(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
+
+
+@_compiled()
+def _hashed(state, key):
+    """One more key into a hash, as in :mod:`dhtm.kernels.batched`."""
+    state += np.uint64(key) + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _draw_images(first, last, assignment, pairs, k, made, ids, seed, token_map, weights):
+    """Merge at random in images first, …, last - 1; the arrays are of the whole batch, and those of the result are filled."""
+    n, n_pairs = token_map.shape[1], pairs.shape[0]
+    low, high = np.empty(n_pairs, np.int64), np.empty(n_pairs, np.int64)
+    owner, place = np.empty(n, np.int64), np.empty(n, np.int64)
+    for image in range(first, last):
+        n_edges = 0
+        for e in range(n_pairs):
+            a, b = assignment[image, pairs[e, 0]], assignment[image, pairs[e, 1]]
+            if a != b:
+                low[n_edges], high[n_edges] = min(a, b), max(a, b)
+                n_edges += 1
+        for t in range(n):
+            owner[t], weights[image, t] = t, 1
+        of_image = _hashed(_hashed(np.uint64(0), seed), ids[image])
+        made[image] = k
+        for step in range(k):
+            if n_edges == 0:
+                made[image] = step
+                break
+            state, best, drawn = _hashed(of_image, n - step), np.uint64(0), 0
+            for e in range(n_edges):
+                lot = _hashed(state, low[e] * n + high[e]) & np.uint64(2**62 - 1)
+                if lot > best:
+                    best, drawn = lot, e
+            i, j, left = low[drawn], high[drawn], 0
+            for e in range(n_edges):
+                a, b = (i if low[e] == j else low[e]), (i if high[e] == j else high[e])
+                if a != b:
+                    low[left], high[left] = min(a, b), max(a, b)
+                    left += 1
+            n_edges = left
+            for t in range(n):
+                if owner[t] == i or owner[t] == j:
+                    owner[t] = i
+                    weights[image, t] /= 2
+        left = 0
+        for t in range(n):  # a token that others went into comes before them
+            if owner[t] == t:
+                place[t] = left
+                left += 1
+            token_map[image, t] = place[owner[t]]
 
 
 @_compiled()

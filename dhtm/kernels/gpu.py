@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dhtm.regions import Regions, grid_pairs
+from dhtm.kernels.batched import KINDS
+from dhtm.regions import Regions
 
-_KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-_COSINE, _EUCLIDEAN, _KL = (tl.constexpr(_KINDS[name]) for name in ("cosine", "euclidean", "kl"))
+_COSINE, _EUCLIDEAN, _KL = (tl.constexpr(KINDS[name]) for name in ("cosine", "euclidean", "kl"))
 
 
 def merge(
@@ -32,10 +32,9 @@ def merge(
     carried = tokens.to(wide, **contiguous)
     measured = carried if features is None else features.to(wide, **contiguous)
     n_features = measured.shape[2]
-    pairs = grid_pairs(regions.grid, connectivity, tokens.device)
-    n_edges = len(pairs)
-    block_e = triton.next_power_of_2(n_edges)
     assignment, sizes = regions.assignment.contiguous(), regions.sizes.contiguous()
+    height, width = regions.grid
+    n_edges, edges = _edge_options(regions.grid, connectivity)
 
     def scratch(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=tokens.device)
@@ -50,7 +49,7 @@ def merge(
 
     # Products and sums are rounded one by one, as in the other backends.
     options = {
-        "KIND": _KINDS[similarity],
+        "KIND": KINDS[similarity],
         "BLOCK_D": min(128, triton.next_power_of_2(n_features)),
         "enable_fp_fusion": False,
     }
@@ -61,23 +60,76 @@ def merge(
             log_p,
             inverse,
             assignment,
-            pairs,
             scores,
             n,
             n_features,
-            assignment.shape[1],
-            n_edges,
+            height,
+            width,
             BLOCK_C=16,
+            STEPS=edges["STEPS"],
             **options,
         )
         _merge_image[(batch,)](
-            carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
-            k, n, channels, n_features, assignment.shape[1], n_edges,
-            TWO=features is not None, BY_SIZE=linkage == "size", BLOCK_N=triton.next_power_of_2(n), BLOCK_E=block_e, BLOCK_C=16,
-            num_warps=min(16, max(4, block_e // 256)), **options,
+            carried, measured, log_p, inverse, assignment, sizes, scores, neighbours, merged, token_map, weights, stuck,
+            k, n, channels, n_features, height, width,
+            TWO=features is not None, BY_SIZE=linkage == "size", BLOCK_N=triton.next_power_of_2(n), BLOCK_C=16,
+            **edges, **options,
         )  # fmt: skip
-    torch._assert_async((stuck == 0).all(), f"k={k} merges, but an image runs out of adjacent tokens before that")
+    _raise_where_stuck(stuck, k)
     return merged.to(tokens.dtype), token_map, weights
+
+
+def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
+    """k merges at random in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
+
+    An image that runs out of adjacent tokens is treated as in :func:`merge`.
+    """
+    batch, n = regions.sizes.shape
+    device = regions.sizes.device
+    token_map = torch.empty(batch, n, dtype=torch.int64, device=device)
+    weights = torch.empty(batch, n, dtype=torch.float32, device=device)
+    places = torch.empty(batch, n, dtype=torch.int32, device=device)
+    stuck = torch.empty(batch, dtype=torch.int32, device=device)
+    _, edges = _edge_options(regions.grid, connectivity)
+    with torch.cuda.device_of(regions.sizes):
+        _draw_image[(batch,)](
+            regions.assignment.contiguous(), image_ids.contiguous(), places, token_map, weights, stuck,
+            seed, k, n, *regions.grid, BLOCK_N=triton.next_power_of_2(n), **edges,
+        )  # fmt: skip
+    _raise_where_stuck(stuck, k)
+    return token_map, weights
+
+
+def _edge_options(grid: tuple[int, int], connectivity: int) -> tuple[int, dict[str, int]]:
+    """How many edges :func:`_edges` numbers, and the options of a kernel that holds them all."""
+    steps = {4: 2, 8: 4}[connectivity]
+    n_edges = grid[0] * grid[1] * steps
+    block_e = triton.next_power_of_2(n_edges)
+    return n_edges, {"STEPS": steps, "BLOCK_E": block_e, "num_warps": min(16, max(4, block_e // 256))}
+
+
+def _raise_where_stuck(stuck: Tensor, k: int) -> None:
+    torch._assert_async((stuck == 0).all(), f"k={k} merges, but an image runs out of adjacent tokens before that")
+
+
+@triton.jit
+def _edges(assignment, edge, height, width, STEPS: tl.constexpr):
+    """Edge ``edge`` of the grid, which goes from patch edge // STEPS to the right, or down: left, straight, right.
+
+    Returns:
+        The tokens at both ends, int32, the lower first; and whether there is such an edge. Tables of pairs would have to
+        be on the device before a CUDA graph is captured.
+    """
+    patch, step = edge // STEPS, edge % STEPS
+    row = patch // width + (step > 0).to(tl.int32)
+    if STEPS == 4:
+        column = patch % width + tl.where(step == 0, 1, step - 2)
+    else:
+        column = patch % width + (step == 0).to(tl.int32)
+    there = (patch < height * width) & (row < height) & (column >= 0) & (column < width)
+    a = tl.load(assignment + patch, there, 0).to(tl.int32)
+    b = tl.load(assignment + row * width + column, there, 0).to(tl.int32)
+    return tl.minimum(a, b), tl.maximum(a, b), there
 
 
 @triton.jit
@@ -151,15 +203,14 @@ def _describe_all(x, log_p, inverse, n, n_features, KIND: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def _edge_scores(
-    x, log_p, inverse, assignment, pairs, scores, n, n_features, n_patches, n_edges,
-    KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, log_p, inverse, assignment, scores, n, n_features, height, width,
+    KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The first similarities, a program for BLOCK_C edges of an image; of a dead edge that of a token with itself."""
     image = tl.program_id(0).to(tl.int64)
     edge = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = edge < n_edges
-    a = tl.load(assignment + image * n_patches + tl.load(pairs + 2 * edge, inside, 0), inside, 0)
-    b = tl.load(assignment + image * n_patches + tl.load(pairs + 2 * edge + 1, inside, 0), inside, 0)
+    n_patches = height * width
+    a, b, inside = _edges(assignment + image * n_patches, edge, height, width, STEPS)
     first = image * n
     score = _similarity(
         x + first * n_features,
@@ -173,7 +224,7 @@ def _edge_scores(
         BLOCK_C,
         BLOCK_D,
     )
-    tl.store(scores + image * n_edges + edge, score, inside)
+    tl.store(scores + image * n_patches * STEPS + edge, score, inside)
 
 
 @triton.jit
@@ -190,9 +241,9 @@ def _average(x, i, j, n_i, n_j, width, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _merge_image(
-    carried, measured, log_p, inverse, assignment, sizes, pairs, scores, neighbours, merged, token_map, weights, stuck,
-    k, n, channels, n_features, n_patches, n_edges,
-    KIND: tl.constexpr, TWO: tl.constexpr, BY_SIZE: tl.constexpr,
+    carried, measured, log_p, inverse, assignment, sizes, scores, neighbours, merged, token_map, weights, stuck,
+    k, n, channels, n_features, height, width,
+    KIND: tl.constexpr, TWO: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All merges of one image. ``scores`` and ``neighbours`` are written over; a barrier lets all threads see it."""
@@ -201,9 +252,9 @@ def _merge_image(
     measured += image * n * n_features
     log_p += image * n * n_features
     inverse += image * n
+    n_edges = height * width * STEPS
     scores += image * n_edges
     neighbours += image * tl.maximum(n, n_edges)
-    assignment += image * n_patches
 
     token = tl.arange(0, BLOCK_N)
     is_token = token < n
@@ -213,10 +264,7 @@ def _merge_image(
     weight = tl.full((BLOCK_N,), 1.0, tl.float32)
 
     edge = tl.arange(0, BLOCK_E)
-    is_edge = edge < n_edges
-    a = tl.load(assignment + tl.load(pairs + 2 * edge, is_edge, 0), is_edge, 0).to(tl.int32)
-    b = tl.load(assignment + tl.load(pairs + 2 * edge + 1, is_edge, 0), is_edge, 0).to(tl.int32)
-    low, high = tl.minimum(a, b), tl.maximum(a, b)
+    low, high, is_edge = _edges(assignment + image * height * width, edge, height, width, STEPS)
     score = tl.load(scores + edge, is_edge & (low != high), float("-inf"))
     tl.debug_barrier()
 
@@ -272,12 +320,7 @@ def _merge_image(
     tl.store(stuck + image, failed)
 
     # The tokens that are left move up into the gaps.
-    alive = (owner == token) & is_token
-    place = tl.cumsum(alive.to(tl.int32), axis=0) - 1
-    tl.store(neighbours + token, tl.where(alive, place, -1), is_token)
-    tl.debug_barrier()
-    mine = tl.load(neighbours + owner, is_token, 0)
-    tl.store(token_map + image * n + token, mine.to(tl.int64), is_token)
+    _store_places(neighbours, token_map + image * n, owner, token, is_token)
     if BY_SIZE:
         tl.store(inverse + token, size.to(tl.float64), is_token)
         tl.debug_barrier()
@@ -292,3 +335,54 @@ def _merge_image(
             mask = ((to >= 0) & (to < n - k))[:, None] & (start + columns < channels)
             value = tl.load(carried + rows[:, None] * channels + start + columns, mask, 0.0)
             tl.store(merged + (image * (n - k) + to)[:, None] * channels + start + columns, value, mask)
+
+
+@triton.jit
+def _hashed(state, key):
+    """One more key into a hash of int64, as in :mod:`dhtm.kernels.batched`."""
+    state = state + key + -7046029254386353131
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _draw_image(
+    assignment, ids, places, token_map, weights, stuck, seed, k, n, height, width,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """All merges at random of one image; ``places`` is written over."""
+    image = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    is_token = token < n
+    owner = token
+    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
+    edge = tl.arange(0, BLOCK_E)
+    low, high, is_edge = _edges(assignment + image * height * width, edge, height, width, STEPS)
+    of_image = _hashed(_hashed(tl.full((), 0, tl.int64), seed), tl.load(ids + image))
+    failed = 0
+    for step in range(k):
+        lots = _hashed(_hashed(of_image, n - step), (low * n + high).to(tl.int64)) & 0x3FFFFFFFFFFFFFFF
+        lots = tl.where(is_edge & (low != high), lots, -1)
+        best = tl.max(lots)
+        code = tl.min(tl.where(lots == best, low * n + high, n * n))
+        i, j = code // n, code % n
+        failed = tl.where(best < 0, 1, failed)
+        joined = (owner == i) | (owner == j)
+        owner = tl.where(joined, i, owner)
+        weight = tl.where(joined, weight * 0.5, weight)
+        a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
+        low, high = tl.minimum(a, b), tl.maximum(a, b)
+    tl.store(stuck + image, failed)
+    _store_places(places + image * n, token_map + image * n, owner, token, is_token)
+    tl.store(weights + image * n + token, weight, is_token)
+
+
+@triton.jit
+def _store_places(places, token_map, owner, token, is_token):
+    """Where the tokens that are left come to stand, −1 for the others; and where each token went."""
+    alive = (owner == token) & is_token
+    place = tl.cumsum(alive.to(tl.int32), axis=0) - 1
+    tl.store(places + token, tl.where(alive, place, -1), is_token)
+    tl.debug_barrier()
+    tl.store(token_map + token, tl.load(places + owner, is_token, 0).to(tl.int64), is_token)
