@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dhtm import kernels
-from dhtm.kernels.batched import raise_runs_out
+from dhtm.kernels import batched
 from dhtm.reducer import Attention, Reducer, after_merges, check_k
 from dhtm.regions import Regions, grid_pairs
 
@@ -116,7 +116,7 @@ def _reference(tokens, features, regions, k, connectivity, similarity, linkage):
         for patch, token in enumerate(regions.assignment[image].tolist()):
             patches[token].add(patch)
         if sum(map(bool, patches)) <= k:  # every merge takes two regions of the grid
-            raise_runs_out(k, image)
+            batched.raise_runs_out(k, image)
         measured = None if features is None else list(features[image].cpu().to(wide))
         new, members = algorithm_1(
             list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured
@@ -195,6 +195,9 @@ def hierarchical_merge(
     _check_options(connectivity, similarity, linkage, backend)
     if k == 0:
         return tokens, regions
+    if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX does not know the operator, but what is in it
+        merged, token_map, _ = batched.merge(tokens, features, regions, k, connectivity, similarity, linkage)
+        return merged, regions.merged(token_map, n - k)
     merged, token_map, _ = kernels.hierarchical_merge(
         tokens,
         features,

@@ -202,6 +202,8 @@ def raise_other_shape(reducer: Reducer) -> None:
 
 def highest(values: Tensor, m: int) -> Tensor:
     """Where the m largest of values [B, N] are, int64 [B, m], largest first; among equals the lower index first."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK puts the lower index of equals first
+        return values.topk(m, dim=1).indices
     return values.argsort(dim=1, descending=True, stable=True)[:, :m]
 
 

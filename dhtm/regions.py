@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +11,6 @@ from torch import Tensor
 _STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, -1), (1, 0), (1, 1))}
 
 
-@functools.lru_cache(maxsize=64)
 def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | None = None) -> Tensor:
     """All pairs of adjacent patches of a grid (Figure 3 of the paper).
 
@@ -27,7 +27,12 @@ def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | 
     """
     if connectivity not in _STEPS:
         raise ValueError(f"connectivity={connectivity!r}: it must be 4 or 8")
-    height, width = grid
+    return torch.tensor(_pairs(*grid, connectivity), device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(height: int, width: int, connectivity: int) -> np.ndarray:
+    """As an array: a tensor that is kept from the tracing of a model would be of no use after it."""
     pairs = [
         (row * width + column, (row + down) * width + column + right)
         for row in range(height)
@@ -35,7 +40,7 @@ def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | 
         for down, right in _STEPS[connectivity]
         if row + down < height and 0 <= column + right < width
     ]
-    return torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

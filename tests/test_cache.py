@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
+from timm.data.transforms import CenterCropOrPad
+from torchvision.transforms import Compose
 
 from dhtm.harness import cache, data
 from dhtm.harness.backbones import bare_backbone
@@ -177,6 +180,44 @@ def test_file_systems_that_cannot_reserve_blocks(run, monkeypatch, caplog, canno
 def test_where_nothing_can_be_written_the_setting_is_named(run):
     with pytest.raises(UserError, match="cache_dir=/proc/nowhere: cannot write there"):
         run("cache_dir=/proc/nowhere")
+
+
+def test_a_whole_cache_is_used_where_nothing_can_be_written(run, monkeypatch):
+    """Of another user, say. Permissions would not stop a test that runs as root."""
+
+    def read_only(folder, setting):
+        if folder.is_relative_to(run.cache):
+            raise UserError(f"{setting}: cannot write there (Read-only file system); choose another place")
+
+    before, _ = run()
+    (folder,) = run.cache.iterdir()
+    for file in run.root.glob("val/*/*"):
+        file.write_bytes(bytes(file.stat().st_size))  # as many zeros
+    contents = {file: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(cache, "require_writable", read_only)
+    monkeypatch.setattr(cache, "_opened", {})
+    pd.testing.assert_frame_equal(run()[0], before)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == contents
+    for damage in (flip, lambda file: os.truncate(file, 5), Path.unlink):
+        monkeypatch.setattr(cache, "_opened", {})
+        damage(folder / "pixels")
+        with pytest.raises(UserError, match=r"cache_dir=.*cannot write there"):
+            run()
+
+
+def test_the_colour_of_borders_is_part_of_what_a_cache_is(run):
+    """timm's transform does not print it."""
+    split = data.Split(
+        dataset=[(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)],
+        classes=("a",),
+        fingerprint="f",
+        in_memory=False,
+        channels=3,
+    )
+    for fill in (0, 0, 255):
+        transform = Compose([CenterCropOrPad(8, fill=fill)])
+        assert cache.cached(split, transform, (3, 8, 8), run.cache, 0, "x").images.shape == (1, 3, 8, 8)
+    assert len(list(run.cache.iterdir())) == 2
 
 
 @pytest.fixture(scope="module")

@@ -104,27 +104,30 @@ def scaling(config: DictConfig) -> pd.DataFrame:
     settings = [("n_tokens", first | {"grid": grid}) for grid in given.grids]
     settings += [("k", first | {"k": k}) for k in given.ks]
     settings += [("batch_size", first | {"batch_size": batch_size}) for batch_size in given.batch_sizes]
-    rows = []
+    rows, measured = [], {}
     for varied, setting in settings:
-        grid, k, batch_size = setting.values()
-        tokens = _tokens(batch_size, grid, given.channels).to(device=device, dtype=dtype)
-
-        def merge(tokens=tokens, k=k, grid=grid):
-            return hierarchical_merge(tokens, k, grid=(grid, grid))
-
-        def cluster(tokens=tokens):
-            return [linkage(image.numpy(), "average", "cosine") for image in tokens.float()]
-
-        steps = {"merge": merge} | ({"scipy": cluster} if device.type == "cpu" else {})
-        ms = 1000 * _interleaved(steps, config.rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
+        grid, k, batch_size = key = tuple(setting.values())
+        if key not in measured:
+            measured[key] = _merge_ms(*key, given.channels, dtype, config.rounds, device)
         row = {"varied": varied, "n_tokens": grid**2, "k": k, "batch_size": batch_size, "channels": given.channels}
-        row |= {
-            "merge_ms": ms["merge"].median(),
-            "merge_ms_q1": ms["merge"].quantile(0.25),
-            "merge_ms_q3": ms["merge"].quantile(0.75),
-        }
-        rows.append(row | {"scipy_ms": ms["scipy"].median() if "scipy" in ms else float("nan")})
+        rows.append(row | measured[key])
     return pd.DataFrame(rows)
+
+
+def _merge_ms(
+    grid: int, k: int, batch_size: int, channels: int, dtype: torch.dtype, rounds: int, device: torch.device
+) -> dict[str, float]:
+    tokens = _tokens(batch_size, grid, channels).to(device=device, dtype=dtype)
+    steps = {"merge": lambda: hierarchical_merge(tokens, k, grid=(grid, grid))}
+    if device.type == "cpu":
+        steps["scipy"] = lambda: [linkage(image.numpy(), "average", "cosine") for image in tokens.float()]
+    ms = 1000 * _interleaved(steps, rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
+    quartiles = {"merge_ms_q1": ms["merge"].quantile(0.25), "merge_ms_q3": ms["merge"].quantile(0.75)}
+    return {
+        "merge_ms": ms["merge"].median(),
+        **quartiles,
+        "scipy_ms": ms["scipy"].median() if "scipy" in ms else float("nan"),
+    }
 
 
 def _images(model: nn.Module, n_images: int) -> Tensor:

@@ -95,32 +95,52 @@ def parts(transform: Compose) -> tuple[Compose, Normaliser] | None:
 
 
 def cached(
-    split: Split, transform: str, size: tuple[int, int, int], cache_dir: str, num_workers: int | None, name: str
+    split: Split, transform: Compose, size: tuple[int, int, int], cache_dir: str, num_workers: int | None, name: str
 ) -> Pixels | None:
     """The images of a split from the cache, after putting there what it lacks; None where the disk has no room.
 
     Args:
         split: gives uint8 tensors [C, H, W].
-        transform: the one by which it does, in words.
+        transform: the one by which it does.
         size: C, H, W.
         cache_dir: folder of caches.
         num_workers: processes that decode images; None for one a core.
         name: what to call it on a progress bar.
 
     Raises:
-        UserError: an image cannot be read, or nothing can be written to the folder.
+        UserError: an image cannot be read, or nothing can be written to the folder and it lacks images.
     """
     versions = {package: metadata.version(package) for package in _PACKAGES}
-    key = json.dumps([split.fingerprint, len(split.dataset), transform, size, versions])
+    steps = [
+        (str(step), getattr(step, "fill", None)) for step in transform.transforms
+    ]  # timm's own do not print theirs
+    key = json.dumps([split.fingerprint, len(split.dataset), steps, size, versions], default=str)
     folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder not in _opened:
-        require_writable(folder, f"cache_dir={cache_dir}")
-        with _alone(folder):
-            found = _complete(split, (len(split.dataset), *size), folder, num_workers, name)
+        shape = (len(split.dataset), *size)
+        try:
+            require_writable(folder, f"cache_dir={cache_dir}")
+        except UserError:
+            found = _filled_by_others(shape, folder)  # who may have made it for all to read
+            if found is None:
+                raise
+        else:
+            with _alone(folder):
+                found = _complete(split, shape, folder, num_workers, name)
         if found is None:
             return None
         _opened[folder] = found
     return _opened[folder]
+
+
+def _filled_by_others(shape: tuple[int, ...], folder: Path) -> Pixels | None:
+    """A cache as it is, where nothing can be added to it; None unless all is there."""
+    try:
+        images = np.memmap(folder / "pixels", np.uint8, "r", shape=shape)
+        labels = np.memmap(folder / "labels", np.int64, "r", shape=shape[:1])
+        return None if _missing(folder, images, labels) else Pixels(images, labels)
+    except (OSError, ValueError):  # not there, or too short
+        return None
 
 
 def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: int | None, name: str) -> Pixels | None:
@@ -141,6 +161,8 @@ def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: i
             Indexed(split.dataset), batch_sampler=missing, num_workers=n_loaders(num_workers), collate_fn=collate
         )
         with (folder / "checksums").open("a") as file:
+            if file.tell():
+                file.write("\n")  # the last line may have been cut off
             bar = tqdm(total=sum(map(len, missing)), desc=f"{name}: cache", unit=" images", disable=None)
             for rows, batch in zip(missing, batches, strict=True):
                 if isinstance(batch, UserError):
@@ -165,10 +187,7 @@ def _missing(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[range
     missing = [rows for rows in chunks if written.get(str(rows.start)) != str(_checksum(images, labels, rows))]
     damaged = [rows for rows in missing if str(rows.start) in written]
     if damaged:
-        log.warning("%s: %d of %d chunks are damaged and made again", folder, len(damaged), len(chunks))
-    if missing and written:
-        with (folder / "checksums").open("a") as file:  # the last line may have been cut off
-            file.write("\n")
+        log.warning("%s: %d of %d chunks are damaged and must be made again", folder, len(damaged), len(chunks))
     return missing
 
 

@@ -54,7 +54,7 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
         preprocessing: the backbone's.
 
     Raises:
-        UserError: an image cannot be read, or nothing can be written to the cache.
+        UserError: an image cannot be read, or nothing can be written to the cache, and it lacks images.
     """
     in_parts = None if split.in_memory or config.cache_dir is None else parts(create_transform(**preprocessing))
     if in_parts is None:
@@ -62,7 +62,7 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
     transform, normalise = in_parts
     cropped = _instantiated(config.data, config.data.split, transform)
     pixels = cached(
-        cropped, str(transform), preprocessing["input_size"], config.cache_dir, config.num_workers, config.data.name
+        cropped, transform, preprocessing["input_size"], config.cache_dir, config.num_workers, config.data.name
     )
     return split if pixels is None else dataclasses.replace(split, dataset=pixels, normalise=normalise)
 

@@ -9,7 +9,7 @@ from dhtm.regions import Regions, contract, renumber
 # Similarities below this are not told apart, so that NaN and -inf stay mergeable: only what is not an adjacent pair is -inf.
 _LOWEST = torch.finfo(torch.float32).min
 KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}  # what compiled code calls the similarities
-_CHUNK = 2**24  # elements of float64 held at once while the first similarities are computed
+_CHUNK = 64  # edges of an image whose ends are held at once, in float64, while the first similarities are computed
 
 
 def merge(
@@ -65,7 +65,7 @@ def merge(
         scores = torch.where(touched, to_new.gather(1, torch.where(touched, low + high - i, low)), scores)
         scores.masked_fill_(low == high, -torch.inf)
 
-    if stuck.any():
+    if not torch.onnx.is_in_onnx_export() and stuck.any():
         raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
     token_map = renumber(owner)
     slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
@@ -159,11 +159,9 @@ def _mergeable(score: Tensor) -> Tensor:
 
 def _edge_scores(described: Tensor, low: Tensor, high: Tensor, similarity: str) -> Tensor:
     """Similarity across every edge: float32 [B, E]; a few edges at a time, so that memory stays bounded."""
-    batch, _, channels = described.shape
-    step = max(1, _CHUNK // max(1, batch * channels))
 
     def ends(tokens):
-        return described.gather(1, tokens[..., None].expand(-1, -1, channels))
+        return described.gather(1, tokens[..., None].expand(-1, -1, described.shape[2]))
 
-    chunks = zip(low.split(step, dim=1), high.split(step, dim=1), strict=True)
-    return torch.cat([_score(ends(a), ends(b), similarity) for a, b in chunks], dim=1)
+    chunks = [slice(first, first + _CHUNK) for first in range(0, max(1, low.shape[1]), _CHUNK)]
+    return torch.cat([_score(ends(low[:, part]), ends(high[:, part]), similarity) for part in chunks], dim=1)
