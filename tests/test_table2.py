@@ -56,6 +56,19 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
     assert "_" not in latex.replace(r"\_", "") and "%" not in latex.replace(r"\%", "")
 
 
+def test_methods_are_compared_under_one_version_of_the_library(tmp_path):
+    """A method that ran again after a change of what all methods share is not put beside the others' older runs."""
+    for number, method in enumerate(("dhtm", "tome", "lotm")):
+        aimed_run(tmp_path, number, method, correct=RIGHT)
+    aimed_run(tmp_path, 10, "dhtm", correct=with_errors((0, 600)), library_version="6" * 64)
+    rows = rows_of(made(tmp_path))
+    assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [100, 100, 100]
+    for number, method in enumerate(("tome", "lotm")):
+        aimed_run(tmp_path, 20 + number, method, correct=RIGHT, library_version="6" * 64)
+    rows = rows_of(made(tmp_path))
+    assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [50, 100, 100], "of the complete ones the newest"
+
+
 def test_methods_are_compared_image_by_image(tmp_path):
     aimed_run(tmp_path, 1, "dhtm", correct=with_errors((0, 100)))
     aimed_run(tmp_path, 2, "lotm", correct=with_errors((70, 200)))

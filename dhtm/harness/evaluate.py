@@ -21,7 +21,7 @@ from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError, one_line, require_number
 from dhtm.harness.loading import batches, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
-from dhtm.harness.store import RunDirectory, code_version, git_commit, run_id, versions
+from dhtm.harness.store import RunDirectory, code_version, git_commit, library_version, run_id, versions
 from dhtm.vit import image_ids, tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def evaluate(config: DictConfig) -> dict:
         "weights_sha256": weights,
         "data_fingerprint": split.fingerprint,
         "code_version": code,
+        "library_version": library_version(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),

@@ -31,7 +31,12 @@ def run_id(**determinants: Any) -> str:
 
 def code_version(reducer: Reducer) -> str:
     """SHA-256 of the code that decides what a method computes: its own module and the library's, comments aside."""
-    files = {*_LIBRARY.glob("*.py"), *_LIBRARY.glob("kernels/*.py"), Path(inspect.getfile(type(reducer)))}
+    return library_version(Path(inspect.getfile(type(reducer))))
+
+
+def library_version(*more: Path) -> str:
+    """SHA-256 of the code that all methods share, and of files beside it, comments aside."""
+    files = {*_LIBRARY.glob("*.py"), *_LIBRARY.glob("kernels/*.py"), *more}
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.parts[-2:]):  # the same order wherever the project lies
         tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ _COLUMNS = [
     "run_id", "backbone", "method", "k", "layers", "knob", "value", "trained", "untrained", "targets", "data", "split",
     "n_images", "top1", "ci_low", "ci_high", "top5", "flops_g", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g",
     "params_m", "tokens_by_layer", "dtype", "device", "seed", "weights_sha256", "data_fingerprint", "code_version",
-    "finished", "plain",
+    "library_version", "finished", "plain",
 ]  # fmt: skip
 # A run belongs in the paper's tables where every option but the knob and the layers is the paper's, which is the default.
 _DEFAULTS = {
@@ -33,8 +33,8 @@ _DEFAULTS = {
 }
 # Runs that differ in one of these do not belong in one row of k.
 _SAME = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
-# Runs that differ in one of these cannot be compared image by image.
-_IMAGES = ["dtype", "n_images", "split", "data_fingerprint"]
+# Runs that differ in one of these cannot be compared: not image by image, or not method by method.
+_COMPARABLE = ["dtype", "n_images", "split", "data_fingerprint", "library_version"]
 
 
 def load_runs(results_dir: str) -> pd.DataFrame:
@@ -53,7 +53,8 @@ def load_runs(results_dir: str) -> pd.DataFrame:
     runs["plain"] = [_plain(run.method, run.knobs, run.trained or run.untrained) for run in runs.itertuples()]
     runs["layers"] = [layers if isinstance(layers, str) else ",".join(map(str, layers)) for layers in runs.layers]
     runs["tokens_by_layer"] = [",".join(map(str, tokens)) for tokens in runs.tokens_by_layer]
-    return runs[_COLUMNS].sort_values(["data", "backbone", "method", "value", "run_id"], ignore_index=True)
+    runs = runs.reindex(columns=_COLUMNS)  # library_version is younger than the rest
+    return runs.sort_values(["data", "backbone", "method", "value", "run_id"], ignore_index=True)
 
 
 def _plain(method: str, knobs: dict, learns: bool) -> bool:
@@ -113,7 +114,7 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
 
 
 def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None = None) -> pd.DataFrame:
-    """The runs solved for a FLOPs reduction in percent (None: for any), and the unmerged one, all of the same images.
+    """The runs solved for a FLOPs reduction in percent (None: for any), and the unmerged one, of the same images and library.
 
     At most one, the newest, for each method, layers, trained or not, and ``target``, a column that is NaN for the unmerged
     run, whose method is "unmerged" here also where it is DHTM with k = 0. All options are the paper's, and all methods
@@ -127,7 +128,7 @@ def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None
     aimed = chosen[~is_unmerged].assign(target=chosen.targets.str.split(",")).explode("target")
     aimed = aimed.assign(target=pd.to_numeric(aimed.target)).dropna(subset="target")
     together = pd.concat([aimed if target is None else aimed[aimed.target == target], unmerged], ignore_index=True)
-    sets = [_of_one_model(frame) for _, frame in together.groupby(_IMAGES, dropna=False)]
+    sets = [_of_one_model(frame) for _, frame in together.groupby(_COMPARABLE, dropna=False)]
     if not sets:
         return together
 
