@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,22 @@ def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, tmp_path):
     assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "the mean over ranks"
     assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "each image counted once"
     assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"
+
+
+def test_machines_that_do_not_share_a_disk_do_not_go_on_apart(run, tmp_path):
+    run("epochs=1", folder="0")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        command = [sys.executable, str(ROOT / "scripts/train.py"), *SHORT, "epochs=1", f"output={tmp_path}/{rank}"]
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+        ranks.append(subprocess.Popen(command, env=os.environ | where, stderr=subprocess.PIPE, text=True))
+    for process in ranks:
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 1
+        assert "the processes would go on after epochs [1, 0]; set output=DIR on a disk that all machines share" in said
 
 
 def test_photographs_with_the_whole_protocol(composed, photos, tmp_path):

@@ -82,6 +82,11 @@ def train(config: DictConfig) -> dict:
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     _seed(config.seed + ranks.rank)
     history, log_id = _resume(output / "last.pt", config, parts, ranks) or ([], secrets.token_hex(4))
+    found = ranks.gather(len(history))
+    if len(set(found)) > 1:
+        raise UserError(
+            f"{output}: the processes would go on after epochs {found}; set output=DIR on a disk that all machines share"
+        )
     if len(history) >= config.epochs:
         log.info("%s: trained before, %s", name, output)
         return history[-1]
