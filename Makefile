@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
-.PHONY: help setup sweep report bench test lint format constraints clean force
+.PHONY: help setup sweep report bench test stress lint format constraints clean force
 
 ARGS ?=
 VENV := .venv
@@ -57,6 +57,9 @@ bench: $(STAMP) ## how fast the methods are on this machine; ARGS="backbone=deit
 
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+stress: $(STAMP) ## run the tests that take long: hundreds of kills, many ranks; half an hour, say
+	@$(BIN)/python -m pytest -m stress $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

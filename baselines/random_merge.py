@@ -53,6 +53,8 @@ class RandomMerge(Reducer):
         batch, n, _ = tokens.shape
         ids = self.image_ids
         ids = torch.arange(batch, device=tokens.device) if ids is None else ids.to(tokens.device)
+        if ids.shape != (batch,) or ids.dtype != torch.int64:
+            raise ValueError(f"image_ids must be int64 [B] = [{batch}], not {ids.dtype} {list(ids.shape)}")
         token_map, weights = kernels.random_merge(
             regions.assignment, regions.sizes, ids, self.k, *regions.grid, self.connectivity, self.seed, self.backend
         )

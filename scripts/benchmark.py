@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig
 
 from dhtm.harness.benchmark import benchmark, check, scaling
+from dhtm.harness.devices import pick_device
 from dhtm.harness.errors import command
-from dhtm.harness.evaluate import pick_device
 from dhtm.harness.methods import SHIPPED
 from dhtm.harness.store import environment, require_writable, write_json
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-@command
+@command(goes_on=False)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
     check(config)

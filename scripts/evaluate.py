@@ -1,6 +1,7 @@
 """Evaluate one backbone with one method on one data set: `python scripts/evaluate.py --help`."""
 
 import logging
+import os
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command
+@command(goes_on=True)
 def main(config: DictConfig) -> None:
     tracking.check(config.tracker)
     try:
@@ -23,8 +24,9 @@ def main(config: DictConfig) -> None:
             raise
         log.warning("left out: %s", error)
         return
-    tracking.log_run(config, metrics)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one
+        tracking.log_run(config, metrics)
 
 
 if __name__ == "__main__":
-    main()
+    command(goes_on=True)(main)()  # also between the runs of a sweep

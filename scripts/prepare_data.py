@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command
+@command(goes_on=True)
 def main(config: DictConfig) -> None:
     """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
     if config.cache_dir is None:

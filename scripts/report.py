@@ -8,7 +8,7 @@ from dhtm.report.report import report
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="report")
-@command
+@command(goes_on=False)
 def main(config: DictConfig) -> None:
     report(config)
 

@@ -6,6 +6,7 @@ the evaluations, and those that are the report's too go to it; experiment=NAME r
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,33 @@ def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split(".")[0]
 
 
-def run(script: str, *arguments: str) -> None:
-    code = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *arguments], check=False).returncode
-    if code:
-        sys.exit(code)
+REQUEUE = 75  # as of dhtm.harness.errors, which takes long to import
+
+
+class Sweep:
+    """The script that is running, and whether the system wants this process to stop."""
+
+    def __init__(self):
+        self.process, self.stopped = None, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame) -> None:
+        self.stopped = True
+        if self.process:
+            self.process.send_signal(number)  # it stores what it has
+
+    def run(self, script: str, *arguments: str) -> None:
+        if self.stopped:
+            sys.exit(REQUEUE)
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
+        try:
+            code = self.process.wait()
+        except KeyboardInterrupt:  # which the script has got too, and says so
+            self.process.wait()
+            raise
+        if code:
+            sys.exit(REQUEUE if self.stopped else code if code > 0 else 128 - code)
 
 
 def main() -> None:
@@ -31,13 +55,14 @@ def main() -> None:
         f"experiment={file.stem}" for file in sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
     ]
     shared = [override for override in overrides if key(override) not in ("experiment", "output_dir")]
+    sweep = Sweep()
     for experiment in experiments:
-        run("evaluate.py", "-m", experiment, *shared)
-    run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS))
+        sweep.run("evaluate.py", "-m", experiment, *shared)
+    sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the script that was running has said so
+    except KeyboardInterrupt:
         sys.exit(130)

@@ -9,7 +9,7 @@ from dhtm.harness.training import train
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
-@command
+@command(goes_on=True)
 def main(config: DictConfig) -> None:
     tracking.check(config.tracker)
     train(config)

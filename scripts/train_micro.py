@@ -8,7 +8,7 @@ from dhtm.harness.micro import train_micro
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_micro")
-@command
+@command(goes_on=False)
 def main(config: DictConfig) -> None:
     train_micro(config)
 

@@ -287,16 +287,16 @@ def test_triton_that_makes_no_code_is_said_once(monkeypatch):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     monkeypatch.setitem(kernels.BACKENDS, "triton", no_compiler)
-    kernels._triton_works.cache_clear()
+    kernels._triton_compiles.cache_clear()
     message = re.escape(
         "backend='auto': Triton does not work on cpu (Failed to find C compiler.); the slower 'torch' does"
     )
     with pytest.warns(UserWarning, match=message):
-        assert not kernels._triton_works(torch.device("cpu"))
+        assert not kernels._triton_compiles(torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not kernels._triton_works(torch.device("cpu"))
-    kernels._triton_works.cache_clear()
+        assert not kernels._triton_compiles(torch.device("cpu"))
+    kernels._triton_compiles.cache_clear()
 
 
 @pytest.mark.parametrize("backend", HERE)

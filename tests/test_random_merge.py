@@ -51,13 +51,20 @@ def draws(draw):
 
 
 def check_draws(case, backend, device="cpu"):
-    """A backend draws as stated above."""
+    """A backend draws as stated above, averages as the torch backend does, and goes on from the regions it made."""
     grid, k, connectivity, seed, ids = case
-    reducer = RandomMerge(k, connectivity=connectivity, seed=seed, backend=backend)
-    reducer.image_ids = torch.tensor(ids, device=device)
-    regions = Regions.identity(len(ids), grid, device)
-    _, merged = reducer(torch.ones(len(ids), grid[0] * grid[1], 1, device=device), regions, Attention())
-    for assignment, image_id in zip(merged.assignment.tolist(), ids, strict=True):
+    n = grid[0] * grid[1]
+    tokens = torch.randn(len(ids), n, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    results = []
+    for name in ("torch", backend):
+        reducer = RandomMerge(k, connectivity=connectivity, seed=seed, backend=name)
+        reducer.image_ids = torch.tensor(ids, device=device)
+        first = reducer(tokens, Regions.identity(len(ids), grid, device), Attention())
+        reducer.k = (n - k) // 2
+        results.append([first, reducer(*first, Attention())])
+    for (expected, expected_regions), (merged, regions) in zip(*results, strict=True):
+        assert torch.equal(merged, expected) and torch.equal(regions.assignment, expected_regions.assignment)
+    for assignment, image_id in zip(results[1][0][1].assignment.tolist(), ids, strict=True):
         expected = drawn(grid, k, connectivity, seed, image_id)
         assert [
             {patch for patch, token in enumerate(assignment) if token == t} for t in range(len(expected))
@@ -128,6 +135,11 @@ def test_operator_checks(backend):
     regions = Regions.identity(3, (4, 4))
     arguments = (regions.assignment, regions.sizes, torch.arange(3), 5, 4, 4, 8, 0, backend)
     torch.library.opcheck(torch.ops.dhtm.random_merge, arguments)
+
+
+def test_ids_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"image_ids must be int64 \[B\] = \[3\], not torch.int64 \[2\]"):
+        merge(3, 2, torch.arange(2))
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import bare_backbone
+from dhtm.harness.devices import pick_device, pick_dtype
 from dhtm.harness.digits import scenes
 from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError, require_number
-from dhtm.harness.evaluate import pick_device, pick_dtype
 from dhtm.harness.methods import patched
 from dhtm.merge import hierarchical_merge
 

@@ -7,7 +7,6 @@ what a crash, or anything else, leaves behind is made again, and no more than th
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +14,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from dhtm.harness.data import Indexed, Split, collate, n_loaders
 from dhtm.harness.errors import UserError
-from dhtm.harness.store import require_writable
+from dhtm.harness.store import locked, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +61,16 @@ class Pixels:
                 self._resident[rows.start : rows.stop] = torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
         return self._resident
 
-    def batches(self, indices: range, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(
+        self, indices: Sequence[int], batch_size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Indices, images (uint8, on the device) and labels of one batch after the other."""
         resident = self.on(device)
         for start in range(0, len(indices), batch_size):
-            rows = indices[start : start + batch_size]
-            part = slice(rows.start, rows.stop, rows.step)
-            images = torch.from_numpy(np.array(self.images[part])) if resident is None else resident[part]
-            yield torch.tensor(rows), images.to(device), torch.from_numpy(np.array(self.labels[part]))
+            rows = np.array(indices[start : start + batch_size])
+            ids = torch.from_numpy(rows)
+            images = torch.from_numpy(self.images[rows]).to(device) if resident is None else resident[ids.to(device)]
+            yield ids, images, torch.from_numpy(self.labels[rows])
 
 
 class Normaliser:
@@ -118,14 +119,15 @@ def cached(
     folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder not in _opened:
         shape = (len(split.dataset), *size)
-        try:
-            require_writable(folder, f"cache_dir={cache_dir}")
-        except UserError:
-            found = _filled_by_others(shape, folder)  # who may have made it for all to read
-            if found is None:
-                raise
-        else:
-            with _alone(folder):
+        with contextlib.ExitStack() as held:
+            try:
+                require_writable(folder, f"cache_dir={cache_dir}")
+                held.enter_context(locked(folder / "lock", f"waiting for another process, which fills {folder}"))
+            except UserError:
+                found = _filled_by_others(shape, folder)  # who may have made it for all to read
+                if found is None:
+                    raise
+            else:
                 found = _complete(split, shape, folder, num_workers, name)
         if found is None:
             return None
@@ -216,15 +218,3 @@ def _reserve(file: Path, size: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system takes from a process that dies."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process, which fills %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,6 +16,13 @@ class UserError(Exception):
 
 class UnavailableError(UserError):
     """What was asked for cannot be had: a target out of reach, or weights that nobody has trained."""
+
+
+class Preempted(BaseException):
+    """The system wants the process to stop: SIGTERM, or SIGUSR1, which SLURM sends before it."""
+
+
+REQUEUE = 75  # the exit code then, EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
 
 
 def one_line(error: BaseException) -> str:
@@ -42,18 +51,42 @@ def require_number(
         )
 
 
-def command(function: Callable) -> Callable:
-    """For the function behind a script: a UserError ends it with its one line and exit code 1, Ctrl-C with 130."""
+def command(goes_on: bool) -> Callable[[Callable], Callable]:
+    """For the function behind a script: a UserError ends it with its one line and exit code 1, Ctrl-C with 130.
 
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
-            sys.exit(130)
+    Args:
+        goes_on: the same command goes on from where it was stopped; then a signal to stop ends it with REQUEUE.
+    """
+    kept = "; what is done is kept, the same command goes on from there" if goes_on else ""
 
-    return wrapped
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            if goes_on:
+                _expect_preemption()
+            try:
+                return function(*args, **kwargs)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
+            except Preempted as error:
+                print(f"stopped by {error}{kept}", file=sys.stderr)
+                sys.exit(REQUEUE)
+            except KeyboardInterrupt:
+                print(f"interrupted{kept}", file=sys.stderr)
+                sys.exit(130)
+
+        return wrapped
+
+    return decorate
+
+
+def _expect_preemption() -> None:
+    process = os.getpid()
+
+    def stop(number, frame):
+        if os.getpid() == process:  # and not one that loads images for it
+            raise Preempted(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)

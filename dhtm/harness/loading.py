@@ -1,7 +1,7 @@
 """From a config of the group ``data`` to batches of images on a device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from hydra.errors import InstantiationException
@@ -68,7 +68,7 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
 
 
 def batches(
-    split: Split, indices: range, batch_size: int, device: torch.device, num_workers: int | None
+    split: Split, indices: Sequence[int], batch_size: int, device: torch.device, num_workers: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Indices, normalised images on the device, and labels of one batch after the other."""
     if isinstance(split.dataset, Pixels):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from omegaconf import DictConfig
@@ -25,9 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dhtm.harness.data import digits
+from dhtm.harness.devices import pick_device
 from dhtm.harness.digits import CANVAS, scenes
 from dhtm.harness.errors import UserError
-from dhtm.harness.evaluate import pick_device, predict
+from dhtm.harness.prediction import predict
 from dhtm.harness.store import require_writable, write_atomically
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,8 @@ def train_micro(config: DictConfig) -> float:
     write_atomically(output, lambda path: save_file(weights, path))
     model.load_state_dict(weights)
     split = digits("test", config.data.seed, config.data.limit, create_transform(**preprocessing))
-    predictions, _ = predict(copy.deepcopy(model), split, 64, device, torch.float32, "validation")
+    everything = range(len(split.dataset))
+    predictions = pd.concat(predict(copy.deepcopy(model), split, everything, 64, device, torch.float32, "validation"))
     top1 = 100 * predictions.correct.mean()
     log.info("%s: top-1 %.2f%% on %d test scenes, %.0f s", output, top1, len(predictions), time.perf_counter() - start)
     return top1

@@ -1,17 +1,21 @@
 """Run directories: one finished evaluation each, under the hash of what determines its result."""
 
 import ast
+import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import torch
@@ -19,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dhtm.harness.errors import UserError
 from dhtm.reducer import Reducer
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
 _LIBRARY = Path(__file__).parents[1]
@@ -60,6 +66,8 @@ def require_writable(folder: Path, setting: str) -> None:
 class RunDirectory:
     """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json last of all.
 
+    While the run is carried out, ``shards`` holds the predictions so far, and ``.lock`` keeps other processes from it.
+
     Raises:
         UserError: nothing can be written there.
     """
@@ -75,6 +83,53 @@ class RunDirectory:
         file = self.path / "metrics.json"
         return _read_metrics(file) if file.exists() else None
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Carry the run out in one process at a time: the others wait, and find it done."""
+        lock = self.path / ".lock"
+        with locked(lock, f"waiting for another process, which carries out {self.path}"):
+            yield
+            shutil.rmtree(self.path / "shards", ignore_errors=True)
+            for file in self.path.glob(".*"):  # the lock, and what processes that were killed had begun to write
+                file.unlink(missing_ok=True)
+
+    def append(self, predictions: pd.DataFrame) -> None:
+        """Store predictions of a run that goes on; killed at any moment, they are there or not."""
+        file = self.path / "shards" / f"{predictions['index'].iloc[0]:08d}.parquet"
+        with self._told():
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, lambda path: predictions.to_parquet(path, index=False))
+
+    def predictions_so_far(self) -> pd.DataFrame:
+        """What :meth:`append` stored, one row an image; a shard that cannot be read is as good as none."""
+        shards = [pd.DataFrame(columns=["index"], dtype="int64")]
+        for file in sorted((self.path / "shards").glob("[0-9]*.parquet")):
+            try:
+                shards.append(pd.read_parquet(file))
+            except (OSError, ValueError) as error:
+                log.warning("%s: damaged (%s), its images are predicted again", file, type(error).__name__)
+        return pd.concat(shards[1:] or shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
+
+    def forget(self) -> None:
+        """Begin again; unless what is there was begun so, and stopped."""
+        begun = self.path / "shards" / "forced"
+        if not begun.exists():
+            (self.path / "metrics.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path / "shards", ignore_errors=True)
+            begun.parent.mkdir()
+            begun.touch()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the system says against writing, in one line."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); what was stored before is kept, the same command goes on "
+                "from there when this is mended"
+            ) from error
+
     def add_target(self, metrics: dict, target: float | None) -> dict:
         """Note that a finished run is also the nearest to another target; FLOPs reductions in percent."""
         targets = metrics["targets_reduction_pct"]
@@ -85,13 +140,12 @@ class RunDirectory:
 
     def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
         """Make the run a finished one; killed at any moment, it is either that or not there."""
-        (self.path / "metrics.json").unlink(missing_ok=True)
-        write_atomically(
-            self.path / "config.yaml", lambda path: path.write_text(OmegaConf.to_yaml(config, resolve=True))
-        )
-        write_json(self.path / "environment.json", environment())
-        write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
-        write_json(self.path / "metrics.json", metrics)
+        with self._told():
+            resolved = OmegaConf.to_yaml(config, resolve=True)
+            write_atomically(self.path / "config.yaml", lambda path: path.write_text(resolved))
+            write_json(self.path / "environment.json", environment())
+            write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
+            write_json(self.path / "metrics.json", metrics)
 
 
 def finished_runs(results_dir: str) -> pd.DataFrame:
@@ -105,6 +159,40 @@ def _read_metrics(file: Path) -> dict:
         return json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); remove it, or compute the run again with force=true") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock, which the system takes from a process that dies; where another has it, say the message and wait.
+
+    The holder may remove the file: who waited for it locks the next one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                file = held.enter_context(path.open("w"))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info(message)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: what is written is whole all the same, if twice
+                log.debug("%s: this file system has no locks", path)
+            if _is_at(file, path):
+                break
+        yield
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

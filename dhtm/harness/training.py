@@ -1,9 +1,7 @@
 """Training a backbone with a method's reduction on, as for the "w/ train" rows of Table 2."""
 
-import atexit
 import contextlib
 import logging
-import os
 import random
 import secrets
 import time
@@ -14,7 +12,6 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from timm.data import Mixup, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
@@ -28,11 +25,12 @@ from tqdm import tqdm
 
 from dhtm.harness.backbones import check_known
 from dhtm.harness.data import Indexed, Split, collate, n_loaders
+from dhtm.harness.devices import DTYPES, Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import solve
 from dhtm.harness.errors import UserError, one_line, require_number
-from dhtm.harness.evaluate import DTYPES, pick_batch_size, pick_device, pick_dtype, predict
 from dhtm.harness.loading import load_data
 from dhtm.harness.methods import patched, place, pretrained, save_weights
+from dhtm.harness.prediction import predict
 from dhtm.harness.store import require_writable, write_atomically
 from dhtm.harness.tracking import training_log
 from dhtm.vit import image_ids
@@ -130,15 +128,17 @@ def train(config: DictConfig) -> dict:
 
 
 def _top1(
-    config: DictConfig, model: VisionTransformer, validation: Split, epoch: int, micro_batch: int, ranks: "Ranks"
+    config: DictConfig, model: VisionTransformer, validation: Split, epoch: int, micro_batch: int, ranks: Ranks
 ) -> float:
     """Percent of the validation split that the runner's evaluation finds right, each rank taking its share."""
-    predictions, _ = predict(
-        model, validation, min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
-        "validation" if ranks.first else None, config.num_workers, (ranks.rank, ranks.world),
+    predictions = predict(
+        model, validation, range(ranks.rank, len(validation.dataset), ranks.world),
+        min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
+        "validation" if ranks.first else None, config.num_workers,
     )  # fmt: skip
-    counts = ranks.gather([len(predictions), int(predictions.correct.sum()), int(predictions.nonfinite.sum())])
-    n_images, n_correct, n_nonfinite = map(sum, zip(*counts, strict=True))
+    counts = [[len(part), int(part.correct.sum()), int(part.nonfinite.sum())] for part in predictions]
+    everyones = [count for counts in ranks.gather(counts) for count in counts]
+    n_images, n_correct, n_nonfinite = (sum(column) for column in zip(*everyones, strict=True))
     if n_nonfinite:
         raise UserError(
             f"after epoch {epoch} the logits of {n_nonfinite} images are not finite: stopped, the checkpoint of the epoch "
@@ -283,7 +283,7 @@ def _mixup(config: DictConfig, n_classes: int) -> Mixup | None:
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=n_classes)
 
 
-def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, ranks: "Ranks") -> DataLoader:
+def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, ranks: Ranks) -> DataLoader:
     dataset.epoch = epoch
     sampler = DistributedSampler(dataset, ranks.world, ranks.rank, seed=config.seed, drop_last=True)
     sampler.set_epoch(epoch)
@@ -305,7 +305,7 @@ def _keep(config: DictConfig, parts: dict, history: list[dict], log_id: str, ran
     write_atomically(output / "last.pt", lambda file: torch.save(state, file))
 
 
-def _resume(file: Path, config: DictConfig, parts: dict, ranks: "Ranks") -> tuple[list[dict], str] | None:
+def _resume(file: Path, config: DictConfig, parts: dict, ranks: Ranks) -> tuple[list[dict], str] | None:
     """Take everything up as a checkpoint left it.
 
     Returns:
@@ -368,37 +368,3 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-class Ranks:
-    """The processes of a data-parallel training, one a device, as torchrun starts them; or this process alone."""
-
-    def __init__(self, device: str):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.first = self.rank == 0
-        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")
-        if on_gpus and local >= n_gpus:
-            raise UserError(
-                f"device={device}: {local + 1} processes or more, but {n_gpus} GPUs here; set torchrun's --nproc-per-node="
-                f"{n_gpus}, or device=cpu"
-            )
-        self.device = pick_device(f"cuda:{local}" if on_gpus else device)
-        if self.world > 1 and not dist.is_initialized():  # one group for all trainings of this process
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everyone's values, in the order of ranks."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
-    def wait(self) -> None:
-        """Until everyone is here."""
-        if self.world > 1:
-            dist.barrier()

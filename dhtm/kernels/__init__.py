@@ -55,12 +55,18 @@ def pick(backend: str, device: torch.device) -> str:
     return backend
 
 
-@functools.cache
 def _triton_works(device: torch.device) -> bool:
+    return torch.cuda.is_current_stream_capturing() or _triton_compiles(device)  # a capture is no place to try things
+
+
+@functools.cache
+def _triton_compiles(device: torch.device) -> bool:
     """Whether Triton makes code for a GPU: one may be too old for it, and it needs a C compiler."""
     try:
         two = torch.ones(1, 2, 16, device=device), None, Regions.identity(1, (1, 2), device)
         BACKENDS["triton"](*two, 1, 8, "cosine", "mean")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(

@@ -1,0 +1,75 @@
+"""Where things are computed: devices, dtypes, and the processes that share a task."""
+
+import atexit
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dhtm.harness.errors import UserError, one_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config asks for; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(
+            f"device={name}: not to be had here ({one_line(error)}); device=auto takes what is there"
+        ) from error
+    return device
+
+
+def pick_dtype(name: str, key: str) -> torch.dtype:
+    """The dtype that a config names under a key."""
+    if name not in DTYPES:
+        raise UserError(f"{key}={name}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_batch_size(device: torch.device) -> int:
+    """A batch size that is fast on the device; results do not depend on it."""
+    return 512 if device.type == "cuda" else 64
+
+
+class Ranks:
+    """The processes that train or evaluate together, one a device, as torchrun starts them; or this process alone."""
+
+    def __init__(self, device: str):
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.first = self.rank == 0
+        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")
+        if on_gpus and local >= n_gpus:
+            raise UserError(
+                f"device={device}: {local + 1} processes or more, but {n_gpus} GPUs here; set torchrun's --nproc-per-node="
+                f"{n_gpus}, or device=cpu"
+            )
+        self.device = pick_device(f"cuda:{local}" if on_gpus else device)
+        if self.world > 1 and not dist.is_initialized():  # one group for all runs of this process
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            # A rank may wait long for the first one's turn at a run; that of a rank which died is ended by torchrun.
+            patience = datetime.timedelta(days=1)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
+            atexit.register(dist.destroy_process_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's values, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until everyone is here."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,124 @@
+"""The five best classes for every image of a split, kept as they come."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dhtm.harness.data import Split
+from dhtm.harness.errors import UserError
+from dhtm.harness.loading import batches
+from dhtm.harness.store import RunDirectory
+from dhtm.vit import image_ids
+
+log = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    split: Split,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str | None,
+    num_workers: int | None = None,
+) -> Iterator[pd.DataFrame]:
+    """Predictions for some images of a split, batch after batch.
+
+    Args:
+        model: a patched model, which is moved to the device and dtype.
+        indices: of the images.
+        name: what to call this on a progress bar; None for no bar.
+        num_workers: processes that load images; None for one a core where images are on disk.
+
+    Yields:
+        index, label, top5 (best first), correct (is the first right) and nonfinite, a row an image in order.
+    """
+    model.to(device=device, dtype=dtype).eval()
+    hidden = True if name is None else None
+    with tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
+        for ids, images, labels in batches(split, indices, batch_size, device, num_workers):
+            with image_ids(model, ids), _whole_float32():
+                logits = model(images.to(dtype=dtype)).float()
+            top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
+            yield pd.DataFrame(
+                {
+                    "index": ids.numpy(),
+                    "label": labels.numpy(),
+                    "top5": list(top5.numpy()),
+                    "correct": (top5[:, 0] == labels).numpy(),
+                    "nonfinite": ~logits.isfinite().all(dim=1).cpu().numpy(),
+                }
+            )
+            bar.update(len(ids))
+
+
+def predict_and_keep(
+    run: RunDirectory,
+    every_s: float,
+    model: nn.Module,
+    split: Split,
+    indices: Sequence[int],
+    batch_size: int,
+    *arguments,
+) -> tuple[list[pd.DataFrame], int]:
+    """:func:`predict`, but what is predicted is stored with the run every so many seconds, and in the end, whatever ends it.
+
+    Where a GPU's memory runs out, the rest is predicted in batches of half the size.
+
+    Returns:
+        The predictions, and the batch size that was possible.
+
+    Raises:
+        UserError: there is no memory for one image.
+    """
+    kept, fresh, stored = [], [], time.monotonic()
+
+    def keep():
+        nonlocal stored
+        if fresh:
+            run.append(pd.concat(fresh, ignore_index=True))
+        kept.extend(fresh)
+        fresh.clear()
+        stored = time.monotonic()
+
+    while indices:
+        try:
+            for part in predict(model, split, indices, batch_size, *arguments):
+                fresh.append(part)
+                if time.monotonic() - stored >= every_s:
+                    keep()
+            keep()  # other ranks may take longer, or die
+            return kept, batch_size
+        except torch.OutOfMemoryError:
+            pass  # and out of this block, which holds on to the tensors of the forward that failed
+        except BaseException:  # an image that cannot be read, a signal, Ctrl-C: the same command goes on from here
+            keep()
+            raise
+        keep()
+        if batch_size == 1:
+            raise UserError("out of memory with one image at a time; choose another device=")
+        torch.cuda.empty_cache()
+        batch_size //= 2
+        log.warning("out of memory: going on with batch_size=%d", batch_size)
+        done = {index for part in kept for index in part["index"]}
+        indices = [index for index in indices if index not in done]
+    return kept, batch_size
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions on float32 in float32, as matrix products are: cuDNN's default would embed patches in TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
