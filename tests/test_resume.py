@@ -125,18 +125,24 @@ def test_200_kills(run, composed, tmp_path):
             pd.testing.assert_frame_equal(read(results), expected)
 
 
-def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    expected, _ = run()
+def interrupt_the_next(monkeypatch):
+    """The next run is interrupted after five batches. Returns the images that it and later ones predict, a list each."""
     predict, asked = prediction.predict, []
 
-    def stopped(model, split, indices, *arguments):
+    def interrupted(model, split, indices, *arguments):
         asked.append(list(indices))
         yield from itertools.islice(predict(model, split, indices, *arguments), 5 if len(asked) == 1 else None)
         if len(asked) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prediction, "predict", stopped)
+    monkeypatch.setattr(prediction, "predict", interrupted)
+    return asked
+
+
+def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    expected, _ = run()
+    asked = interrupt_the_next(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(results=tmp_path / "runs")
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
@@ -184,21 +190,14 @@ def test_a_sweep_hands_the_signal_on(tmp_path):
 
 
 def test_a_forced_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
-    results, predict, asked = tmp_path / "runs", prediction.predict, []
+    results = tmp_path / "runs"
     run(results=results)
-
-    def stopped(model, split, indices, *arguments):
-        asked.append(len(indices))
-        yield from itertools.islice(predict(model, split, indices, *arguments), 5 if len(asked) == 1 else None)
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(prediction, "predict", stopped)
+    asked = interrupt_the_next(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run("force=true", results=results)
     run("force=true", results=results)
     run("force=true", results=results)
-    assert asked == [40, 20, 40]
+    assert [len(indices) for indices in asked] == [40, 20, 40]
 
 
 def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, monkeypatch):

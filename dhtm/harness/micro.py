@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dhtm.harness import backbones  # noqa: F401  timm knows deit_micro by it
 from dhtm.harness.data import digits
 from dhtm.harness.devices import pick_device
 from dhtm.harness.digits import CANVAS, scenes
