@@ -114,6 +114,7 @@ def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, tmp_path):
     assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"
 
 
+@pytest.mark.stress
 def test_machines_that_do_not_share_a_disk_do_not_go_on_apart(run, tmp_path):
     run("epochs=1", folder="0")
     with socket.socket() as free:
