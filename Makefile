@@ -58,7 +58,7 @@ bench: $(STAMP) ## how fast the methods are on this machine; ARGS="backbone=deit
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-stress: $(STAMP) ## run the tests that take long: hundreds of kills, many ranks; half an hour, say
+stress: $(STAMP) ## run the tests that take too long for that: hundreds of kills, many ranks
 	@$(BIN)/python -m pytest -m stress $(ARGS)
 
 lint: $(STAMP) ## check style and formatting

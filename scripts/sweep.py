@@ -13,13 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT_KEYS = {"results_dir", "output_dir", "tracker"}
+REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.errors.REQUEUE
 
 
 def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split(".")[0]
-
-
-REQUEUE = 75  # as of dhtm.harness.errors, which takes long to import
 
 
 class Sweep:

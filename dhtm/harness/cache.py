@@ -112,9 +112,8 @@ def cached(
         UserError: an image cannot be read, or nothing can be written to the folder and it lacks images.
     """
     versions = {package: metadata.version(package) for package in _PACKAGES}
-    steps = [
-        (str(step), getattr(step, "fill", None)) for step in transform.transforms
-    ]  # timm's own do not print theirs
+    # timm's transforms do not print the colour that they fill borders with.
+    steps = [(str(step), getattr(step, "fill", None)) for step in transform.transforms]
     key = json.dumps([split.fingerprint, len(split.dataset), steps, size, versions], default=str)
     folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder not in _opened:

@@ -39,6 +39,7 @@ class _Task:
     run: RunDirectory
     model: VisionTransformer
     trained: bool
+    preprocessing: dict
     split: Split
     dtype: torch.dtype
     determinants: dict
@@ -104,7 +105,8 @@ def _prepare(config: DictConfig) -> _Task:
     options = " ".join(filter(None, (config.method.name, unusual(config.method), "trained" if trained_weights else "")))
     name = f"{config.backbone.name} · {options} · {config.data.name}"
     run = RunDirectory(config.results_dir, run_id(**determinants))
-    return _Task(config, target, name, run, model, trained_weights is not None, split, dtype, determinants)
+    trained = trained_weights is not None
+    return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
 
 
 def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, dict]:
@@ -114,7 +116,7 @@ def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, dict]:
     if ranks.first and len(done):
         log.info("%s: going on after %d of %d images", task.name, len(done), n_images)
     todo = sorted(set(range(n_images)) - set(done["index"]))
-    split = from_cache(task.split, config, resolve_data_config(model=task.model))
+    split = from_cache(task.split, config, task.preprocessing)
     start = time.perf_counter()
     found, batch_size = predict_and_keep(
         task.run, config.store_every_s, task.model, split, todo[ranks.rank :: ranks.world],
@@ -183,14 +185,13 @@ def _accuracy(predictions: pd.DataFrame) -> dict:
     """Top-1 with its 95% Wilson interval and top-5, in percent."""
     n_images, n_correct = len(predictions), int(predictions.correct.sum())
     interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
+    broken = predictions["index"][predictions.nonfinite]
     in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
     return {
         "n_images": n_images,
         "n_failed": 0,
-        "n_nonfinite": int(predictions.nonfinite.sum()),
-        "first_nonfinite": int(predictions["index"][predictions.nonfinite].min())
-        if predictions.nonfinite.any()
-        else None,
+        "n_nonfinite": len(broken),
+        "first_nonfinite": int(broken.min()) if len(broken) else None,
         "top1": 100 * n_correct / n_images,
         "top1_ci95": [100 * interval.low, 100 * interval.high],
         "top5": 100 * sum(in_top5) / n_images,
