@@ -23,16 +23,17 @@ def main(config: DictConfig) -> None:
     preprocessing = resolve_data_config(model=bare_backbone(config.backbone.architecture, config.backbone.num_classes))
     split = load_data(config.data, config.data.split, preprocessing, config.backbone.num_classes)
     images = from_cache(split, config, preprocessing).dataset
-    if isinstance(images, Pixels):
-        log.info(
-            "%s for %s: %d images, %.1f GB",
-            config.data.name,
-            config.backbone.name,
-            len(images),
-            images.images.nbytes / 1e9,
-        )
-    else:
+    if not isinstance(images, Pixels):
         log.info("%s needs no cache, or finds no room for one", config.data.name)
+        return
+    size = images.images.nbytes / 1e9
+    log.info("%s for %s: %d images, %.1f GB", config.data.name, config.backbone.name, len(images), size)
+    for unreadable in images.failed.values():
+        log.warning("%s", unreadable)
+    if images.failed and config.data.get("on_error") != "skip":
+        raise UserError(
+            f"{len(images.failed)} images cannot be read; mend them, or leave them out by data.on_error=skip"
+        )
 
 
 if __name__ == "__main__":

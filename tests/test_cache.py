@@ -23,8 +23,9 @@ from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad
 from torchvision.transforms import Compose
 
-from dhtm.harness import cache, data
+from dhtm.harness import cache, photographs
 from dhtm.harness.backbones import bare_backbone
+from dhtm.harness.data import Split
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import evaluate
 
@@ -135,7 +136,7 @@ def test_other_images_or_another_crop_are_another_cache(run):
     run()
     run("data.limit=4")
     next(run.root.glob("val/*/*")).unlink()
-    data._listed.cache_clear()
+    photographs._listed.cache_clear()
     run()
     assert len(list(run.cache.iterdir())) == 3
 
@@ -207,16 +208,17 @@ def test_a_whole_cache_is_used_where_nothing_can_be_written(run, monkeypatch):
 
 def test_the_colour_of_borders_is_part_of_what_a_cache_is(run):
     """timm's transform does not print it."""
-    split = data.Split(
+    split = Split(
         dataset=[(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)],
         classes=("a",),
         fingerprint="f",
         in_memory=False,
         channels=3,
+        n_classes=1,
     )
     for fill in (0, 0, 255):
         transform = Compose([CenterCropOrPad(8, fill=fill)])
-        assert cache.cached(split, transform, (3, 8, 8), run.cache, 0, "x").images.shape == (1, 3, 8, 8)
+        assert cache.cached(split, transform, (3, 8, 8), run.cache, 0, "x", True).images.shape == (1, 3, 8, 8)
     assert len(list(run.cache.iterdir())) == 2
 
 

@@ -78,7 +78,7 @@ def test_a_run_directory_holds_the_contract(run, tmp_path):
 
 def test_photographs_are_evaluated_as_timm_preprocesses_them(run, photos, checkpoint, tmp_path):
     """Top-1, top-5 and order against a plain loop with DeiT's published preprocessing written out."""
-    overrides = ["data=imagenet", f"data.root={photos}", "backbone=deit_tiny", "method.k=20"]
+    overrides = ["data=imagefolder", f"data.root={photos}", "backbone=deit_tiny", "method.k=20"]
     metrics = run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "batch_size=3")
     _, predictions = read(metrics, tmp_path)
 
@@ -231,7 +231,7 @@ def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
     overrides = [
         f"backbone.checkpoint={tmp_path}/swin.pth",
         "backbone.num_classes=3",
-        "data=imagenet",
+        "data=imagefolder",
         f"data.root={photos}",
     ]
     with pytest.raises(UserError, match="only timm's VisionTransformer and its subclasses are supported"):
@@ -239,19 +239,22 @@ def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
 
 
 def test_data_that_does_not_fit_is_refused(run, photos, tmp_path):
-    with pytest.raises(UserError, match="data=imagenet has 3 classes, the backbone 10: choose a backbone"):
-        run("data=imagenet", f"data.root={photos}")
+    with pytest.raises(UserError, match="data=imagefolder has 3 classes, the backbone 10: choose a backbone"):
+        run("data=imagefolder", f"data.root={photos}")
     torch.save(timm.create_model("deit_micro", num_classes=3).state_dict(), tmp_path / "grey.pth")
-    with pytest.raises(UserError, match="data=imagenet has images of 3 channels, the backbone takes 1"):
+    with pytest.raises(UserError, match="data=imagefolder has images of 3 channels, the backbone takes 1"):
         run(
-            "data=imagenet", f"data.root={photos}", f"backbone.checkpoint={tmp_path}/grey.pth", "backbone.num_classes=3"
+            "data=imagefolder",
+            f"data.root={photos}",
+            f"backbone.checkpoint={tmp_path}/grey.pth",
+            "backbone.num_classes=3",
         )
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
     with pytest.raises(UserError, match="class folder n01440764 is empty"):
-        run("data=imagenet", f"data.root={tmp_path}")
+        run("data=imagefolder", f"data.root={tmp_path}")
     (tmp_path / "flat").mkdir()
     with pytest.raises(UserError, match="no folders of images"):
-        run("data=imagenet", f"data.root={tmp_path}/flat")
+        run("data=imagefolder", f"data.root={tmp_path}/flat")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -259,7 +262,7 @@ def test_an_image_that_cannot_be_read_is_named(run, photos, checkpoint, tmp_path
     shutil.copytree(photos, tmp_path / "photos")
     file = sorted((tmp_path / "photos").glob("val/*/*.JPEG"))[4]
     file.write_bytes(file.read_bytes()[:500])
-    overrides = ["data=imagenet", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
+    overrides = ["data=imagefolder", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
     with pytest.raises(UserError, match=rf"image 4 cannot be read: {file}: ") as error:
         run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
     assert "\n" not in str(error.value)

@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
     """For each DeiT a checkpoint of random weights: pretrained ones are not to be had in a test."""
     folder = tmp_path_factory.mktemp("weights")
     for size in ("tiny", "small"):
-        model = timm.create_model(f"deit_{size}_patch16_224", num_classes=3)
+        model = timm.create_model(f"deit_{size}_patch16_224")
         torch.save(model.state_dict(), folder / f"deit_{size}.pth")
     return folder
 
@@ -55,7 +55,6 @@ def shortened(photos, weights, tmp_path):
             return [script, f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}"]
         if "data=imagenet" in arguments:
             arguments = ["backbone=deit_tiny" if "," in argument else argument for argument in arguments]
-            arguments.append("backbone.num_classes=3")
             if not any(argument.startswith("backbone.checkpoint") for argument in arguments):
                 arguments = ["backbone=deit_tiny" if "backbone=" in argument else argument for argument in arguments]
                 arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")

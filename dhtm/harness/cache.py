@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
-from dhtm.harness.data import Indexed, Split, collate, n_loaders
+from dhtm.harness.data import Batch, Split, UnreadableError, load
 from dhtm.harness.errors import UserError
 from dhtm.harness.store import locked, require_writable
 
@@ -38,10 +37,14 @@ _opened: dict[Path, "Pixels"] = {}  # by this process, which need not verify the
 
 
 class Pixels:
-    """A split's images, uint8 [n, C, H, W], and labels, int64 [n]; both in memory only where they are looked at."""
+    """A split's images, uint8 [n, C, H, W], and labels, int64 [n]; both in memory only where they are looked at.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
+    Args:
+        failed: those that could not be read, by their index; they are blank.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, failed: dict[int, UnreadableError]):
+        self.images, self.labels, self.failed = images, labels, failed
         self._resident: Tensor | None = None
 
     def __len__(self):
@@ -61,16 +64,15 @@ class Pixels:
                 self._resident[rows.start : rows.stop] = torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
         return self._resident
 
-    def batches(
-        self, indices: Sequence[int], batch_size: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Indices, images (uint8, on the device) and labels of one batch after the other."""
+    def batches(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+        """The images, uint8 and on the device if they stay there, in the batches that are asked for."""
         resident = self.on(device)
-        for start in range(0, len(indices), batch_size):
-            rows = np.array(indices[start : start + batch_size])
+        for indices in batches:
+            rows = np.array([index for index in indices if index not in self.failed], dtype=np.int64)
             ids = torch.from_numpy(rows)
-            images = torch.from_numpy(self.images[rows]).to(device) if resident is None else resident[ids.to(device)]
-            yield ids, images, torch.from_numpy(self.labels[rows])
+            images = torch.from_numpy(self.images[rows]) if resident is None else resident[ids.to(device)]
+            failed = [self.failed[index] for index in indices if index in self.failed]
+            yield Batch(ids, images, torch.from_numpy(self.labels[rows]), failed)
 
 
 class Normaliser:
@@ -96,7 +98,13 @@ def parts(transform: Compose) -> tuple[Compose, Normaliser] | None:
 
 
 def cached(
-    split: Split, transform: Compose, size: tuple[int, int, int], cache_dir: str, num_workers: int | None, name: str
+    split: Split,
+    transform: Compose,
+    size: tuple[int, int, int],
+    cache_dir: str,
+    num_workers: int | None,
+    name: str,
+    fail_fast: bool,
 ) -> Pixels | None:
     """The images of a split from the cache, after putting there what it lacks; None where the disk has no room.
 
@@ -107,9 +115,10 @@ def cached(
         cache_dir: folder of caches.
         num_workers: processes that decode images; None for one a core.
         name: what to call it on a progress bar.
+        fail_fast: raise the first error of an image that cannot be read.
 
     Raises:
-        UserError: an image cannot be read, or nothing can be written to the folder and it lacks images.
+        UserError: nothing can be written to the folder, and it lacks images.
     """
     versions = {package: metadata.version(package) for package in _PACKAGES}
     # timm's transforms do not print the colour that they fill borders with.
@@ -127,9 +136,9 @@ def cached(
                 if found is None:
                     raise
             else:
-                found = _complete(split, shape, folder, num_workers, name)
-        if found is None:
-            return None
+                found = _complete(split, shape, folder, num_workers, name, fail_fast)
+        if found is None or found.failed:  # which may be mended before the next run
+            return found
         _opened[folder] = found
     return _opened[folder]
 
@@ -139,12 +148,14 @@ def _filled_by_others(shape: tuple[int, ...], folder: Path) -> Pixels | None:
     try:
         images = np.memmap(folder / "pixels", np.uint8, "r", shape=shape)
         labels = np.memmap(folder / "labels", np.int64, "r", shape=shape[:1])
-        return None if _missing(folder, images, labels) else Pixels(images, labels)
+        return None if _missing(folder, images, labels) else Pixels(images, labels, {})
     except (OSError, ValueError):  # not there, or too short
         return None
 
 
-def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: int | None, name: str) -> Pixels | None:
+def _complete(
+    split: Split, shape: tuple[int, ...], folder: Path, num_workers: int | None, name: str, fail_fast: bool
+) -> Pixels | None:
     try:
         for file, size in (("pixels", math.prod(shape)), ("labels", 8 * shape[0])):
             _reserve(folder / file, size)
@@ -156,25 +167,28 @@ def _complete(split: Split, shape: tuple[int, ...], folder: Path, num_workers: i
         return None
     images = np.memmap(folder / "pixels", np.uint8, "r+", shape=shape)
     labels = np.memmap(folder / "labels", np.int64, "r+", shape=shape[:1])
-    missing = _missing(folder, images, labels)
+    missing, failed = _missing(folder, images, labels), {}
     if missing:
-        batches = DataLoader(
-            Indexed(split.dataset), batch_sampler=missing, num_workers=n_loaders(num_workers), collate_fn=collate
-        )
+        batches = load(split.dataset, missing, num_workers)
         with (folder / "checksums").open("a") as file:
             if file.tell():
                 file.write("\n")  # the last line may have been cut off
             bar = tqdm(total=sum(map(len, missing)), desc=f"{name}: cache", unit=" images", disable=None)
             for rows, batch in zip(missing, batches, strict=True):
-                if isinstance(batch, UserError):
-                    raise batch
-                _, images[rows.start : rows.stop], labels[rows.start : rows.stop] = batch
-                file.write(f"{rows.start} {_checksum(images, labels, rows)}\n")
-                file.flush()
+                if batch.failed and fail_fast:
+                    raise batch.failed[0]
+                if len(batch.ids):
+                    read = batch.ids.numpy()
+                    images[read], labels[read] = batch.images.numpy(), batch.labels.numpy()
+                if batch.failed:  # tried again by the next process
+                    failed |= {unreadable.index: unreadable for unreadable in batch.failed}
+                else:
+                    file.write(f"{rows.start} {_checksum(images, labels, rows)}\n")
+                    file.flush()
                 bar.update(len(rows))
             bar.close()
     images.flags.writeable = labels.flags.writeable = False
-    return Pixels(images, labels)
+    return Pixels(images, labels, failed)
 
 
 def _missing(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[range]:

@@ -1,20 +1,20 @@
 """The data sets that a backbone can be evaluated on, as map-style PyTorch data sets with a fingerprint."""
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset, default_collate
-from torchvision.datasets import ImageFolder
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dhtm.harness import digits as scenes
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError
 
 TRAIN_SCENES = 6_400  # in an epoch of training on the digits
 _DIGITS = tuple("0123456789")
@@ -26,18 +26,24 @@ class Split:
 
     Attributes:
         dataset: item i is (image, label); the image as the transform leaves it.
-        classes: the names of the classes, in the order of their labels.
+        classes: the names of the model's outputs, in their order; None where labels are the numbers of outputs.
         channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
         in_memory: items cost next to nothing, so that loading them needs no worker processes.
+        n_classes: outputs that a model needs.
+        among: the only outputs that are asked; None for all.
+        real_labels: of each image all labels that are right, none where nobody knows; None where there is but the one.
         normalise: what is still to be done to a batch of images, where the data set leaves it to the device.
     """
 
     dataset: Dataset
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] | None
     channels: int
     fingerprint: str
     in_memory: bool
+    n_classes: int
+    among: tuple[int, ...] | None = None
+    real_labels: list[list[int]] | None = None
     normalise: Callable | None = None
 
 
@@ -51,13 +57,15 @@ def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Spl
         transform: from a grey PIL image.
     """
     if split == "train":
-        dataset = _NewScenes(_limited(limit, TRAIN_SCENES), seed, transform)
-        return Split(dataset, _DIGITS, 1, f"digits {seed}", in_memory=False)
+        dataset = _NewScenes(limited(limit, TRAIN_SCENES), seed, transform)
+        return Split(dataset, _DIGITS, 1, f"digits {seed}", in_memory=False, n_classes=10)
     if split != "test":
         raise UserError(f"data.split={split}: the digits have data.split=test, and train")
     images, labels, fingerprint = _test_scenes(seed)
-    n_images = _limited(limit, len(images))
-    return Split(_Images(images[:n_images], labels[:n_images], transform), _DIGITS, 1, fingerprint, in_memory=True)
+    n_images = limited(limit, len(images))
+    return Split(
+        _Images(images[:n_images], labels[:n_images], transform), _DIGITS, 1, fingerprint, in_memory=True, n_classes=10
+    )
 
 
 @functools.cache
@@ -95,56 +103,55 @@ class _NewScenes(Dataset):
         return self.transform(Image.fromarray(images[0])), int(labels[0])
 
 
-def imagefolder(root: str | None, split: str, limit: int | None, transform: Callable) -> Split:
-    """ImageNet as it ships: one folder of images a class, named by synset, in root/split or in root itself.
-
-    Classes are numbered by the order of their folders' names, which for the 1,000 synsets of ImageNet-1K is the
-    order of the pretrained models' outputs.
-
-    Args:
-        root: the folder that holds ``val/n01440764/…``.
-        split: its sub-folder; ignored where root holds the class folders themselves.
-        limit: the first so many images only, in the order of folders and files.
-        transform: from an RGB PIL image.
-    """
-    if root is None:
-        raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
-    if (folder / split).is_dir():
-        folder = folder / split
-    elif any((folder / other).is_dir() for other in ("train", "val", "test")):
-        raise UserError(f"data.root={root}: it has no folder {split}; choose another split, or another root")
-    listed, fingerprint = _listed(folder)
-    dataset = copy.copy(listed)
-    dataset.transform = transform
-    part = Subset(dataset, range(_limited(limit, len(dataset))))
-    return Split(part, tuple(dataset.classes), 3, fingerprint, in_memory=False)
-
-
-@functools.cache
-def _listed(folder: Path) -> tuple[ImageFolder, str]:
-    """A folder of class folders, and the SHA-256 of its images' names, sizes and labels; the same for a whole sweep."""
-    try:
-        dataset = ImageFolder(str(folder))
-    except FileNotFoundError:  # no class folders, or empty ones
-        empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not any(path.iterdir())]
-        what = f"the class folder {empty[0]} is empty" if empty else "it has no folders of images, one a class"
-        raise UserError(f"data.root: {folder}: {what}") from None
-    files = [f"{Path(path).relative_to(folder)} {Path(path).stat().st_size} {label}" for path, label in dataset.samples]
-    return dataset, hashlib.sha256("\n".join(files).encode()).hexdigest()
-
-
-def n_loaders(num_workers: int | None) -> int:
-    """Processes that load images: as many as asked for, or one a core."""
-    return min(16, os.cpu_count() or 1) if num_workers is None else num_workers
-
-
-def _limited(limit: int | None, n_images: int) -> int:
+def limited(limit: int | None, n_images: int) -> int:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise UserError(f"data.limit={limit}: it must be a number of images from 1, or null for all")
     return n_images if limit is None else min(limit, n_images)
+
+
+class UnreadableError(UserError):
+    """An image of a data set that cannot be read."""
+
+    def __init__(self, index: int, name: str, reason: str):
+        super().__init__(index, name, reason)  # as it goes from one process to another
+        self.index, self.name, self.reason = index, name, reason
+
+    def __str__(self):
+        return f"image {self.index} cannot be read: {self.name}: {self.reason}"
+
+
+class Batch(NamedTuple):
+    """Indices [B], images [B, C, H, W] and labels [B] of those that can be read, and the others."""
+
+    ids: Tensor
+    images: Tensor | None
+    labels: Tensor
+    failed: list[UnreadableError]
+
+
+def load(
+    dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int | None, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The items of a data set in the batches that are asked for, rising where it is ``streamed``.
+
+    Args:
+        num_workers: processes that load them; None for one a core. A stream is read by one, which decodes in as many threads.
+
+    Raises:
+        UserError: there is nothing to be read any more.
+    """
+    n_workers = min(16, os.cpu_count() or 1) if num_workers is None else num_workers
+    if getattr(dataset, "streamed", False):
+        stream = _Stream(dataset, batches, n_workers)
+        loader = DataLoader(stream, batch_size=None, num_workers=min(1, n_workers), pin_memory=pin_memory)
+    else:
+        loader = DataLoader(
+            Indexed(dataset), batch_sampler=batches, collate_fn=collate, num_workers=n_workers, pin_memory=pin_memory
+        )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 class Indexed(Dataset):
@@ -157,20 +164,49 @@ class Indexed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        try:
-            image, label = self.dataset[index]
-        except OSError as error:  # what PIL raises on a damaged file
-            return UserError(f"image {index} cannot be read: {_file(self.dataset, index)}: {one_line(error)}")
-        return torch.tensor(index), image, torch.tensor(label)
+        return _item(index, lambda: self.dataset[index])
 
 
-def collate(items: list) -> list[torch.Tensor] | UserError:
-    """A batch of :class:`Indexed`, or the first error in it; raised in a worker it would come with a traceback."""
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return default_collate(items)
+class _Stream(IterableDataset):
+    """Batches of a data set that is read from its beginning to its end."""
+
+    def __init__(self, dataset: Dataset, batches: Sequence[Sequence[int]], n_threads: int):
+        self.dataset, self.batches, self.n_threads = dataset, batches, n_threads
+
+    def __iter__(self):
+        stream = self.dataset.stream()
+        with ThreadPoolExecutor(max(1, self.n_threads)) as pool:
+            for batch in self.batches:
+                wanted, found = set(batch), []
+                try:
+                    while len(found) < len(batch):
+                        index, get = next(stream)
+                        if index in wanted:
+                            found.append((index, get))
+                except UserError as error:
+                    yield error
+                    return
+                except StopIteration:
+                    yield UserError(f"the data ended before image {batch[len(found)]}; were they changed?")
+                    return
+                yield collate(list(pool.map(_item, *zip(*found, strict=True))))
 
 
-def _file(dataset: Subset, index: int) -> str:
-    return dataset.dataset.samples[dataset.indices[index]][0]
+def _item(index: int, get: Callable) -> tuple[Tensor, Tensor, Tensor] | UserError:
+    try:
+        image, label = get()
+    except UserError as error:  # raised in a worker process it would come with a traceback
+        return error
+    return torch.tensor(index), image, torch.tensor(label)
+
+
+def collate(items: list) -> Batch | UserError:
+    """A batch of :class:`Indexed`'s items; or the error among them that is more than an image's."""
+    failed = [item for item in items if isinstance(item, UserError)]
+    for error in failed:
+        if not isinstance(error, UnreadableError):
+            return error
+    readable = [item for item in items if not isinstance(item, UserError)]
+    if not readable:
+        return Batch(torch.empty(0, dtype=torch.int64), None, torch.empty(0, dtype=torch.int64), failed)
+    return Batch(*default_collate(readable), failed)

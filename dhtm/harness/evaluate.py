@@ -16,14 +16,14 @@ from torch import nn
 
 from dhtm.flops import count_flops
 from dhtm.harness.backbones import weights_sha256
-from dhtm.harness.data import Split
+from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.devices import Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import require_number
+from dhtm.harness.errors import UserError, require_number
 from dhtm.harness.loading import from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
-from dhtm.harness.prediction import predict_and_keep
-from dhtm.harness.store import RunDirectory, code_version, git_commit, library_version, run_id, versions
+from dhtm.harness.prediction import predict_and_keep, stop
+from dhtm.harness.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -64,15 +64,21 @@ def evaluate(config: DictConfig) -> dict:
             run.forget()
         before = ranks.gather(run.metrics() if ranks.first else None)[0]
         if before is not None:
+            if before["n_failed"] and config.data.get("on_error") != "skip":
+                raise UserError(
+                    f"{run.path}: done before with data.on_error=skip, without the {before['n_failed']} images that {FAILED} "
+                    "there lists; mend them and set force=true, or set data.on_error=skip"
+                )
             if ranks.first:
                 log.info("%s: done before, %s", task.name, run.path)
                 return run.add_target(before, task.target)
             return before
         cost = _cost(task.model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
-        predictions, how = _predictions(task, ranks)
+        predictions, failed, how = _predictions(task, ranks)
+        _report_failed(task, failed, ranks)
         metrics = None
         if ranks.first:
-            metrics = _metrics(task, predictions, cost | how)
+            metrics = _metrics(task, predictions, len(failed), cost | how)
             run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
             _tell(task, metrics)
     return ranks.gather(metrics)[0]
@@ -83,6 +89,7 @@ def _prepare(config: DictConfig) -> _Task:
     require_number(config, "num_workers", integer=True, optional=True)
     require_number(config, "seed", integer=True)
     require_number(config, "store_every_s")
+    _check_on_error(config.data)
     dtype = pick_dtype(config.dtype, "dtype")
     config = config.copy()
     config.method, target = solve(config.backbone, config.method, config.target)
@@ -109,36 +116,64 @@ def _prepare(config: DictConfig) -> _Task:
     return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
 
 
-def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, dict]:
-    """Predictions for all images, in order, each from one rank or from before; and how they were made."""
+def _check_on_error(data: DictConfig) -> None:
+    if data.get("on_error", "collect") not in ("skip", "fail_fast", "collect"):
+        raise UserError(f"data.on_error={data.on_error}: choose one of collect, skip, fail_fast")
+
+
+def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, list[UnreadableError], dict]:
+    """Predictions for all images, in order, each from one rank or from before; those without; and how they were made."""
     config, n_images = task.config, len(task.split.dataset)
     done = ranks.gather(task.run.predictions_so_far() if ranks.first else None)[0]
     if ranks.first and len(done):
         log.info("%s: going on after %d of %d images", task.name, len(done), n_images)
     todo = sorted(set(range(n_images)) - set(done["index"]))
     split = from_cache(task.split, config, task.preprocessing)
+    failed = {}
+
+    def on_unreadable(unreadable: UnreadableError) -> None:
+        if unreadable.index not in failed:
+            log.warning("%s: %s", task.name, unreadable)
+        failed[unreadable.index] = unreadable
+
     start = time.perf_counter()
     found, batch_size = predict_and_keep(
         task.run, config.store_every_s, task.model, split, todo[ranks.rank :: ranks.world],
         config.batch_size or pick_batch_size(ranks.device), ranks.device, task.dtype,
         task.name if ranks.first else None, config.num_workers,
+        stop if config.data.get("on_error") == "fail_fast" else on_unreadable,
     )  # fmt: skip
-    everyones = ranks.gather((found, batch_size))
+    everyones = ranks.gather((found, batch_size, failed))
     seconds = time.perf_counter() - start
-    parts = [part for found, _ in everyones for part in found]
+    parts = [part for found, *_ in everyones for part in found]
+    failed = {index: unreadable for *_, failed in everyones for index, unreadable in failed.items()}
+    if not parts and not len(done):
+        raise UserError(f"{task.name}: none of its {n_images} images can be read; {failed[0]}")
     predictions = pd.concat([*filter(len, [done]), *parts], ignore_index=True).sort_values("index", ignore_index=True)
-    if predictions["index"].tolist() != list(range(n_images)):
+    if sorted([*predictions["index"], *failed]) != list(range(n_images)):
         raise RuntimeError(f"{task.run.path}: images were lost or counted twice; this is a mistake of the program")
-    return predictions, {
+    return predictions, [failed[index] for index in sorted(failed)], {
         "images_per_s": len(todo) / seconds if todo else None,
-        "batch_size": min(size for _, size in everyones),
+        "batch_size": min(size for _, size, _ in everyones),
         "world_size": ranks.world,
         "device": ranks.device.type,
         "wall_s": seconds,
-    }
+    }  # fmt: skip
 
 
-def _metrics(task: _Task, predictions: pd.DataFrame, measured: dict) -> dict:
+def _report_failed(task: _Task, failed: list[UnreadableError], ranks: Ranks) -> None:
+    """List the images that cannot be read, which ends the run unless they are to be skipped."""
+    if ranks.first:
+        task.run.list_failed(failed)
+    if failed and task.config.data.get("on_error") != "skip":
+        more = f" and {len(failed) - 1} more, listed in {task.run.path / FAILED}" if len(failed) > 1 else ""
+        raise UserError(
+            f"{task.name}: {failed[0]}{more}; the predictions for all others are stored: mend the data and give the same "
+            "command, or leave them out by data.on_error=skip"
+        )
+
+
+def _metrics(task: _Task, predictions: pd.DataFrame, n_failed: int, measured: dict) -> dict:
     config, reducer = task.config, task.model.reducer
     return {
         "run_id": task.run.path.name,
@@ -153,7 +188,9 @@ def _metrics(task: _Task, predictions: pd.DataFrame, measured: dict) -> dict:
         "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
         "data": config.data.name,
         "split": config.data.split,
+        "n_failed": n_failed,
         **_accuracy(predictions),
+        **_real_accuracy(predictions, task.split.real_labels),
         **measured,
         "dtype": config.dtype,
         "seed": config.seed,
@@ -189,13 +226,24 @@ def _accuracy(predictions: pd.DataFrame) -> dict:
     in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
     return {
         "n_images": n_images,
-        "n_failed": 0,
         "n_nonfinite": len(broken),
         "first_nonfinite": int(broken.min()) if len(broken) else None,
         "top1": 100 * n_correct / n_images,
         "top1_ci95": [100 * interval.low, 100 * interval.high],
         "top5": 100 * sum(in_top5) / n_images,
     }
+
+
+def _real_accuracy(predictions: pd.DataFrame, labels: list[list[int]] | None) -> dict:
+    """Top-1 by the reassessed labels, in percent: any of them is right, and images without one do not count."""
+    if labels is None:
+        return {}
+    right = [
+        top5[0] in labels[index]
+        for index, top5 in zip(predictions["index"], predictions.top5, strict=True)
+        if labels[index]
+    ]
+    return {"n_images_real": len(right), "top1_real": 100 * sum(right) / len(right) if right else None}
 
 
 def _cost(model: nn.Module, plain: int) -> dict:

@@ -9,10 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dhtm.harness.cache import Pixels, cached, parts
-from dhtm.harness.data import Indexed, Split, collate, n_loaders
+from dhtm.harness.data import Split, UnreadableError, load
 from dhtm.harness.errors import UserError, one_line
 
 
@@ -32,10 +31,11 @@ def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int,
         options = " ".join(f"{key}={value}" for key, value in augmentation.items())
         raise UserError(f"{options}: timm takes no such augmentation ({one_line(error)})") from error
     split = _instantiated(data, split, transform)
-    if len(split.classes) != n_classes:
+    if split.n_classes > n_classes or (split.classes is not None and split.n_classes < n_classes):
         raise UserError(
-            f"data={data.name} has {len(split.classes)} classes, the backbone {n_classes}: choose a backbone for this data "
-            "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...)"
+            f"data={data.name} has {split.n_classes} classes, the backbone {n_classes}: choose a backbone for this data "
+            "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...); for some classes "
+            "of many, say which they are by data.class_map"
         )
     if split.channels != preprocessing["input_size"][0]:
         raise UserError(
@@ -54,7 +54,8 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
         preprocessing: the backbone's.
 
     Raises:
-        UserError: an image cannot be read, or nothing can be written to the cache, and it lacks images.
+        UserError: nothing can be written to the cache, and it lacks images; or with data.on_error=fail_fast an image cannot
+            be read.
     """
     in_parts = None if split.in_memory or config.cache_dir is None else parts(create_transform(**preprocessing))
     if in_parts is None:
@@ -62,36 +63,41 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
     transform, normalise = in_parts
     cropped = _instantiated(config.data, config.data.split, transform)
     pixels = cached(
-        cropped, transform, preprocessing["input_size"], config.cache_dir, config.num_workers, config.data.name
-    )
+        cropped, transform, preprocessing["input_size"], config.cache_dir, config.num_workers, config.data.name,
+        fail_fast=config.data.get("on_error") == "fail_fast",
+    )  # fmt: skip
     return split if pixels is None else dataclasses.replace(split, dataset=pixels, normalise=normalise)
 
 
 def batches(
-    split: Split, indices: Sequence[int], batch_size: int, device: torch.device, num_workers: int | None
+    split: Split,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None,
+    on_unreadable: Callable[[UnreadableError], None],
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Indices, normalised images on the device, and labels of one batch after the other."""
+    """Indices, normalised images on the device, and labels of one batch after the other, without what cannot be read.
+
+    Args:
+        on_unreadable: is told of every image that cannot be.
+    """
+    chosen = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     if isinstance(split.dataset, Pixels):
-        for ids, pixels, labels in split.dataset.batches(indices, batch_size, device):
-            yield ids, split.normalise(pixels), labels
-        return
-    loader = DataLoader(
-        Indexed(split.dataset),
-        batch_size,
-        sampler=indices,
-        num_workers=0 if split.in_memory and num_workers is None else n_loaders(num_workers),
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        ids, images, labels = batch
-        yield ids, images.to(device, non_blocking=True), labels
+        loaded = split.dataset.batches(chosen, device)
+    else:
+        n_workers = 0 if split.in_memory and num_workers is None else num_workers
+        loaded = load(split.dataset, chosen, n_workers, pin_memory=device.type == "cuda")
+    for ids, images, labels, failed in loaded:
+        for unreadable in failed:
+            on_unreadable(unreadable)
+        if len(ids):
+            images = images.to(device, non_blocking=True)
+            yield ids, split.normalise(images) if split.normalise else images, labels
 
 
 def _instantiated(data: DictConfig, split: str, transform: Callable) -> Split:
-    arguments = {key: value for key, value in data.items() if key not in ("name", "train_split")}
+    arguments = {key: value for key, value in data.items() if key not in ("name", "train_split", "on_error")}
     try:
         return instantiate({**arguments, "split": split}, transform=transform)
     except InstantiationException as error:

@@ -3,20 +3,25 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from dhtm.harness.data import Split
+from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.errors import UserError
 from dhtm.harness.loading import batches
 from dhtm.harness.store import RunDirectory
 from dhtm.vit import image_ids
 
 log = logging.getLogger(__name__)
+
+
+def stop(unreadable: UnreadableError) -> None:
+    """Raise the error of an image that cannot be read."""
+    raise unreadable
 
 
 @torch.inference_mode()
@@ -29,6 +34,7 @@ def predict(
     dtype: torch.dtype,
     name: str | None,
     num_workers: int | None = None,
+    on_unreadable: Callable[[UnreadableError], None] = stop,
 ) -> Iterator[pd.DataFrame]:
     """Predictions for some images of a split, batch after batch.
 
@@ -37,16 +43,20 @@ def predict(
         indices: of the images.
         name: what to call this on a progress bar; None for no bar.
         num_workers: processes that load images; None for one a core where images are on disk.
+        on_unreadable: is told of every image that cannot be read, in place of a prediction.
 
     Yields:
         index, label, top5 (best first), correct (is the first right) and nonfinite, a row an image in order.
     """
     model.to(device=device, dtype=dtype).eval()
     hidden = True if name is None else None
+    mask = _mask(model, split, device)
     with tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
-        for ids, images, labels in batches(split, indices, batch_size, device, num_workers):
+        for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
             with image_ids(model, ids), _whole_float32():
                 logits = model(images.to(dtype=dtype)).float()
+            finite = logits.isfinite().all(dim=1)
+            logits = logits if mask is None else logits + mask
             top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
             yield pd.DataFrame(
                 {
@@ -54,10 +64,19 @@ def predict(
                     "label": labels.numpy(),
                     "top5": list(top5.numpy()),
                     "correct": (top5[:, 0] == labels).numpy(),
-                    "nonfinite": ~logits.isfinite().all(dim=1).cpu().numpy(),
+                    "nonfinite": ~finite.cpu().numpy(),
                 }
             )
             bar.update(len(ids))
+
+
+def _mask(model: nn.Module, split: Split, device: torch.device) -> Tensor | None:
+    """What to add to logits, [C], so that only those outputs win that are asked; None if all are."""
+    if split.among is None:
+        return None
+    mask = torch.full((model.num_classes,), -torch.inf, device=device)
+    mask[list(split.among)] = 0
+    return mask
 
 
 def predict_and_keep(

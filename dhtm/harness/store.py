@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -21,11 +22,13 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dhtm.harness.data import UnreadableError
 from dhtm.harness.errors import UserError
 from dhtm.reducer import Reducer
 
 log = logging.getLogger(__name__)
 
+FAILED = "failed.csv"  # in a run's directory: the images that could not be read
 PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
 _LIBRARY = Path(__file__).parents[1]
 
@@ -40,6 +43,7 @@ def code_version(reducer: Reducer) -> str:
     return library_version(Path(inspect.getfile(type(reducer))))
 
 
+@functools.cache  # parsing takes a quarter of a second, for every run of a sweep
 def library_version(*more: Path) -> str:
     """SHA-256 of the code that all methods share, and of files beside it, comments aside."""
     files = {*_LIBRARY.glob("*.py"), *_LIBRARY.glob("kernels/*.py"), *more}
@@ -129,6 +133,18 @@ class RunDirectory:
                 f"{self.path}: cannot be written ({error.strerror}); what was stored before is kept, the same command goes on "
                 "from there when this is mended"
             ) from error
+
+    def list_failed(self, failed: list[UnreadableError]) -> None:
+        """Leave a list of the images that cannot be read; none where all can."""
+        file = self.path / FAILED
+        if failed:
+            rows = pd.DataFrame(
+                [(one.index, one.name, one.reason) for one in failed], columns=["index", "file", "reason"]
+            )
+            with self._told():
+                write_atomically(file, lambda path: rows.to_csv(path, index=False))
+        else:
+            file.unlink(missing_ok=True)
 
     def add_target(self, metrics: dict, target: float | None) -> dict:
         """Note that a finished run is also the nearest to another target; FLOPs reductions in percent."""

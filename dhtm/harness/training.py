@@ -5,6 +5,7 @@ import logging
 import random
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.backbones import check_known
-from dhtm.harness.data import Indexed, Split, collate, n_loaders
+from dhtm.harness.data import Batch, Split, load
 from dhtm.harness.devices import DTYPES, Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import solve
 from dhtm.harness.errors import UserError, one_line, require_number
@@ -154,13 +155,13 @@ def _one_epoch(config, model, loader, parts, updates_before, n_updates, name, ra
     losses = []
     with tqdm(total=n_updates, desc=name, unit=" updates", disable=None if ranks.first else True) as bar:
         for step, batch in enumerate(loader):
-            if isinstance(batch, UserError):
-                raise batch
+            if batch.failed:
+                raise batch.failed[0]
             update, accumulated = divmod(step, config.accumulate)
             if update == n_updates:  # the rest of the split is less than a batch
                 break
             complete = accumulated + 1 == config.accumulate
-            ids, images, labels = batch
+            ids, images, labels, _ = batch
             images, labels = images.to(ranks.device, non_blocking=True), labels.to(ranks.device, non_blocking=True)
             images, targets = (images, labels) if mixup is None else mixup(images, labels)
             smoothing = config.label_smoothing if mixup is None else 0.0  # the mixed targets are smoothed already
@@ -225,6 +226,10 @@ def _check_splits(config: DictConfig, training: Split, validation: Split) -> Non
     data = f"data={config.data.name}: data.train_split={config.data.train_split} and data.split={config.data.split}"
     if training.fingerprint == validation.fingerprint:
         raise UserError(f"{data} are the same images; give a data.root that holds a folder for each")
+    if getattr(training.dataset, "streamed", False):
+        raise UserError(
+            f"{data}: training draws images in any order, which cannot be streamed; set data.streaming=false"
+        )
     if training.classes != validation.classes:
         one, other = next(
             pair for pair in zip(training.classes, validation.classes, strict=False) if pair[0] != pair[1]
@@ -283,14 +288,12 @@ def _mixup(config: DictConfig, n_classes: int) -> Mixup | None:
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=n_classes)
 
 
-def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, ranks: Ranks) -> DataLoader:
+def _loader(config: DictConfig, dataset: Dataset, epoch: int, micro_batch: int, ranks: Ranks) -> Iterator[Batch]:
     dataset.epoch = epoch
     sampler = DistributedSampler(dataset, ranks.world, ranks.rank, seed=config.seed, drop_last=True)
     sampler.set_epoch(epoch)
-    return DataLoader(
-        Indexed(dataset), micro_batch, sampler=sampler, num_workers=n_loaders(config.num_workers), collate_fn=collate,
-        drop_last=True, pin_memory=ranks.device.type == "cuda",
-    )  # fmt: skip
+    batches = list(BatchSampler(sampler, micro_batch, drop_last=True))
+    return load(dataset, batches, config.num_workers, pin_memory=ranks.device.type == "cuda")
 
 
 def _keep(config: DictConfig, parts: dict, history: list[dict], log_id: str, random_states: list, output: Path) -> None:
