@@ -53,7 +53,7 @@ def shortened(photos, weights, tmp_path):
         if script.endswith("report.py"):
             (tmp_path / "runs").mkdir()
             return [script, f"results_dir={tmp_path}/runs", f"output_dir={tmp_path}"]
-        if "data=imagenet" in arguments:
+        if "data=imagenet" in arguments or "data=imagefolder" in arguments:
             arguments = ["backbone=deit_tiny" if "," in argument else argument for argument in arguments]
             if not any(argument.startswith("backbone.checkpoint") for argument in arguments):
                 arguments = ["backbone=deit_tiny" if "backbone=" in argument else argument for argument in arguments]

@@ -20,7 +20,7 @@ from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.devices import Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import baseline_flops, solve
 from dhtm.harness.errors import UserError, require_number
-from dhtm.harness.loading import from_cache, load_data
+from dhtm.harness.loading import described, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.prediction import predict_and_keep, stop
 from dhtm.harness.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
@@ -112,6 +112,8 @@ def _prepare(config: DictConfig) -> _Task:
     options = " ".join(filter(None, (config.method.name, unusual(config.method), "trained" if trained_weights else "")))
     name = f"{config.backbone.name} · {options} · {config.data.name}"
     run = RunDirectory(config.results_dir, run_id(**determinants))
+    if not split.in_memory:
+        log.info("%s: images as %s has them: %s", name, config.backbone.name, described(preprocessing))
     trained = trained_weights is not None
     return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
 

@@ -45,6 +45,11 @@ def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int,
     return split
 
 
+def described(preprocessing: dict) -> str:
+    """What is done to images, in one line."""
+    return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
+
+
 def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
     """The same split by way of the cache, which is filled first where it lacks images; for images on disk.
 
