@@ -2,13 +2,15 @@
 
 import logging
 import os
+import sys
 
 import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import tracking
-from dhtm.harness.errors import UnavailableError, command
+from dhtm.harness.errors import UnavailableError, UserError, command
 from dhtm.harness.evaluate import evaluate
+from dhtm.harness.reproduce import reproduce
 
 log = logging.getLogger(__name__)
 
@@ -28,5 +30,19 @@ def main(config: DictConfig) -> None:
         tracking.log_run(config, metrics)
 
 
+@command(goes_on=True)
+def again(arguments: list[str]) -> None:
+    """--from DIR key=value ...: carry out a finished run again; exit code 1 if predictions differ."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    at = arguments.index("--from")
+    if at + 1 == len(arguments):
+        raise UserError("--from: give a run's directory, --from results/runs/<run id>")
+    overrides = arguments[:at] + arguments[at + 2 :]
+    sys.exit(1 if reproduce(arguments[at + 1], overrides) else 0)
+
+
 if __name__ == "__main__":
+    if "--from" in sys.argv:
+        again(sys.argv[1:])
     command(goes_on=True)(main)()  # also between the runs of a sweep

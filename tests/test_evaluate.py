@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
 
 def read(metrics, tmp_path):
     folder = tmp_path / "runs" / metrics["run_id"]
-    assert sorted(file.name for file in folder.iterdir()) == [
+    assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
         "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
     ]  # fmt: skip
     return folder, pd.read_parquet(folder / "predictions.parquet")

@@ -304,5 +304,5 @@ def test_predictions_are_in_the_order_of_the_images(tmp_path):
     file.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"predictions.parquet: missing or damaged"):
         predictions(str(tmp_path), f"{1:016x}")
-    with pytest.raises(UserError, match=r"predictions.parquet: missing or damaged"):
+    with pytest.raises(UserError, match=r"none/metrics.json: missing or damaged"):
         predictions(str(tmp_path), "none")

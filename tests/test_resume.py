@@ -43,7 +43,7 @@ def run(composed, tmp_path):
 
 def read(results):
     (folder,) = results.iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == [
+    assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
         "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
     ]  # fmt: skip
     rows = pd.read_parquet(folder / "predictions.parquet")
@@ -146,11 +146,15 @@ def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_agai
     with pytest.raises(KeyboardInterrupt):
         run(results=tmp_path / "runs")
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
-    assert [file.name for file in shards] == [f"{4 * i:08d}.parquet" for i in range(5)]
+    assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
     os.truncate(shards[1], 100)
+    content = bytearray(shards[3].read_bytes())
+    content[len(content) // 3] ^= 4
+    shards[3].write_bytes(content)
     rows, metrics = run(results=tmp_path / "runs")
-    assert asked[1] == [4, 5, 6, 7, *range(20, 40)]
-    assert "going on after 16 of 40 images" in caplog.text and "00000004.parquet: damaged" in caplog.text
+    assert asked[1] == [4, 5, 6, 7, 12, 13, 14, 15, *range(20, 40)]
+    assert "going on after 12 of 40 images" in caplog.text
+    assert all(f"{shards[i].name}: damaged" in caplog.text for i in (1, 3))
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["n_images"] == 40
 

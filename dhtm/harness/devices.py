@@ -1,8 +1,10 @@
 """Where things are computed: devices, dtypes, and the processes that share a task."""
 
 import atexit
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,33 @@ def pick_dtype(name: str, key: str) -> torch.dtype:
 def pick_batch_size(device: torch.device) -> int:
     """A batch size that is fast on the device; results do not depend on it."""
     return 512 if device.type == "cuda" else 64
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """The same sums every time, float32 in float32: not in TF32, in which cuDNN would embed patches by default.
+
+    What has no such kernel on a GPU runs as it can, with PyTorch's warning.
+    """
+    if device.type != "cuda":  # where it is so anyway
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose other kernels
+    matmul, deterministic = torch.backends.cuda.matmul, torch.are_deterministic_algorithms_enabled()
+    before, warn_only = matmul.allow_tf32, torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class Ranks:

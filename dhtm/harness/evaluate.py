@@ -79,7 +79,7 @@ def evaluate(config: DictConfig) -> dict:
         metrics = None
         if ranks.first:
             metrics = _metrics(task, predictions, len(failed), cost | how)
-            run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
+            metrics = run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
             _tell(task, metrics)
     return ranks.gather(metrics)[0]
 
@@ -195,6 +195,7 @@ def _metrics(task: _Task, predictions: pd.DataFrame, n_failed: int, measured: di
         **_real_accuracy(predictions, task.split.real_labels),
         **measured,
         "dtype": config.dtype,
+        "tf32": False,  # dhtm.harness.devices.exact
         "seed": config.seed,
         "weights_sha256": task.determinants["weights"],
         "data_fingerprint": task.split.fingerprint,

@@ -1,6 +1,5 @@
 """The five best classes for every image of a split, kept as they come."""
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dhtm.harness.data import Split, UnreadableError
+from dhtm.harness.devices import exact
 from dhtm.harness.errors import UserError
 from dhtm.harness.loading import batches
 from dhtm.harness.store import RunDirectory
@@ -53,7 +53,7 @@ def predict(
     mask = _mask(model, split, device)
     with tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
         for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
-            with image_ids(model, ids), _whole_float32():
+            with image_ids(model, ids), exact(device):
                 logits = model(images.to(dtype=dtype)).float()
             finite = logits.isfinite().all(dim=1)
             logits = logits if mask is None else logits + mask
@@ -130,14 +130,3 @@ def predict_and_keep(
         done = {index for part in kept for index in part["index"]}
         indices = [index for index in indices if index not in done]
     return kept, batch_size
-
-
-@contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Convolutions on float32 in float32, as matrix products are: cuDNN's default would embed patches in TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

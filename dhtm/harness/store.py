@@ -6,13 +6,16 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -99,19 +102,21 @@ class RunDirectory:
 
     def append(self, predictions: pd.DataFrame) -> None:
         """Store predictions of a run that goes on; killed at any moment, they are there or not."""
-        file = self.path / "shards" / f"{predictions['index'].iloc[0]:08d}.parquet"
+        content = predictions.to_parquet(index=False)
+        file = self.path / "shards" / f"{predictions['index'].iloc[0]:08d}-{zlib.crc32(content):08x}.parquet"
         with self._told():
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, lambda path: predictions.to_parquet(path, index=False))
+            write_atomically(file, lambda path: path.write_bytes(content))
 
     def predictions_so_far(self) -> pd.DataFrame:
-        """What :meth:`append` stored, one row an image; a shard that cannot be read is as good as none."""
+        """What :meth:`append` stored, one row an image; a shard that is not as it was written is as good as none."""
         shards = [pd.DataFrame(columns=["index"], dtype="int64")]
         for file in sorted((self.path / "shards").glob("[0-9]*.parquet")):
-            try:
-                shards.append(pd.read_parquet(file))
-            except (OSError, ValueError) as error:
-                log.warning("%s: damaged (%s), its images are predicted again", file, type(error).__name__)
+            content = file.read_bytes()
+            if file.stem[-8:] == f"{zlib.crc32(content):08x}":
+                shards.append(pd.read_parquet(io.BytesIO(content)))
+            else:
+                log.warning("%s: damaged, its images are predicted again", file)
         return pd.concat(shards[1:] or shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
 
     def forget(self) -> None:
@@ -150,18 +155,45 @@ class RunDirectory:
         """Note that a finished run is also the nearest to another target; FLOPs reductions in percent."""
         targets = metrics["targets_reduction_pct"]
         if target is not None and target not in targets:
-            metrics = {**metrics, "targets_reduction_pct": sorted([*targets, target])}
+            metrics = _sealed({**metrics, "targets_reduction_pct": sorted([*targets, target])})
             write_json(self.path / "metrics.json", metrics)
         return metrics
 
-    def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
-        """Make the run a finished one; killed at any moment, it is either that or not there."""
+    def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> dict:
+        """Make the run a finished one; killed at any moment, it is either that or not there.
+
+        Returns:
+            The metrics as they are stored, with SHA-256 sums by which damage is noticed.
+        """
+        contents = {
+            "config.yaml": OmegaConf.to_yaml(config, resolve=True).encode(),
+            "environment.json": _json(environment()),
+            "predictions.parquet": predictions.to_parquet(index=False),
+        }
+        if changes := uncommitted():
+            contents["changes.diff"] = changes
+        metrics = _sealed({**metrics, "files": {name: _sha256(content) for name, content in contents.items()}})
         with self._told():
-            resolved = OmegaConf.to_yaml(config, resolve=True)
-            write_atomically(self.path / "config.yaml", lambda path: path.write_text(resolved))
-            write_json(self.path / "environment.json", environment())
-            write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
-            write_json(self.path / "metrics.json", metrics)
+            for name, content in {**contents, "metrics.json": _json(metrics)}.items():
+                write_atomically(self.path / name, lambda path, content=content: path.write_bytes(content))
+        return metrics
+
+
+def file_of_run(folder: Path, name: str) -> bytes:
+    """A file that a finished run left in its directory.
+
+    Raises:
+        UserError: the run is not finished, or the file is not as it was written.
+    """
+    remedy = "compute the run again with force=true"
+    try:
+        written = _read_metrics(folder / "metrics.json").get("files", {}).get(name)
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: missing or damaged ({error.strerror}); {remedy}") from error
+    if written not in (None, _sha256(content)):
+        raise UserError(f"{folder / name}: missing or damaged (it has changed since the run); {remedy}")
+    return content
 
 
 def finished_runs(results_dir: str) -> pd.DataFrame:
@@ -172,9 +204,26 @@ def finished_runs(results_dir: str) -> pd.DataFrame:
 
 def _read_metrics(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        metrics = json.loads(file.read_bytes())
+        if not isinstance(metrics, dict) or metrics.get("sha256") not in (None, _sealed(metrics)["sha256"]):
+            raise ValueError("it has changed since the run")
+        return metrics
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); remove it, or compute the run again with force=true") from error
+
+
+def _sealed(metrics: dict) -> dict:
+    """Metrics with the SHA-256 of all the others."""
+    others = {key: value for key, value in metrics.items() if key != "sha256"}
+    return {**others, "sha256": _sha256(json.dumps(others, sort_keys=True).encode())}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 @contextlib.contextmanager
@@ -225,7 +274,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """Write a file of JSON, atomically."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(path, lambda file: file.write_bytes(_json(value)))
 
 
 def versions() -> dict[str, str]:
@@ -243,6 +292,15 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def uncommitted() -> bytes:
+    """How the code of this checkout differs from its commit, as `git diff` shows it; nothing outside a checkout."""
+    command = ["git", "diff", "HEAD", "--", "dhtm", "baselines", "scripts", "configs"]
+    try:
+        return subprocess.run(command, cwd=_LIBRARY.parent, capture_output=True, check=False).stdout
+    except OSError:
+        return b""
+
+
 def environment() -> dict:
     """The machine and the software of a run, without names of hosts, users or secrets."""
     cuda = torch.cuda.is_available()
@@ -255,4 +313,15 @@ def environment() -> dict:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
+        "driver": _driver() if cuda else None,
     }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel module."""
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", said)
+    return version[0] if version else None

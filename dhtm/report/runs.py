@@ -1,11 +1,12 @@
 """The finished runs and the published numbers, as frames to make tables and figures from."""
 
+import io
 from pathlib import Path
 
 import pandas as pd
 
 from dhtm.harness.errors import UserError
-from dhtm.harness.store import finished_runs
+from dhtm.harness.store import file_of_run, finished_runs
 
 PAPER = Path(__file__).parents[2] / "results" / "paper"
 _COLUMNS = [
@@ -70,12 +71,13 @@ def predictions(results_dir: str, run_id: str) -> pd.DataFrame:
     Raises:
         UserError: the run's predictions are missing or damaged.
     """
-    file = Path(results_dir).expanduser() / run_id / "predictions.parquet"
+    folder = Path(results_dir).expanduser() / run_id
+    content = file_of_run(folder, "predictions.parquet")
     try:
-        return pd.read_parquet(file).set_index("index").sort_index()
+        return pd.read_parquet(io.BytesIO(content)).set_index("index").sort_index()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{file}: missing or damaged ({type(error).__name__}); compute the run again with force=true"
+            f"{folder}/predictions.parquet: missing or damaged ({type(error).__name__}); compute the run again with force=true"
         ) from error
 
 
