@@ -2,11 +2,18 @@
 
 import atexit
 import datetime
+import fcntl
+import functools
+import getpass
+import itertools
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from dhtm.harness.errors import UserError, one_line
 
@@ -39,11 +46,45 @@ def pick_batch_size(device: torch.device) -> int:
     return 512 if device.type == "cuda" else 64
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 where it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def n_gpus() -> int:
+    """The GPUs that are to be had here; 1 where there is none, for the CPU. In configs ``${n_gpus:}``."""
+    return max(1, torch.cuda.device_count())
+
+
+OmegaConf.register_new_resolver("n_gpus", n_gpus, replace=True)
+
+
+@functools.cache
+def take_gpu() -> None:
+    """Make one of the GPUs here this process's "cuda" until it ends: one that the fewest other processes have taken so."""
+    gpus = range(torch.cuda.device_count())
+    if not gpus:
+        return
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that are seen here
+    folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    for turn, gpu in itertools.product(itertools.count(), gpus):
+        lock = (folder / f"{names[gpu] if any(names) else gpu}.{turn}").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        atexit.register(lock.close)  # keeps it open until then
+        torch.cuda.set_device(gpu)
+        return
+
+
 class Ranks:
     """The processes that train or evaluate together, one a device, as torchrun starts them; or this process alone."""
 
     def __init__(self, device: str):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), rank()
         self.first = self.rank == 0
         local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")

@@ -1,0 +1,124 @@
+"""How far the sweeps beside some results are: what dhtm.harness.sweep noted, as a table.
+
+Also a program, `python dhtm/harness/status.py results_dir=DIR`, which therefore imports nothing that takes seconds, as the
+package itself does.
+"""
+
+import collections
+import datetime
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tabulate import tabulate
+
+STATES = ("done", "skipped", "failed", "running", "stopped", "waiting")
+_SILENCE = 300  # seconds without a sign of life that count as death where a file system has no locks
+
+
+def states(folder: Path) -> list[dict]:
+    """What became of each run of a sweep, in order: ``state``, one of STATES, and what else was noted of it."""
+    found = []
+    for number in range(len(_read(folder / "sweep.json")["runs"])):
+        run = _read(run_file(folder, number)) or {"state": "waiting"}
+        if run["state"] == "running" and not _alive(log_file(folder, number)):
+            run["state"] = "stopped"
+        found.append(run)
+    return found
+
+
+def table(folder: Path) -> str:
+    """A sweep's runs, each by the overrides that set it apart, and how many there are of each state."""
+    sweep, runs = _read(folder / "sweep.json"), states(folder)
+    common = set.intersection(*map(set, sweep["runs"]))
+    rows = [
+        (" ".join(override for override in overrides if override not in common), run["state"], _remark(folder, i, run))
+        for i, (overrides, run) in enumerate(zip(sweep["runs"], runs, strict=True))
+    ]
+    counts = collections.Counter(run["state"] for run in runs)
+    before = sum(run.get("before", False) for run in runs)
+    told = [f"{counts[state]} {state}" + f" ({before} of them before)" * (state == "done" and before > 0) for state in STATES]
+    told = ", ".join(text for text, state in zip(told, STATES, strict=True) if counts[state])
+    ended = not (counts["running"] or _alive(folder / "lock"))
+    if ended and counts["failed"] + counts["stopped"] + counts["waiting"]:
+        told += "; the same command carries out what is not done"
+    return f"{sweep['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{told}"
+
+
+def run_file(folder: Path, number: int) -> Path:
+    """Where it is noted what became of a run of a sweep."""
+    return folder / f"{number:03d}.json"
+
+
+def log_file(folder: Path, number: int) -> Path:
+    """A run's log, locked by the process that carries it out."""
+    return folder / f"{number:03d}.log"
+
+
+def _remark(folder: Path, number: int, run: dict) -> str:
+    if run["state"] == "done":
+        return "before" if run["before"] else _when(run["ended"])
+    if run["state"] == "skipped":
+        return run["reason"]
+    if run["state"] == "failed":
+        return f"{run['reason']} (log: {os.path.relpath(log_file(folder, number))})"
+    if run["state"] in ("running", "stopped"):
+        images = f"{_n_stored(Path(run['path']))} of {run['n_images']} images stored, " if "path" in run else ""
+        return f"{images}begun {_when(run['started'])}"
+    return ""
+
+
+def _when(stamp: str) -> str:
+    return f"{datetime.datetime.fromisoformat(stamp):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _n_stored(run: Path) -> int:
+    """Images whose predictions are stored, of a run that goes on."""
+    from pyarrow import parquet  # which is not needed where no run goes on, and takes a moment
+
+    total = 0
+    for file in run.glob("shards/[0-9]*.parquet"):
+        try:
+            total += parquet.read_metadata(file).num_rows
+        except (OSError, ValueError):  # gone or damaged: the run sees to it
+            continue
+    return total
+
+
+def _alive(file: Path) -> bool:
+    """Does a process hold the lock on a file?"""
+    try:
+        with file.open("a") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # somebody else's file, or no locks there
+        return file.exists() and time.time() - file.stat().st_mtime < _SILENCE
+
+
+def _read(file: Path) -> dict | None:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Print every sweep's table, the newest last."""
+    settings = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    root = settings.pop("results_dir", "results/runs")
+    if settings:
+        sys.exit(f"error: {next(iter(settings))}: only results_dir=DIR can be set here")
+    files = sorted(Path(root).expanduser().glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        sys.exit(f"error: results_dir={root}: no sweep was begun there; make sweep, or results_dir=DIR")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    print(f"{now:%Y-%m-%d %H:%M:%S} UTC", *(table(file.parent) for file in files), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
