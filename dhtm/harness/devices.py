@@ -8,6 +8,7 @@ import getpass
 import itertools
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def n_gpus() -> int:
-    """The GPUs that are to be had here; 1 where there is none, for the CPU. In configs ``${n_gpus:}``."""
-    return max(1, torch.cuda.device_count())
-
-
-OmegaConf.register_new_resolver("n_gpus", n_gpus, replace=True)
+# For configs/hydra/launcher: for how many runs this machine has a device; without a GPU, for one. And Hydra would warn that a
+# file there is named as the plugin's own config, whose types it then has: that is what is wanted.
+OmegaConf.register_new_resolver("n_gpus", lambda: max(1, torch.cuda.device_count()), replace=True)
+warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""How far the sweeps beside some results are: what dhtm.harness.sweep noted, as a table.
+"""How far sweeps are: what dhtm.harness.sweep noted, as a table.
 
-Also a program, `python dhtm/harness/status.py results_dir=DIR`, which therefore imports nothing that takes seconds, as the
-package itself does.
+Also a program, scripts/status.py, and therefore without imports that take seconds, as the package's own do.
 """
 
+import argparse
 import collections
 import datetime
 import fcntl
@@ -33,17 +33,17 @@ def states(folder: Path) -> list[dict]:
 def table(folder: Path) -> str:
     """A sweep's runs, each by the overrides that set it apart, and how many there are of each state."""
     sweep, runs = _read(folder / "sweep.json"), states(folder)
-    common = set.intersection(*map(set, sweep["runs"]))
+    common = set.intersection(*map(set, sweep["runs"])) if len(runs) > 1 else set()
     rows = [
         (" ".join(override for override in overrides if override not in common), run["state"], _remark(folder, i, run))
         for i, (overrides, run) in enumerate(zip(sweep["runs"], runs, strict=True))
     ]
     counts = collections.Counter(run["state"] for run in runs)
     before = sum(run.get("before", False) for run in runs)
-    told = [f"{counts[state]} {state}" + f" ({before} of them before)" * (state == "done" and before > 0) for state in STATES]
-    told = ", ".join(text for text, state in zip(told, STATES, strict=True) if counts[state])
-    ended = not (counts["running"] or _alive(folder / "lock"))
-    if ended and counts["failed"] + counts["stopped"] + counts["waiting"]:
+    told = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    if before:
+        told = told.replace(" done", f" done ({before} of them before)")
+    if counts["done"] + counts["skipped"] < len(runs) and not (counts["running"] or _alive(folder / "lock")):
         told += "; the same command carries out what is not done"
     return f"{sweep['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{told}"
 
@@ -107,17 +107,25 @@ def _read(file: Path) -> dict | None:
         return None
 
 
+def _table_or_complaint(folder: Path) -> str:
+    try:
+        return table(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder}: damaged ({type(error).__name__}); remove it, and give the sweep's command again"
+
+
 def main() -> None:
-    """Print every sweep's table, the newest last."""
-    settings = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    """Print the tables of all sweeps beside some results, the newest last."""
+    parser = argparse.ArgumentParser(prog="status.py", description=f"Show the runs of sweeps: {', '.join(STATES)}.")
+    parser.add_argument("setting", nargs="*", metavar="results_dir=DIR", help="where the runs are (results/runs)")
+    settings = dict(setting.partition("=")[::2] for setting in parser.parse_args().setting)
     root = settings.pop("results_dir", "results/runs")
     if settings:
-        sys.exit(f"error: {next(iter(settings))}: only results_dir=DIR can be set here")
+        sys.exit(f"error: {next(iter(settings))}: results_dir=DIR is all that can be set here")
     files = sorted(Path(root).expanduser().glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         sys.exit(f"error: results_dir={root}: no sweep was begun there; make sweep, or results_dir=DIR")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    print(f"{now:%Y-%m-%d %H:%M:%S} UTC", *(table(file.parent) for file in files), sep="\n\n")
+    print(*(_table_or_complaint(file.parent) for file in files), sep="\n\n")
 
 
 if __name__ == "__main__":

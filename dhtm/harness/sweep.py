@@ -11,7 +11,6 @@ import datetime
 import fcntl
 import hashlib
 import importlib
-import json
 import logging
 import os
 import re
@@ -53,7 +52,10 @@ def note(**facts: Any) -> None:
     """Note something of the run that this process carries out; outside a sweep, nothing."""
     if _run:
         _run.noted |= facts
-        write_json(_run.file, _run.noted)
+        try:
+            write_json(_run.file, _run.noted)
+        except OSError as error:  # which a run may well survive
+            log.warning("%s: cannot be written (%s)", _run.file, error.strerror)
 
 
 class Sweep(Callback):
@@ -107,8 +109,9 @@ class Sweep(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         failed = job_return.status == JobStatus.FAILED
+        outcome = job_return._return_value  # without the underscore it would be raised
         if rank() == 0:
-            _end(job_return._return_value, failed)  # without the underscore it would raise the run's exception
+            _end(outcome, failed)
         if failed and "WORLD_SIZE" in os.environ:
             sys.exit(1)  # torchrun's other processes are somewhere else in this run: no going on together
         job_return.return_value, job_return.status = None, JobStatus.COMPLETED
@@ -163,9 +166,9 @@ def _require_launcher(hydra: DictConfig) -> None:
     try:
         importlib.import_module(module)
     except ImportError:
-        package = module.split(".")[1].replace("_", "-")
         name = hydra.runtime.choices["hydra/launcher"]
-        raise UserError(f"hydra/launcher={name}: it is not installed; pip install {package}") from None
+        extra = "ray" if name == "ray" else "harness"
+        raise UserError(f"hydra/launcher={name}: {module} is not installed; pip install -e '.[{extra}]'") from None
 
 
 def _lock(file: IO) -> None:
