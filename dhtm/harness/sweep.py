@@ -92,6 +92,8 @@ class Sweep(Callback):
         atexit.register(lock.close)  # before that
 
     def _tell(self) -> None:
+        if _run:  # stopped half way
+            _run.end.close()
         print(f"\n{status.table(self.folder)}")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
