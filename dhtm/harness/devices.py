@@ -67,7 +67,7 @@ def take_gpu() -> None:
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that are seen here
     folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
-    for turn, gpu in itertools.product(itertools.count(), gpus):
+    for turn, gpu in ((turn, gpu) for turn in itertools.count() for gpu in gpus):
         lock = (folder / f"{names[gpu] if any(names) else gpu}.{turn}").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -164,13 +165,14 @@ def _overrides(config: DictConfig) -> list[list[str]]:
 
 
 def _require_launcher(hydra: DictConfig) -> None:
-    module = hydra.launcher["_target_"].rpartition(".")[0]
+    name, module = hydra.runtime.choices["hydra/launcher"], hydra.launcher["_target_"].rpartition(".")[0]
     try:
         importlib.import_module(module)
     except ImportError:
-        name = hydra.runtime.choices["hydra/launcher"]
         extra = "ray" if name == "ray" else "harness"
         raise UserError(f"hydra/launcher={name}: {module} is not installed; pip install -e '.[{extra}]'") from None
+    if name == "submitit_slurm" and not shutil.which("srun"):
+        raise UserError(f"hydra/launcher={name}: there is no srun here; give the command on a machine of the cluster")
 
 
 def _lock(file: IO) -> None:
