@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,37 +111,54 @@ def test_what_no_run_could_do_with_is_refused_once(swept, tmp_path, monkeypatch,
     assert told.count(message) == 1 and told.count("\n") == 1
 
 
-def test_make_sweep_on_two_processes_of_joblib(script, tmp_path):
-    """Both carry out runs; the report is made; the exit code tells that one failed."""
+@pytest.mark.parametrize(
+    ("launcher", "settings"), [("joblib", ["hydra.launcher.n_jobs=2"]), ("submitit_local", []), ("ray", [])]
+)
+def test_launchers_carry_out_runs_in_two_processes(script, tmp_path, launcher, settings):
+    if not find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"):
+        pytest.skip(f"not installed: pip install -e '.[{launcher}]'")
     results = tmp_path / "runs"
-    overrides = ["experiment=table1", "method.k=8,100,9", *SHORT, f"results_dir={results}", f"output_dir={tmp_path}"]
-    result = script("sweep", *overrides, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    overrides = ["method.k=8,9,100", *SHORT, f"results_dir={results}", f"hydra/launcher={launcher}", *settings]
+    result = script("evaluate", "-m", *overrides, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"})
     assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
-    assert (tmp_path / "tables/table1.md").exists()
-    told = result.stdout[result.stdout.rindex("\nevaluate experiment=table1") :]
-    assert re.search(rf"k=8 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n.*k=9 +done .*\n2 done, 1 failed; the same", told)
-    first, failed, last = notes(results)
-    assert (failed["state"], first["before"], last["before"]) == ("failed", False, False)
-    assert last["started"] < first["ended"], "at the same time"
+    assert "Traceback" not in result.stderr and "validated against ConfigStore" not in result.stderr
+    wanted = rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n2 done, 1 failed; the same"
+    assert re.search(wanted, result.stdout)
+    first, second, failed = notes(results)
+    assert (first["before"], second["before"], failed["state"]) == (False, False, "failed")
+    assert max(first["started"], second["started"]) <= min(first["ended"], second["ended"]), "side by side"
 
 
-def test_make_sweep_ends_at_a_mistake_in_the_overrides(script, tmp_path):
-    result = script("sweep", "method.kk=8", f"results_dir={tmp_path}/runs")
-    assert result.returncode == 1
-    assert result.stderr.count("Key 'kk' is not in struct") == 1
+def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
+    """But not after a mistake in the overrides, where no run is begun. The scripts that it runs are stubs."""
+    (tmp_path / "configs/experiment").mkdir(parents=True)
+    for name in ("first", "second"):
+        (tmp_path / f"configs/experiment/{name}.yaml").touch()
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/sweep.py", tmp_path / "scripts")
+    stub = "import pathlib, sys; print(pathlib.Path(__file__).stem, *sys.argv[1:], flush=True)\n"
+    for name in ("evaluate", "report", "status"):
+        (tmp_path / f"scripts/{name}.py").write_text(stub)
 
+    def make_sweep():
+        command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout.splitlines()
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
-def test_other_launchers(script, tmp_path, launcher):
-    if launcher == "ray" and not find_spec("hydra_plugins.hydra_ray_launcher"):
-        pytest.skip("Ray is not installed: pip install -e '.[ray]'")
-    results = tmp_path / "runs"
-    result = script("evaluate", "-m", f"hydra/launcher={launcher}", "method.k=8,100", *SHORT, f"results_dir={results}")
-    assert result.returncode == 1, result.stderr
-    assert re.search(rf"k=8 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n1 done, 1 failed; the same", result.stdout)
-    assert "Traceback" not in result.stderr
-    assert [run["state"] for run in notes(results)] == ["done", "failed"]
+    expected = [
+        "evaluate -m experiment=first hydra/launcher=joblib results_dir=runs",
+        "evaluate -m experiment=second hydra/launcher=joblib results_dir=runs",
+        "report results_dir=runs",
+        "status results_dir=runs",
+    ]
+    assert make_sweep() == (0, expected)
+    fails = "if 'first' in sys.argv[2]: sys.exit(1)\n"
+    (tmp_path / "scripts/evaluate.py").write_text(stub + fails)
+    assert make_sweep() == (1, expected[:1])
+    (tmp_path / "runs/sweeps/first").mkdir(parents=True)
+    begins = "pathlib.Path('runs/sweeps/first/sweep.json').touch()\n"
+    (tmp_path / "scripts/evaluate.py").write_text(stub + begins + fails)
+    assert make_sweep() == (1, expected)
 
 
 def test_slurm_gets_a_job_array(tmp_path):
