@@ -78,7 +78,7 @@ def on_a_launcher(command):
     return "hydra/launcher=" in command  # which are tried in test_sweep.py
 
 
-@pytest.mark.parametrize("command", filter(on_a_launcher, COMMANDS))
+@pytest.mark.parametrize("command", [command for command in COMMANDS if on_a_launcher(command)])
 def test_launchers_are_composed(command):
     words = shlex.split(command)
     overrides = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[3:]

@@ -26,6 +26,8 @@ from dhtm.harness.errors import UserError
 
 LAUNCHERS = sorted(file.stem for file in (ROOT / "configs/hydra/launcher").glob("*.yaml"))
 SHORT = ["data.limit=4", "device=cpu"]
+# Two processes share the cores; and Ray need not keep a token in the home folder for a second.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
 IN_VAIN = "k=100 merges in layer 7, but only N=96 tokens are left there"
 
 
@@ -119,7 +121,7 @@ def test_launchers_carry_out_runs_in_two_processes(script, tmp_path, launcher, s
         pytest.skip(f"not installed: pip install -e '.[{launcher}]'")
     results = tmp_path / "runs"
     overrides = ["method.k=8,9,100", *SHORT, f"results_dir={results}", f"hydra/launcher={launcher}", *settings]
-    result = script("evaluate", "-m", *overrides, env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"})
+    result = script("evaluate", "-m", *overrides, env=os.environ | ENVIRONMENT)
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr and "validated against ConfigStore" not in result.stderr
     wanted = rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n2 done, 1 failed; the same"
