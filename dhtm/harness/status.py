@@ -24,7 +24,7 @@ def states(folder: Path) -> list[dict]:
     found = []
     for number in range(len(_read(folder / "sweep.json")["runs"])):
         run = _read(run_file(folder, number)) or {"state": "waiting"}
-        if run["state"] == "running" and not _alive(log_file(folder, number)):
+        if run["state"] == "running" and not _alive(log_file(folder, number), Path(run.get("path", folder)) / "shards"):
             run["state"] = "stopped"
         found.append(run)
     return found
@@ -88,16 +88,16 @@ def _n_stored(run: Path) -> int:
     return total
 
 
-def _alive(file: Path) -> bool:
-    """Does a process hold the lock on a file?"""
+def _alive(file: Path, *others: Path) -> bool:
+    """Does a process hold the lock on a file? Where that cannot be known: did it, or another path, change of late?"""
     try:
-        with file.open("a") as opened:
+        with file.open("r+") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
     except OSError:  # somebody else's file, or no locks there
-        return file.exists() and time.time() - file.stat().st_mtime < _SILENCE
+        return any(path.exists() and time.time() - path.stat().st_mtime < _SILENCE for path in (file, *others))
 
 
 def _read(file: Path) -> dict | None:

@@ -75,15 +75,16 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which runs there are to be; refuse what none of them could do with."""
         _require_launcher(config.hydra)
+        setting = f"{'results_dir' if 'results_dir' in config else 'checkpoints_dir'}={self.root}"
         if not isinstance(self.root, str):
-            raise UserError(f"results_dir={self.root}: it must be a directory")
+            raise UserError(f"{setting}: it must be a directory")
         told = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
         self.folder, self.process = Path(self.root).expanduser().absolute() / "sweeps" / name, os.getpid()
         if rank() > 0:
             return
-        require_writable(self.folder, f"results_dir={self.root}")
+        require_writable(self.folder, setting)
         for file in self.folder.glob("[0-9]*.json"):
             file.unlink()
         write_json(self.folder / "sweep.json", {"command": told, "runs": _overrides(config)})
@@ -113,11 +114,11 @@ class Sweep(Callback):
             return
         failed = job_return.status == JobStatus.FAILED
         outcome = job_return._return_value  # without the underscore it would be raised
+        job_return.return_value, job_return.status = None, JobStatus.COMPLETED
         if rank() == 0:
             _end(outcome, failed)
-        if failed and "WORLD_SIZE" in os.environ:
+        if failed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             sys.exit(1)  # torchrun's other processes are somewhere else in this run: no going on together
-        job_return.return_value, job_return.status = None, JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Exit with code 1 unless every run is done, or was left out as the config asks."""
