@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
-.PHONY: help setup sweep report bench test stress lint format constraints clean force
+.PHONY: help setup sweep status report bench test stress lint format constraints clean force
 
 ARGS ?=
 VENV := .venv
@@ -48,6 +48,9 @@ $(STAMP): pyproject.toml constraints.txt $(STALE)
 
 sweep: $(STAMP) ## run every experiment, then make the tables and figures; ARGS="key=value ..." overrides
 	@ARGS="$${ARGS-}" $(BIN)/python scripts/sweep.py
+
+status: $(STAMP) ## how far the sweeps are, at any time, also while they run; ARGS="results_dir=DIR"
+	@$(BIN)/python scripts/status.py $(ARGS)
 
 report: $(STAMP) ## make the tables and figures from the runs that are there
 	@$(BIN)/python scripts/report.py $(ARGS)

@@ -1,13 +1,13 @@
 """Evaluate one backbone with one method on one data set: `python scripts/evaluate.py --help`."""
 
 import logging
-import os
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from dhtm.harness import tracking
+from dhtm.harness import sweep, tracking
+from dhtm.harness.devices import rank
 from dhtm.harness.errors import UnavailableError, UserError, command
 from dhtm.harness.evaluate import evaluate
 from dhtm.harness.reproduce import reproduce
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
 @command(goes_on=True)
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> dict | None:
+    """Returns the run's metrics, for a sweep's notes, or None where it was left out."""
     tracking.check(config.tracker)
     try:
         metrics = evaluate(config)
@@ -25,9 +26,11 @@ def main(config: DictConfig) -> None:
         if not config.skip_unavailable:
             raise
         log.warning("left out: %s", error)
-        return
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one
+        sweep.note(state="skipped", reason=str(error))
+        return None
+    if rank() == 0:
         tracking.log_run(config, metrics)
+    return metrics
 
 
 @command(goes_on=True)

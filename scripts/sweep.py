@@ -1,7 +1,8 @@
 """Run every experiment of configs/experiment, then the report: `python scripts/sweep.py key=value ...`.
 
 Overrides come from the command line or, for `make sweep`, from the environment's ARGS, quoted as in a shell. They go to
-the evaluations, and those that are the report's too go to it; experiment=NAME runs that one alone.
+the evaluations, and those that are the report's too go to it; experiment=NAME runs that one alone. In the end it tells what
+became of each run; the exit code is 1 if any failed.
 """
 
 import os
@@ -33,7 +34,8 @@ class Sweep:
         if self.process:
             self.process.send_signal(number)  # it stores what it has
 
-    def run(self, script: str, *arguments: str) -> None:
+    def run(self, script: str, *arguments: str) -> int:
+        """The script's exit code, 0 or 1; any other, or a signal, ends this process too."""
         if self.stopped:
             sys.exit(REQUEUE)
         self.process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
@@ -42,8 +44,15 @@ class Sweep:
         except KeyboardInterrupt:  # which the script has got too, and says so
             self.process.wait()
             raise
-        if code:
+        if self.stopped or code not in (0, 1):
             sys.exit(REQUEUE if self.stopped else code if code > 0 else 128 - code)
+        return code
+
+
+def begun(results: list[str]) -> dict[Path, int]:
+    """When each sweep beside the results was begun."""
+    root = Path(results[-1].partition("=")[2] if results else "results/runs").expanduser()
+    return {file: file.stat().st_mtime_ns for file in root.glob("sweeps/*/sweep.json")}
 
 
 def main() -> None:
@@ -53,10 +62,17 @@ def main() -> None:
         f"experiment={file.stem}" for file in sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
     ]
     shared = [override for override in overrides if key(override) not in ("experiment", "output_dir")]
-    sweep = Sweep()
+    results = [override for override in overrides if key(override) == "results_dir"]
+    sweep, failed = Sweep(), False
     for experiment in experiments:
-        sweep.run("evaluate.py", "-m", experiment, *shared)
-    sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS))
+        before = begun(results)
+        if sweep.run("evaluate.py", "-m", experiment, *shared):
+            if begun(results) == before:  # a mistake in the overrides, which it has told
+                sys.exit(1)
+            failed = True
+    failed |= bool(sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))
+    sweep.run("status.py", *results)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -72,10 +73,24 @@ def shortened(photos, weights, tmp_path):
     return shorten
 
 
+def on_a_launcher(command):
+    return "hydra/launcher=" in command  # which are tried in test_sweep.py
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if on_a_launcher(command)])
+def test_launchers_are_composed(command):
+    words = shlex.split(command)
+    overrides = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[3:]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("evaluate", overrides, return_hydra_config=True)
+    assert config.hydra.launcher["_target_"].startswith("hydra_plugins.")
+
+
 def is_script(command):
     again = "--from" in command  # tests/test_reproduce.py runs it on a run that is there
     adding_a_method = "checkerboard" in command or command == "python scripts/report.py"  # which has a test of its own
-    return command.startswith(("python ", "torchrun ")) and not adding_a_method and not again
+    elsewhere = adding_a_method or again or on_a_launcher(command)
+    return command.startswith(("python ", "torchrun ")) and not elsewhere
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if is_script(command)])
@@ -91,7 +106,7 @@ def test_script(command, shortened):
 
 
 @needs_make
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make sweep")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make sweep") and not on_a_launcher(c)])
 def test_make_sweep(command, shortened, tmp_path):
     overrides = shlex.split(command)[2:]
     arguments = shlex.split(overrides[0].removeprefix("ARGS=")) if overrides else []
@@ -106,6 +121,10 @@ def test_make_sweep(command, shortened, tmp_path):
     for file in (*tables, *(f"figures/figure{number}.{ending}" for number in (1, 4) for ending in ("pdf", "png"))):
         assert (tmp_path / file).stat().st_size > 1000
     assert "**DeiT-Tiny on ImageNet-1K" in result.stdout
+    told = subprocess.run(
+        ["make", "status", f"ARGS=results_dir={tmp_path}/runs"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert told in result.stdout and " done" in told
 
 
 @needs_make
@@ -136,6 +155,7 @@ def test_every_command_is_of_a_kind_that_is_run_here():
         "python scripts/",
         "torchrun ",
         "make sweep",
+        "make status",  # after the sweeps
         "make bench",
         "make test",
         "make setup TORCH=",

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def run(composed, tmp_path):
 
 
 def read(results):
-    (folder,) = results.iterdir()
+    (folder,) = results.glob("[0-9a-f]*")  # and not sweeps
     assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
         "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
     ]  # fmt: skip
@@ -173,11 +174,11 @@ def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, 
     pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
 
 
-def test_a_sweep_hands_the_signal_on(tmp_path):
+def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     slow = ["batch_size=1", "store_every_s=0"]  # a file an image
     overrides = [
         "experiment=figure4",
-        "method.k=10",
+        "method.k=10,20",
         "method=dhtm",
         "device=cpu",
         f"results_dir={tmp_path}/runs",
@@ -186,11 +187,17 @@ def test_a_sweep_hands_the_signal_on(tmp_path):
     sweep = [sys.executable, str(ROOT / "scripts/sweep.py"), *overrides]
     process = subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
+    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    assert re.search(
+        r"\nmethod.k=10 +running +[1-9]\d* of 2000 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
+    )
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
     assert "stopped by SIGTERM" in said and "Traceback" not in said
     assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 2000
+    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    assert re.search(r" stopped +.* of 2000 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
 def test_a_forced_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):

@@ -3,12 +3,20 @@
 import atexit
 import contextlib
 import datetime
+import fcntl
+import functools
+import getpass
+import itertools
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from dhtm.harness.errors import UserError, one_line
 
@@ -68,11 +76,43 @@ def exact(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 where it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+# For configs/hydra/launcher: for how many runs this machine has a device; without a GPU, for one. And Hydra would warn that a
+# file there is named as the plugin's own config, whose types it then has: that is what is wanted.
+OmegaConf.register_new_resolver("n_gpus", lambda: max(1, torch.cuda.device_count()), replace=True)
+warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+@functools.cache
+def take_gpu() -> None:
+    """Make one of the GPUs here this process's "cuda" until it ends: one that the fewest other processes have taken so."""
+    gpus = range(torch.cuda.device_count())
+    if not gpus:
+        return
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that are seen here
+    folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    for turn, gpu in ((turn, gpu) for turn in itertools.count() for gpu in gpus):
+        lock = (folder / f"{names[gpu] if any(names) else gpu}.{turn}").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        atexit.register(lock.close)  # keeps it open until then
+        torch.cuda.set_device(gpu)
+        return
+
+
 class Ranks:
     """The processes that train or evaluate together, one a device, as torchrun starts them; or this process alone."""
 
     def __init__(self, device: str):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), rank()
         self.first = self.rank == 0
         local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")

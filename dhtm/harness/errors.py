@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
@@ -55,7 +57,8 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
     """For the function behind a script: a UserError ends it with its one line and exit code 1, Ctrl-C with 130.
 
     Args:
-        goes_on: the same command goes on from where it was stopped; then a signal to stop ends it with REQUEUE.
+        goes_on: the same command goes on from where it was stopped; then a signal to stop ends it with REQUEUE, and in a
+            sweep a UserError is left to :class:`dhtm.harness.sweep.Sweep`.
     """
     kept = "; what is done is kept, the same command goes on from there" if goes_on else ""
 
@@ -67,6 +70,8 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
             try:
                 return function(*args, **kwargs)
             except UserError as error:
+                if goes_on and _in_sweep():
+                    raise
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(1)
             except Preempted as error:
@@ -81,12 +86,21 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+_process = None  # the one to stop, and not one that loads images for it
+
+
 def _expect_preemption() -> None:
-    process = os.getpid()
-
-    def stop(number, frame):
-        if os.getpid() == process:  # and not one that loads images for it
-            raise Preempted(signal.Signals(number).name)
-
+    global _process
+    _process = os.getpid()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
+        if signal.getsignal(number) in (signal.SIG_DFL, _stop):  # a launcher's own handler stays
+            signal.signal(number, _stop)
+
+
+def _stop(number, frame) -> None:
+    if os.getpid() == _process:
+        raise Preempted(signal.Signals(number).name)

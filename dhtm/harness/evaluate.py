@@ -24,6 +24,7 @@ from dhtm.harness.loading import described, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.prediction import predict_and_keep, stop
 from dhtm.harness.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
+from dhtm.harness.sweep import note
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def evaluate(config: DictConfig) -> dict:
     ranks = Ranks(config.device)
     task = _prepare(config)
     run = task.run
+    note(path=str(run.path.absolute()), n_images=len(task.split.dataset))
     with run.alone() if ranks.first else contextlib.nullcontext():
         if ranks.first and config.force:
             run.forget()
