@@ -1,7 +1,6 @@
 """Evaluate one backbone with one method on one data set: `python scripts/evaluate.py --help`."""
 
 import logging
-import os
 
 import hydra
 from omegaconf import DictConfig
@@ -9,6 +8,7 @@ from omegaconf import DictConfig
 from dhtm.harness import tracking
 from dhtm.harness.errors import UnavailableError, command
 from dhtm.harness.evaluate import evaluate
+from dhtm.report.regions import sample_regions
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +18,11 @@ log = logging.getLogger(__name__)
 def main(config: DictConfig) -> None:
     tracking.check(config.tracker)
     try:
-        metrics = evaluate(config)
+        evaluate(config, sample_regions)
     except UnavailableError as error:
         if not config.skip_unavailable:
             raise
         log.warning("left out: %s", error)
-        return
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one
-        tracking.log_run(config, metrics)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,14 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from dhtm.harness.redaction import redacted
+
 
 class UserError(Exception):
-    """Something that the user can mend; the message says what, where and how."""
+    """Something that the user can mend; the message says what, where and how, but no password that is part of a value."""
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))
 
 
 class UnavailableError(UserError):

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import logging
 import time
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ from dhtm.harness.loading import from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.prediction import predict_and_keep
 from dhtm.harness.store import RunDirectory, code_version, git_commit, library_version, run_id, versions
+from dhtm.harness.tracking import evaluation_log, log_finished_run
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -45,10 +47,14 @@ class _Task:
     determinants: dict
 
 
-def evaluate(config: DictConfig) -> dict:
+def evaluate(config: DictConfig, draw: Callable[[VisionTransformer, Split], list] = lambda model, split: []) -> dict:
     """Carry out the run that a config describes, go on where it was stopped, or find it done.
 
     Under torchrun all its processes carry it out together, each image in one of them.
+
+    Args:
+        config: of the run.
+        draw: pictures of what the model makes of a split, each with a caption; for a tracker.
 
     Returns:
         The run's metrics, as in its metrics.json.
@@ -66,15 +72,20 @@ def evaluate(config: DictConfig) -> dict:
         if before is not None:
             if ranks.first:
                 log.info("%s: done before, %s", task.name, run.path)
-                return run.add_target(before, task.target)
+                before = run.add_target(before, task.target)
+                log_finished_run(task.config, before, run.path, lambda: draw(task.model, task.split))
             return before
         cost = _cost(task.model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
-        predictions, how = _predictions(task, ranks)
-        metrics = None
-        if ranks.first:
-            metrics = _metrics(task, predictions, cost | how)
-            run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
-            _tell(task, metrics)
+        done = ranks.gather(run.predictions_so_far() if ranks.first else None)[0]
+        n_images = len(task.split.dataset)
+        with evaluation_log(task.config, run.path.name, task.trained, n_images, done, ranks) as tracked:
+            predictions, how = _predictions(task, done, ranks, tracked.progress)
+            metrics = None
+            if ranks.first:
+                metrics = _metrics(task, predictions, cost | how)
+                run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
+                _tell(task, metrics)
+                tracked.result(metrics, run.path, lambda: draw(task.model, task.split))
     return ranks.gather(metrics)[0]
 
 
@@ -109,17 +120,18 @@ def _prepare(config: DictConfig) -> _Task:
     return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
 
 
-def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, dict]:
+def _predictions(
+    task: _Task, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
+) -> tuple[pd.DataFrame, dict]:
     """Predictions for all images, in order, each from one rank or from before; and how they were made."""
     config, n_images = task.config, len(task.split.dataset)
-    done = ranks.gather(task.run.predictions_so_far() if ranks.first else None)[0]
     if ranks.first and len(done):
         log.info("%s: going on after %d of %d images", task.name, len(done), n_images)
     todo = sorted(set(range(n_images)) - set(done["index"]))
     split = from_cache(task.split, config, task.preprocessing)
     start = time.perf_counter()
     found, batch_size = predict_and_keep(
-        task.run, config.store_every_s, task.model, split, todo[ranks.rank :: ranks.world],
+        task.run, config.store_every_s, progress, task.model, split, todo[ranks.rank :: ranks.world],
         config.batch_size or pick_batch_size(ranks.device), ranks.device, task.dtype,
         task.name if ranks.first else None, config.num_workers,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
@@ -63,6 +63,7 @@ def predict(
 def predict_and_keep(
     run: RunDirectory,
     every_s: float,
+    progress: Callable[[pd.DataFrame], None],
     model: nn.Module,
     split: Split,
     indices: Sequence[int],
@@ -71,7 +72,7 @@ def predict_and_keep(
 ) -> tuple[list[pd.DataFrame], int]:
     """:func:`predict`, but what is predicted is stored with the run every so many seconds, and in the end, whatever ends it.
 
-    Where a GPU's memory runs out, the rest is predicted in batches of half the size.
+    ``progress`` is called with every batch's predictions. Where a GPU's memory runs out, the rest is predicted in batches of half the size.
 
     Returns:
         The predictions, and the batch size that was possible.
@@ -93,6 +94,7 @@ def predict_and_keep(
         try:
             for part in predict(model, split, indices, batch_size, *arguments):
                 fresh.append(part)
+                progress(part)
                 if time.monotonic() - stored >= every_s:
                     keep()
             keep()  # other ranks may take longer, or die

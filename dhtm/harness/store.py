@@ -22,11 +22,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dhtm.harness.errors import UserError
+from dhtm.harness.redaction import redacted_config
 from dhtm.reducer import Reducer
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
+# The environment variables that a result or its speed may depend on; of no others is anything written down.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TRITON_INTERPRET",
+)  # fmt: skip
 _LIBRARY = Path(__file__).parents[1]
 
 
@@ -141,7 +148,7 @@ class RunDirectory:
     def save(self, config: DictConfig, predictions: pd.DataFrame, metrics: dict) -> None:
         """Make the run a finished one; killed at any moment, it is either that or not there."""
         with self._told():
-            resolved = OmegaConf.to_yaml(config, resolve=True)
+            resolved = OmegaConf.to_yaml(redacted_config(config))
             write_atomically(self.path / "config.yaml", lambda path: path.write_text(resolved))
             write_json(self.path / "environment.json", environment())
             write_atomically(self.path / "predictions.parquet", lambda path: predictions.to_parquet(path, index=False))
@@ -239,4 +246,5 @@ def environment() -> dict:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
