@@ -72,7 +72,8 @@ def predict_and_keep(
 ) -> tuple[list[pd.DataFrame], int]:
     """:func:`predict`, but what is predicted is stored with the run every so many seconds, and in the end, whatever ends it.
 
-    ``progress`` is called with every batch's predictions. Where a GPU's memory runs out, the rest is predicted in batches of half the size.
+    ``progress`` is called with every batch's predictions. Where a GPU's memory runs out, the rest is predicted in batches
+    of half the size.
 
     Returns:
         The predictions, and the batch size that was possible.

@@ -160,10 +160,22 @@ def check(tracker: DictConfig) -> None:
         raise UserError(f"tracker.mode={tracker.mode}: choose one of online, offline, disabled, or null")
 
 
+def is_logged_in() -> bool:
+    """Is there a login to W&B, valid or not? It is never asked for."""
+    _quieten()
+    return wandb.login(prompt=False, verify=False)
+
+
+def _quieten() -> None:
+    """W&B shall print nothing, and send no reports on itself, for which it would wait at the end of the process."""
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    wandb.setup(wandb.Settings(silent=True))
+
+
 @contextmanager
 def _run(tracker: DictConfig, options: dict[str, Any], first: bool = True) -> Iterator[Do | None]:
     """What this yields takes functions of a W&B run, which are called one after the other; None where nothing is logged."""
-    if not first or tracker.name == "none" or "disabled" in (tracker.mode, *_LIMIT):
+    if not first or tracker.name == "none" or "disabled" in (_wanted(tracker), *_LIMIT):
         yield None
         return
     run = _BackgroundRun(tracker, options)
@@ -200,18 +212,18 @@ class _BackgroundRun:
             log.warning("W&B does not answer, nothing more is logged to it; %s", self._remedy())
 
     def _work(self) -> None:
-        for mode in (_mode(self._tracker), "offline"):
+        for _ in range(2):
             try:
-                run = _start(self._tracker, mode, self._options)
+                run = _start(self._tracker, self._options)
                 for action in self._actions():
                     action(run)
                 self._end(run)
                 return
             except Exception as error:
                 _LIMIT.append("offline")
-                log.warning("W&B failed: %s", one_line(error))
+                log.warning("W&B failed, what follows is logged offline: %s", one_line(error))
                 _tear_down()
-        log.warning("W&B failed twice, this run is not logged to it; %s", self._remedy())
+        log.warning("W&B failed twice, this run is not logged; %s", self._remedy())
 
     def _actions(self) -> Iterator[Action]:
         """What there is to do: from the beginning, then as it comes, until :meth:`finish`."""
@@ -235,26 +247,31 @@ class _BackgroundRun:
         return f"once tracker.dir={self._tracker.dir} and W&B are in order, the same command logs finished runs too"
 
 
-def _start(tracker: DictConfig, mode: str, options: dict[str, Any]) -> Any:
+def _start(tracker: DictConfig, options: dict[str, Any]) -> Any:
     folder = Path(tracker.dir).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # What is to be uploaded waits beside the rest, and not in the user's home.
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))
+    _quieten()
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # what is to be uploaded waits beside the rest
     return wandb.init(
-        project=tracker.project, entity=tracker.entity, dir=str(folder), mode=mode, reinit="create_new",
+        project=tracker.project, entity=tracker.entity, dir=str(folder), mode=_mode(tracker), reinit="create_new",
         settings=wandb.Settings(**_SETTINGS), **options,
     )  # fmt: skip
 
 
 def _mode(tracker: DictConfig) -> str:
-    mode = tracker.mode or os.environ.get("WANDB_MODE") or "online"
-    if mode == "online" and not _LIMIT and not wandb.api.api_key:
-        if tracker.mode:
-            log.warning(
-                "tracker.mode=online: not logged in to W&B (wandb login); logged offline, wandb sync uploads it"
-            )
+    """Online, where that is not ruled out, W&B could be reached so far, and there is a login; it is never asked for."""
+    mode = _wanted(tracker)
+    if _LIMIT or mode == "offline":
         return "offline"
-    return "offline" if _LIMIT else mode
+    if is_logged_in():
+        return "online"
+    if mode == "online":
+        log.warning("no login to W&B: logged offline; `wandb login` once, then `wandb sync` uploads it")
+    return "offline"
+
+
+def _wanted(tracker: DictConfig) -> str | None:
+    return tracker.mode or os.environ.get("WANDB_MODE")
 
 
 def _tear_down() -> None:
