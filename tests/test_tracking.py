@@ -143,7 +143,7 @@ def test_an_offline_run_holds_all_there_is(tracked, tmp_path):
         assert file.local_path.startswith(str(tmp_path / "wandb"))
 
 
-def test_an_evaluation_that_goes_on_goes_on_in_the_same_wandb_run(tracked, tmp_path, monkeypatch):
+def test_an_evaluation_that_goes_on_goes_on_in_the_same_wandb_run(tracked, wandb_server, tmp_path, monkeypatch):
     predict = prediction.predict
     with monkeypatch.context() as patched:
         patched.setattr(prediction, "predict", lambda *a: itertools.islice(predict(*a), 5))
@@ -157,6 +157,11 @@ def test_an_evaluation_that_goes_on_goes_on_in_the_same_wandb_run(tracked, tmp_p
     running = [row for row in rows if "running/top1" in row]
     assert [row["step"] for row in running] == list(range(4, 41, 4))
     assert running[-1]["running/top1"] == metrics["top1"]
+    server, parts = wandb_server(), sorted(map(str, tmp_path.glob("wandb/offline-run-*")))
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *parts], capture_output=True, timeout=120, check=True)
+    synced = [json.loads(line) for line in server.lines["wandb-history.jsonl"]]
+    assert [row["_step"] for row in synced if "running/top1" in row] == list(range(4, 41, 4))
+    assert json.loads(server.lines["wandb-summary.json"][-1])["top1"] == metrics["top1"]
 
 
 def test_a_run_that_was_finished_without_it_is_logged_once(tracked, tmp_path):
