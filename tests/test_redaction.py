@@ -22,7 +22,17 @@ def test_secrets_in_texts_are_hidden(text, shown):
     assert str(UserError(f"data.root={text}: no")) == f"data.root={shown}: no"
 
 
-@pytest.mark.parametrize("text", ["/home/me/imagenet", "~/a@b/c", "data.root is not set?", "token_mergence", "hf_hub"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/home/me/imagenet",
+        "~/a@b/c",
+        "data.root is not set?",
+        "token_mergence",
+        "hf_hub_download_of_files",
+        "basic form",
+    ],
+)
 def test_other_texts_stay(text):
     assert redacted(text) == text
 

@@ -158,7 +158,9 @@ def test_an_evaluation_that_goes_on_goes_on_in_the_same_wandb_run(tracked, wandb
     assert [row["step"] for row in running] == list(range(4, 41, 4))
     assert running[-1]["running/top1"] == metrics["top1"]
     server, parts = wandb_server(), sorted(map(str, tmp_path.glob("wandb/offline-run-*")))
-    subprocess.run([sys.executable, "-m", "wandb", "sync", *parts], capture_output=True, timeout=120, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", *parts], cwd=tmp_path, capture_output=True, timeout=120, check=True
+    )
     synced = [json.loads(line) for line in server.lines["wandb-history.jsonl"]]
     assert [row["_step"] for row in synced if "running/top1" in row] == list(range(4, 41, 4))
     assert json.loads(server.lines["wandb-summary.json"][-1])["top1"] == metrics["top1"]

@@ -10,8 +10,8 @@ _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|
 _SECRETS = [
     (re.compile(r"(\w+://)[^/\s@]+@"), rf"\1{HIDDEN}@"),  # user:password@ of a URL
     (re.compile(r"(\w+://[^\s?]+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),  # its query, where signatures are
-    (re.compile(r"\b(bearer|basic)\s+[^\s'\"]+", re.IGNORECASE), rf"\1 {HIDDEN}"),  # a header, of a `pipe:curl -H ...`
-    (re.compile(r"\b(hf|ghp|wandb_v\d)_\w{16,}"), HIDDEN),
+    (re.compile(r"(authorization:\s*\w+\s+)[^\s'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),  # of a `pipe:curl -H ...`
+    (re.compile(r"\b((hf|ghp)_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,})"), HIDDEN),
 ]
 
 

@@ -24,11 +24,8 @@ from dhtm.harness.redaction import redacted_config
 log = logging.getLogger(__name__)
 
 ROWS = 100  # of an evaluation's running figures
-INIT_TIMEOUT_S, FINISH_TIMEOUT_S, PATIENCE_S = (
-    10,
-    20,
-    45,
-)  # for W&B's start, its uploads in the end, and all that is left
+PATIENCE_S = 45  # with W&B, at the end of a run
+STOPPED_PATIENCE_S = 5  # and where the run was stopped: the system may soon kill what it has asked to stop
 _FILES = ("config.yaml", "environment.json", "metrics.json")
 _LIMIT: list[str] = []  # "offline" or "disabled", after W&B could not be reached, or hung, in this process
 # W&B would note the host, the command line, the paths of programs, the git remote, packages and what is printed.
@@ -41,9 +38,9 @@ _SETTINGS = {
     "x_disable_meta": True,
     "x_disable_stats": True,
     "x_save_requirements": False,
-    "finish_timeout": FINISH_TIMEOUT_S,
+    "finish_timeout": 20,
     "finish_timeout_raises": True,
-    "init_timeout": INIT_TIMEOUT_S,
+    "init_timeout": 10,
     "x_transaction_log_flush_interval": 2,  # what is on disk outlives W&B's own process
 }
 
@@ -80,7 +77,7 @@ class EvaluationLog:
         now = time.perf_counter()
         row = {
             "running/top1": 100 * self._n_correct / (self._n_before + self._n_own),
-            "running/images_per_s": (n_done - self._row_at) / (now - self._row_time),
+            "running/images_per_s": (n_done - self._row_at) / max(now - self._row_time, 1e-9),
         }
         self._row_at, self._row_time = n_done, now
         self._do(lambda run: run.log(row, step=n_done))
@@ -205,7 +202,7 @@ class _BackgroundRun:
     def finish(self, exit_code: int) -> None:
         self._exit_code = exit_code
         self._coming.put(None)
-        self._thread.join(PATIENCE_S)
+        self._thread.join(STOPPED_PATIENCE_S if exit_code else PATIENCE_S)
         if self._thread.is_alive():
             _LIMIT.append("disabled")
             _tear_down()
