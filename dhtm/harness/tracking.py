@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 100  # of an evaluation's running figures
 PATIENCE_S = 45  # with W&B, at the end of a run
-STOPPED_PATIENCE_S = 5  # and where the run was stopped: the system may soon kill what it has asked to stop
+STOPPED_PATIENCE_S = 10  # and where the run was stopped: the system may soon kill what it has asked to stop
 _FILES = ("config.yaml", "environment.json", "metrics.json")
 _LIMIT: list[str] = []  # "offline" or "disabled", after W&B could not be reached, or hung, in this process
 # W&B would note the host, the command line, the paths of programs, the git remote, packages and what is printed.
@@ -217,6 +217,8 @@ class _BackgroundRun:
                 self._end(run)
                 return
             except Exception as error:
+                if "disabled" in _LIMIT:  # nobody waits for this any more
+                    return
                 _LIMIT.append("offline")
                 log.warning("W&B failed, what follows is logged offline: %s", one_line(error))
                 _tear_down()
