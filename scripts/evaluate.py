@@ -7,10 +7,10 @@ import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import sweep, tracking
-from dhtm.harness.devices import rank
 from dhtm.harness.errors import UnavailableError, UserError, command
 from dhtm.harness.evaluate import evaluate
 from dhtm.harness.reproduce import reproduce
+from dhtm.report.regions import sample_regions
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +21,13 @@ def main(config: DictConfig) -> dict | None:
     """Returns the run's metrics, for a sweep's notes, or None where it was left out."""
     tracking.check(config.tracker)
     try:
-        metrics = evaluate(config)
+        return evaluate(config, sample_regions)
     except UnavailableError as error:
         if not config.skip_unavailable:
             raise
         log.warning("left out: %s", error)
         sweep.note(state="skipped", reason=str(error))
         return None
-    if rank() == 0:
-        tracking.log_run(config, metrics)
-    return metrics
 
 
 @command(goes_on=True)

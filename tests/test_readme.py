@@ -88,9 +88,8 @@ def test_launchers_are_composed(command):
 
 def is_script(command):
     again = "--from" in command  # tests/test_reproduce.py runs it on a run that is there
-    adding_a_method = "checkerboard" in command or command == "python scripts/report.py"  # which has a test of its own
-    elsewhere = adding_a_method or again or on_a_launcher(command)
-    return command.startswith(("python ", "torchrun ")) and not elsewhere
+    own_test = "checkerboard" in command or command in ("python scripts/report.py", "python scripts/dashboard.py")
+    return command.startswith(("python ", "torchrun ")) and not (own_test or again or on_a_launcher(command))
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if is_script(command)])
@@ -103,6 +102,14 @@ def test_script(command, shortened):
     )
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_dashboard_wants_a_login(script):
+    """There it ends here; what it does with one is in test_tracking.py."""
+    assert "python scripts/dashboard.py" in COMMANDS
+    result = script("dashboard", env=os.environ | {"WANDB_API_KEY": "", "NETRC": "/nowhere"})
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: no login to W&B: `wandb login` once, or set WANDB_API_KEY\n"
 
 
 @needs_make

@@ -113,11 +113,11 @@ class UnreadableError(UserError):
     """An image of a data set that cannot be read."""
 
     def __init__(self, index: int, name: str, reason: str):
-        super().__init__(index, name, reason)  # as it goes from one process to another
+        super().__init__(f"image {index} cannot be read: {name}: {reason}")
         self.index, self.name, self.reason = index, name, reason
 
-    def __str__(self):
-        return f"image {self.index} cannot be read: {self.name}: {self.reason}"
+    def __reduce__(self):  # as it goes from one process to another
+        return type(self), (self.index, self.name, self.reason)
 
 
 class Batch(NamedTuple):

@@ -9,11 +9,17 @@ from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dhtm.harness.redaction import redacted
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says what, where and how."""
+    """Something that the user can mend; the message says what, where and how, but no password that is part of a value."""
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))
 
 
 class UnavailableError(UserError):
@@ -53,6 +59,13 @@ def require_number(
         )
 
 
+def require_text(config: DictConfig, *keys: str) -> None:
+    """Raise a UserError unless keys of a config are texts."""
+    for key in keys:
+        if not isinstance(value := OmegaConf.select(config, key), str):
+            raise UserError(f"{key}={value}: it must be a name")
+
+
 def command(goes_on: bool) -> Callable[[Callable], Callable]:
     """For the function behind a script: a UserError ends it with its one line and exit code 1, Ctrl-C with 130.
 
@@ -73,6 +86,11 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
                 if goes_on and _in_sweep():
                     raise
                 print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
+            except OmegaConfBaseException as error:  # a value that refers to what is not there, say
+                if goes_on and _in_sweep():
+                    raise
+                print(f"error: {error.full_key}: {one_line(error)}", file=sys.stderr)
                 sys.exit(1)
             except Preempted as error:
                 print(f"stopped by {error}{kept}", file=sys.stderr)

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import logging
 import time
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -19,12 +20,13 @@ from dhtm.harness.backbones import weights_sha256
 from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.devices import Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import UserError, require_number
+from dhtm.harness.errors import UserError, require_number, require_text
 from dhtm.harness.loading import described, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.prediction import predict_and_keep, stop
 from dhtm.harness.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
 from dhtm.harness.sweep import note
+from dhtm.harness.tracking import evaluation_log, log_finished_run
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,14 @@ class _Task:
     determinants: dict
 
 
-def evaluate(config: DictConfig) -> dict:
+def evaluate(config: DictConfig, draw: Callable[[VisionTransformer, Split], list] = lambda model, split: []) -> dict:
     """Carry out the run that a config describes, go on where it was stopped, or find it done.
 
     Under torchrun all its processes carry it out together, each image in one of them.
+
+    Args:
+        config: of the run.
+        draw: pictures of what the model makes of a split, each with a caption; for a tracker.
 
     Returns:
         The run's metrics, as in its metrics.json.
@@ -73,20 +79,26 @@ def evaluate(config: DictConfig) -> dict:
                 )
             if ranks.first:
                 log.info("%s: done before, %s", task.name, run.path)
-                return run.add_target(before, task.target)
+                before = run.add_target(before, task.target)
+                log_finished_run(task.config, before, run.path, lambda: draw(task.model, task.split))
             return before
         cost = _cost(task.model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
-        predictions, failed, how = _predictions(task, ranks)
-        _report_failed(task, failed, ranks)
-        metrics = None
-        if ranks.first:
-            metrics = _metrics(task, predictions, len(failed), cost | how)
-            metrics = run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
-            _tell(task, metrics)
+        done = ranks.gather(run.predictions_so_far() if ranks.first else None)[0]
+        n_images = len(task.split.dataset)
+        with evaluation_log(task.config, run.path.name, task.trained, n_images, done, ranks) as tracked:
+            predictions, failed, how = _predictions(task, done, ranks, tracked.progress)
+            _report_failed(task, failed, ranks)
+            metrics = None
+            if ranks.first:
+                metrics = _metrics(task, predictions, len(failed), cost | how)
+                metrics = run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
+                _tell(task, metrics)
+                tracked.result(metrics, run.path, lambda: draw(task.model, task.split))
     return ranks.gather(metrics)[0]
 
 
 def _prepare(config: DictConfig) -> _Task:
+    require_text(config, "backbone.name", "backbone.architecture", "method.name", "data.name", "data.split")
     require_number(config, "batch_size", 1, integer=True, optional=True)
     require_number(config, "num_workers", integer=True, optional=True)
     require_number(config, "seed", integer=True)
@@ -125,10 +137,11 @@ def _check_on_error(data: DictConfig) -> None:
         raise UserError(f"data.on_error={data.on_error}: choose one of collect, skip, fail_fast")
 
 
-def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, list[UnreadableError], dict]:
+def _predictions(
+    task: _Task, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
+) -> tuple[pd.DataFrame, list[UnreadableError], dict]:
     """Predictions for all images, in order, each from one rank or from before; those without; and how they were made."""
     config, n_images = task.config, len(task.split.dataset)
-    done = ranks.gather(task.run.predictions_so_far() if ranks.first else None)[0]
     if ranks.first and len(done):
         log.info("%s: going on after %d of %d images", task.name, len(done), n_images)
     todo = sorted(set(range(n_images)) - set(done["index"]))
@@ -142,7 +155,7 @@ def _predictions(task: _Task, ranks: Ranks) -> tuple[pd.DataFrame, list[Unreadab
 
     start = time.perf_counter()
     found, batch_size = predict_and_keep(
-        task.run, config.store_every_s, task.model, split, todo[ranks.rank :: ranks.world],
+        task.run, config.store_every_s, progress, task.model, split, todo[ranks.rank :: ranks.world],
         config.batch_size or pick_batch_size(ranks.device), ranks.device, task.dtype,
         task.name if ranks.first else None, config.num_workers,
         stop if config.data.get("on_error") == "fail_fast" else on_unreadable,

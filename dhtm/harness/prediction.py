@@ -82,6 +82,7 @@ def _mask(model: nn.Module, split: Split, device: torch.device) -> Tensor | None
 def predict_and_keep(
     run: RunDirectory,
     every_s: float,
+    progress: Callable[[pd.DataFrame], None],
     model: nn.Module,
     split: Split,
     indices: Sequence[int],
@@ -90,7 +91,8 @@ def predict_and_keep(
 ) -> tuple[list[pd.DataFrame], int]:
     """:func:`predict`, but what is predicted is stored with the run every so many seconds, and in the end, whatever ends it.
 
-    Where a GPU's memory runs out, the rest is predicted in batches of half the size.
+    ``progress`` is called with every batch's predictions. Where a GPU's memory runs out, the rest is predicted in batches
+    of half the size.
 
     Returns:
         The predictions, and the batch size that was possible.
@@ -112,6 +114,7 @@ def predict_and_keep(
         try:
             for part in predict(model, split, indices, batch_size, *arguments):
                 fresh.append(part)
+                progress(part)
                 if time.monotonic() - stored >= every_s:
                     keep()
             keep()  # other ranks may take longer, or die

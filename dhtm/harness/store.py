@@ -27,12 +27,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from dhtm.harness.data import UnreadableError
 from dhtm.harness.errors import UserError
+from dhtm.harness.redaction import redacted_config
 from dhtm.reducer import Reducer
 
 log = logging.getLogger(__name__)
 
 FAILED = "failed.csv"  # in a run's directory: the images that could not be read
 PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
+# The environment variables that a result or its speed may depend on; of no others is anything written down.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TRITON_INTERPRET",
+)  # fmt: skip
 _LIBRARY = Path(__file__).parents[1]
 
 
@@ -166,7 +173,7 @@ class RunDirectory:
             The metrics as they are stored, with SHA-256 sums by which damage is noticed.
         """
         contents = {
-            "config.yaml": OmegaConf.to_yaml(config, resolve=True).encode(),
+            "config.yaml": OmegaConf.to_yaml(redacted_config(config)).encode(),
             "environment.json": _json(environment()),
             "predictions.parquet": predictions.to_parquet(index=False),
         }
@@ -314,6 +321,7 @@ def environment() -> dict:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "driver": _driver() if cuda else None,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 
