@@ -159,7 +159,9 @@ def test_overrides(composed, tmp_path, n_commands):
     for _ in range(n_commands):
         key = rng.choice(paths)
         # What is no name of a choice Hydra itself refuses, with a traceback of its own.
-        changes.append(f"{key}={rng.choice(NAMES if OmegaConf.is_dict(config.get(key)) else VALUES)}")
+        changes.append(
+            f"{key}={rng.choice(NAMES if key == 'experiment' or OmegaConf.is_dict(config.get(key)) else VALUES)}"
+        )
     commands = [[*fixed, f"results_dir={tmp_path}/runs", change] for change in changes]
     for change, (code, said) in zip(changes, carried_out(commands, tmp_path), strict=True):
         assert "Traceback" not in said, (change, said)

@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"device={name}: not to be had here ({one_line(error)}); device=auto takes what is there"
         ) from error

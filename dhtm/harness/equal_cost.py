@@ -33,6 +33,8 @@ def solve(backbone: DictConfig, method: DictConfig, target: DictConfig) -> tuple
         UnavailableError: the target is out of reach; the message gives the range.
         UserError: the target is not a target.
     """
+    if not isinstance(target, DictConfig):
+        raise UserError(f"target={target}: set target.reduction_pct or target.flops_g")
     if target.reduction_pct is not None and target.flops_g is not None:
         raise UserError("target: give target.reduction_pct or target.flops_g, not both")
     if (target.reduction_pct is None and target.flops_g is None) or method.knob is None:

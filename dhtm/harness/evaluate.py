@@ -101,7 +101,7 @@ def _prepare(config: DictConfig) -> _Task:
     require_text(config, "backbone.name", "backbone.architecture", "method.name", "data.name", "data.split")
     require_number(config, "batch_size", 1, integer=True, optional=True)
     require_number(config, "num_workers", integer=True, optional=True)
-    require_number(config, "seed", integer=True)
+    require_number(config, "seed", below=2**63, integer=True)
     require_number(config, "store_every_s")
     _check_on_error(config.data)
     dtype = pick_dtype(config.dtype, "dtype")

@@ -134,6 +134,8 @@ def _find(config: DictConfig, method: DictConfig) -> Path | None:
     """The file of weights that a method's config asks for."""
     if method.weights is None:
         return None
+    if not isinstance(method.weights, str):
+        raise UserError(f"method.weights={method.weights}: it must be null, trained or a file")
     if method.weights != "trained":
         return Path(method.weights).expanduser()
     name = place(config.backbone, method)

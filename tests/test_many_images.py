@@ -1,0 +1,72 @@
+"""As many images as ImageNet's validation set has: memory stays flat, and each is counted once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+
+ARCHITECTURE = "test_vit"  # timm's smallest, for 160×160 images
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("cache", [False, True])
+def test_fifty_thousand_images_in_flat_memory(tmp_path, cache):
+    n_images, n_classes = 50_000, 1000
+    rng = np.random.default_rng(0)
+    for number in range(n_classes):
+        folder = tmp_path / "root" / "val" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        for i in range(n_images // n_classes):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
+    save_file(timm.create_model(ARCHITECTURE).state_dict(), tmp_path / "weights.safetensors")
+    command = [
+        sys.executable, str(ROOT / "scripts/evaluate.py"), "backbone.name=smallest",
+        f"backbone.architecture={ARCHITECTURE}", f"backbone.checkpoint={tmp_path}/weights.safetensors",
+        "backbone.num_classes=1000", "data=imagefolder", f"data.root={tmp_path}/root", "method.k=20",
+        "method.layers=[2,4]", f"results_dir={tmp_path}/runs", "device=cpu", "num_workers=2", "store_every_s=5",
+        f"cache_dir={tmp_path / 'cache' if cache else 'null'}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT)
+    used = []
+    while process.poll() is None:
+        if done(tmp_path / "runs") > n_images // 10:  # once everything is under way
+            used.append(memory(process.pid))
+        time.sleep(1)
+    assert process.returncode == 0
+    first, last = (np.median(part) for part in np.array_split(used, 5)[:: len(np.array_split(used, 5)) - 1])
+    print(
+        f"cache {cache}: {first / 1e6:.0f} MB at first, {last / 1e6:.0f} MB at last, at most {max(used) / 1e6:.0f} MB"
+    )
+    assert last < first + 100e6, "what it keeps of an image, 2 kB at most, is its prediction"
+    (file,) = (tmp_path / "runs").glob("*/predictions.parquet")
+    rows = pd.read_parquet(file)
+    assert rows["index"].tolist() == list(range(n_images))
+    assert rows.label.tolist() == [index // 50 for index in range(n_images)]
+
+
+def done(results):
+    """Images whose predictions are stored, by the shards' names."""
+    return max((int(file.name[:8]) for file in results.glob("*/shards/*.parquet")), default=0)
+
+
+def memory(pid):
+    """Bytes that a process and those that load images for it hold for themselves."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(own(one) for one in [pid, *children])
+
+
+def own(pid):
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
+    return 1024 * (kilobytes["Private_Dirty"] + kilobytes["Swap"])
