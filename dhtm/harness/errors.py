@@ -90,7 +90,7 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
             except OmegaConfBaseException as error:  # a value that refers to what is not there, say
                 if goes_on and _in_sweep():
                     raise
-                print(f"error: {error.full_key}: {one_line(error)}", file=sys.stderr)
+                print(f"error: {error.full_key or error.key}: {one_line(error)}", file=sys.stderr)
                 sys.exit(1)
             except Preempted as error:
                 print(f"stopped by {error}{kept}", file=sys.stderr)

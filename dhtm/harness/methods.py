@@ -27,6 +27,11 @@ SHIPPED = Path(__file__).parents[2] / "results" / "embedded" / "weights"
 
 def build_reducer(method: DictConfig) -> Reducer:
     """The reducer that a config of the group ``method`` names."""
+    if not isinstance(method.knob, str | None):
+        raise UserError(f"method.knob={method.knob}: it must be the name of an option, or null")
+    knob = method.get(method.knob) if method.knob else None
+    if isinstance(knob, bool):  # which Python would take for a number
+        raise UserError(f"method.{method.knob}={knob}: it must be a number")
     try:
         return instantiate({key: value for key, value in method.items() if key not in _ABOUT}, _convert_="all")
     except InstantiationException as error:
