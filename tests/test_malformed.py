@@ -176,7 +176,7 @@ def test_overrides(composed, tmp_path, n_commands):
     for file in (tmp_path / "runs").glob("*/metrics.json"):
         metrics = json.loads(file.read_text())
         config = OmegaConf.load(file.parent / "config.yaml")
-        assert metrics["n_images"] <= 2 and metrics["method"] == config.method.name
+        assert metrics["n_images"] == min(config.data.limit or 2000, 2000) and metrics["method"] == config.method.name
 
 
 @pytest.mark.parametrize(("n_files", "_"), SIZES)

@@ -309,8 +309,11 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000)])  # PIL warns of the first, refuses the second
+@pytest.mark.parametrize(
+    "size", [(10_000, 10_000), (60_000, 60_000), (1, 60_000)]
+)  # PIL warns of the first, and refuses the second
 def test_decompression_bombs_are_refused(size, tmp_path):
+    """PIL would warn of the first, and open the third, of which a resized copy takes gigabytes."""
     (tmp_path / "bomb.png").write_bytes(bomb(*size))
     (tmp_path / "labels.csv").write_text("bomb.png,0\n")
     split = photographs(str(tmp_path), "val", None, PILToTensor(), labels=str(tmp_path / "labels.csv"))
@@ -324,7 +327,7 @@ def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
     content = images["ILSVRC2012_val_00000001.JPEG"][0]
     (tmp_path / "secret.JPEG").write_bytes(content)
     with tarfile.open(tmp_path / "in" / "val.tar", "w") as tar:
-        for name in ("../../escaped/n01440764/a.JPEG", f"{tmp_path}/n01440764/b.JPEG"):
+        for name in ("../../escaped/n01440764/a.JPEG", f"{tmp_path}/n01443537/b.JPEG"):
             add(tar, name, content)
         for kind, target in ((tarfile.SYMTYPE, "../secret.JPEG"), (tarfile.LNKTYPE, f"{tmp_path}/secret.JPEG")):
             link = tarfile.TarInfo("n01440764/link.JPEG")
@@ -332,7 +335,7 @@ def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
             tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     split = photographs(str(tmp_path / "in"), "val", None, PILToTensor(), class_map="synsets")
-    assert [split.dataset[i][1] for i in range(len(split.dataset))] == [0, 0]
+    assert [split.dataset[i][1] for i in range(len(split.dataset))] == [0, 1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -459,7 +462,10 @@ def test_classes_of_a_subset_are_numbered_as_they_are_told(images, tmp_path):
         ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: no such file"),
         ({"class_map": "{}/broken.json"}, r"data\.class_map=.*broken\.json: cannot be read"),
         ({"among": "some"}, r"data\.among=some: choose one of all, present"),
-        ({"real_labels": True}, r"data\.real_labels: .*/a\.JPEG: they are for files that are named ILSVRC2012_val"),
+        (
+            {"real_labels": True},
+            r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",
+        ),
         ({"labels": "/no/labels.csv"}, r"data\.labels=/no/labels\.csv: no such file"),
         ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line has no .*meta\.mat"),
         ({"labels": "{}/half.csv"}, r"data\.labels=.*half\.csv: it says nothing of the image ILSVRC2012_val_0000000\d"),
@@ -501,26 +507,80 @@ def test_what_cannot_be_read_as_data_is_told_in_one_line(options, message, image
 def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
-        "words": WORDS,
-        "synsets": SYNSETS,
-        "sorted": sorted(WORDS),
-        "turned": SYNSETS[::-1],
-        "few": SYNSETS[:999],
+        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not n01440764 tench"),
+        "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
+        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
     }
-    messages = {
-        "sorted": "its 1000 classes are not ImageNet-1K's in their order: number 0 is .*, not n01440764 tench",
-        "turned": "its 1000 classes are not ImageNet-1K's in their order",
-        "few": "its 999 classes are not ImageNet-1K's in their order: number 999 is none",
-    }
-    for name, names in orders.items():
+    for name, (names, message) in orders.items():
         (tmp_path / name).mkdir()
         table(images, names).to_parquet(tmp_path / name / "validation.parquet")
-        arguments = (str(tmp_path / name), "val", None, PILToTensor())
-        if name in messages:
-            with pytest.raises(UserError, match=messages[name]):
-                photographs(*arguments, class_map="synsets")
-        else:
-            assert photographs(*arguments, class_map="synsets").classes == tuple(SYNSETS)
+        with pytest.raises(UserError, match=message):
+            photographs(str(tmp_path / name), "val", None, PILToTensor(), class_map="synsets")
+
+
+def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
+    table(images, SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+    expected = [999 - SYNSETS.index(synset) for _, synset in images.values()]
+    assert [label for _, label in split.dataset] == expected
+
+
+def test_numbers_of_classes_are_checked_and_mapped(images, tmp_path):
+    for first, file in ((0, "right"), (997, "wrong")):
+        (tmp_path / file).mkdir()
+        numbers = {synset: first + i for i, synset in enumerate(CHOSEN)}
+        write_shards(tmp_path / file, images, lambda synset, numbers=numbers: {"cls": numbers[synset]})
+    arguments = ("val", None, PILToTensor())
+    with pytest.raises(UserError, match="is of class 1000, the last is 999"):
+        photographs(str(tmp_path / "wrong"), *arguments, class_map="synsets")
+    (tmp_path / "map.json").write_text(json.dumps({str(i): 10 * i for i in range(4)}))
+    split = photographs(str(tmp_path / "right"), *arguments, class_map=f"{tmp_path}/map.json")
+    assert [label for _, label in split.dataset] == [10 * CHOSEN.index(synset) for _, synset in images.values()]
+
+
+@pytest.mark.parametrize("damage", ["a header", "the end", "half a file", "the end of a file"])
+def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path, damage):
+    """``tarfile`` by itself would list what comes before the damage."""
+    original_tar(tmp_path, images)
+    file = tmp_path / "ILSVRC2012_img_val.tar"
+    with tarfile.open(file) as tar:
+        members = tar.getmembers()
+    content = bytearray(file.read_bytes())
+    if damage == "a header":
+        content[members[5].offset : members[5].offset + 512] = b"x" * 512
+    cut = {"the end": members[-1].offset_data + 1024, "half a file": members[5].offset_data + 9}
+    file.write_bytes(content[: cut.get(damage, members[7].offset if damage == "the end of a file" else None)])
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or a damaged one"):
+        photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+
+
+def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
+    flat(tmp_path, images)
+    lines = [f"{folder}/{name},{synset}" for name, (_, synset) in images.items() for folder in "ab"]
+    (tmp_path / "twice.csv").write_text("\n".join(lines))
+    arguments = {"labels": f"{tmp_path}/twice.csv", "class_map": "synsets"}
+    assert len(photographs(str(tmp_path), "val", None, PILToTensor(), **arguments).dataset) == 12
+    module._listed.cache_clear()
+    (tmp_path / "twice.csv").write_text("\n".join([*lines, "c/ILSVRC2012_val_00000003.JPEG,n01530575"]))
+    with pytest.raises(UserError, match="ILSVRC2012_val_00000003 has two classes"):
+        photographs(str(tmp_path), "val", None, PILToTensor(), **arguments)
+
+
+def test_a_picture_beside_class_folders_is_no_data(images, tmp_path):
+    in_class_folders(tmp_path, images)
+    (tmp_path / "val" / "preview.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"preview\.png lies beside folders of images like n01440764"):
+        photographs(str(tmp_path), "val", None, PILToTensor())
+
+
+def test_an_empty_row_of_a_stream_is_one_image_that_cannot_be_read(images, tmp_path):
+    rows = {"image": [{"bytes": content, "path": None} for content, _ in images.values()], "label": [0] * 12}
+    rows["image"][4] = {"bytes": None, "path": None}
+    pd.DataFrame(rows).to_parquet(tmp_path / "validation.parquet")
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets", streaming=True)
+    (batch,) = load(split.dataset, [range(12)], 0)
+    assert [unreadable.index for unreadable in batch.failed] == [4]
+    assert batch.ids.tolist() == [0, 1, 2, 3, *range(5, 12)]
 
 
 def test_asked_among_the_present_classes_and_by_the_reassessed_labels(composed, images, tmp_path):
@@ -561,5 +621,5 @@ def test_a_stream_that_ends_early_is_told(images, tmp_path):
 def test_without_datasets_the_remedy_is_told(images, tmp_path, monkeypatch):
     parquet(tmp_path, images)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dhtm\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
         photographs(str(tmp_path), "val", None, PILToTensor())

@@ -297,6 +297,26 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
     assert rows["index"].tolist() == list(range(40))
 
 
+def test_results_that_vanish_are_told_and_go_on_when_they_are_back(run, tmp_path, monkeypatch):
+    expected, _ = run()
+    predict = prediction.predict
+
+    def unmounting(*arguments):
+        for i, part in enumerate(predict(*arguments)):
+            if i == 3:
+                (tmp_path / "runs").rename(tmp_path / "elsewhere")
+            yield part
+
+    monkeypatch.setattr(prediction, "predict", unmounting)
+    with pytest.raises(
+        UserError, match=r"cannot be written \(No such file or directory\); what was stored before is kept"
+    ):
+        run(results=tmp_path / "runs")
+    monkeypatch.setattr(prediction, "predict", predict)
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
+    pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
+
+
 def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monkeypatch, caplog):
     assert run()[1]["first_nonfinite"] is None
     predict = prediction.predict

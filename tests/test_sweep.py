@@ -37,6 +37,7 @@ def swept(capfd):
 
     def work(overrides):
         torch.set_num_threads(1)  # OpenMP's others were not forked
+        atexit._clear()  # what this process registered would remove its temporary files
         sys.argv = ["evaluate.py", "-m", *overrides, *SHORT]
         try:
             runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
@@ -88,7 +89,7 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
 
 def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
     carry_out = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda config: carry_out(config) if config.method.k == 9 else 1 / 0)
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, draw: carry_out(config) if config.method.k == 9 else 1 / 0)
     code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
     assert code == 1
     assert "method.k=8  failed  ZeroDivisionError: division by zero (log: " in told

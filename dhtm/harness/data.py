@@ -129,18 +129,25 @@ class Batch(NamedTuple):
     failed: list[UnreadableError]
 
 
+def n_cores() -> int:
+    """Cores for this process: of those that a batch system leaves it, its share among torchrun's processes."""
+    n_here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, n_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def load(
     dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int | None, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """The items of a data set in the batches that are asked for, rising where it is ``streamed``.
 
     Args:
-        num_workers: processes that load them; None for one a core. A stream is read by one, which decodes in as many threads.
+        num_workers: processes that load them; None for one a core, up to 16. A stream is read by one, which decodes in as
+            many threads.
 
     Raises:
         UserError: there is nothing to be read any more.
     """
-    n_workers = min(16, os.cpu_count() or 1) if num_workers is None else num_workers
+    n_workers = min(16, n_cores()) if num_workers is None else num_workers
     if getattr(dataset, "streamed", False):
         stream = _Stream(dataset, batches, n_workers)
         loader = DataLoader(stream, batch_size=None, num_workers=min(1, n_workers), pin_memory=pin_memory)

@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import getpass
 import itertools
 import os
 import tempfile
@@ -94,7 +93,7 @@ def take_gpu() -> None:
     if not gpus:
         return
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that are seen here
-    folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     for turn, gpu in ((turn, gpu) for turn in itertools.count() for gpu in gpus):
         lock = (folder / f"{names[gpu] if any(names) else gpu}.{turn}").open("a")
@@ -128,7 +127,8 @@ class Ranks:
             # A rank may wait long for the first one's turn at a run; that of a rank which died is ended by torchrun.
             patience = datetime.timedelta(days=1)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
-            atexit.register(dist.destroy_process_group)
+            if self.device.type != "cuda":  # NCCL's may wait for the others, who wait for this one if it fails
+                atexit.register(dist.destroy_process_group)
 
     def gather(self, value: Any) -> list[Any]:
         """Everyone's values, in the order of ranks."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from omegaconf import DictConfig, OmegaConf
 from timm.models.vision_transformer import VisionTransformer
 
-from dhtm.flops import count_flops
+from dhtm.flops import FlopCount, count_flops
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.errors import UnavailableError, UserError
 from dhtm.harness.methods import build_reducer, patched
@@ -44,22 +44,27 @@ def solve(backbone: DictConfig, method: DictConfig, target: DictConfig) -> tuple
     wanted, said = _wanted(target, plain)
     rows, columns = model.patch_embed.grid_size
     rate = method.knob == "keep_rate" or isinstance(method[method.knob], float)
-    given = json.dumps(OmegaConf.to_container(method, resolve=True), sort_keys=True)
+    given = OmegaConf.to_container(method, resolve=True)
 
     def value(i: int) -> float | int:
         return (_STEPS - i) / _STEPS if rate else i
 
+    def setting(i: int) -> tuple[str, int, str]:
+        return _setting(backbone, {**given, method.knob: value(i)})
+
     def cost(i: int) -> int:
-        return _flops(backbone.architecture, backbone.num_classes, given, method.knob, value(i))
+        return _flops(*setting(i)).total
 
     def tokens(i: int) -> tuple[int, ...] | None:
-        return _tokens(backbone.architecture, backbone.num_classes, given, method.knob, value(i))
+        return _tokens(*setting(i))
 
     def roughly(i: int) -> float:
         return _rough_share(tokens(i), rows * columns, model.embed_dim)
 
     last = _last(lambda i: tokens(i) is not None, _STEPS if rate else rows * columns)
     guess = _last(lambda i: roughly(i) >= wanted / plain, last)
+    left_out = cost(guess) / plain - roughly(guess)  # by Eq. 4
+    guess = _last(lambda i: roughly(i) + left_out >= wanted / plain, last)
     found = _nearest(cost, guess, last, wanted)
     if found is None:
         # A method may stop merging before it stops working.
@@ -121,17 +126,26 @@ def _rough_share(tokens: tuple[int, ...], n_patches: int, channels: int) -> floa
     return sum(map(layer, tokens)) / (len(tokens) * layer(n_patches))
 
 
+def flops(backbone: DictConfig, method: DictConfig) -> FlopCount:
+    """FLOPs of a backbone with a method as it is configured; weights and images change none."""
+    return _flops(*_setting(backbone, OmegaConf.to_container(method, resolve=True)))
+
+
 @functools.cache
 def baseline_flops(architecture: str, num_classes: int) -> int:
     """FLOPs of a backbone that is not patched."""
     return count_flops(bare_backbone(architecture, num_classes)).total
 
 
+def _setting(backbone: DictConfig, method: dict) -> tuple[str, int, str]:
+    return backbone.architecture, backbone.num_classes, json.dumps(method, sort_keys=True)
+
+
 @contextlib.contextmanager
-def _reducing(architecture: str, num_classes: int, method: str, knob: str, value: float) -> Iterator[VisionTransformer]:
+def _reducing(architecture: str, num_classes: int, method: str) -> Iterator[VisionTransformer]:
     """The bare architecture, for weights change no FLOPs, with a method in it for a while."""
     model = bare_backbone(architecture, num_classes)
-    patch(model, build_reducer(OmegaConf.create({**json.loads(method), knob: value})))
+    patch(model, build_reducer(OmegaConf.create(json.loads(method))))
     try:
         yield model
     finally:
@@ -140,9 +154,9 @@ def _reducing(architecture: str, num_classes: int, method: str, knob: str, value
 
 # A sweep over targets asks for the same counts again and again.
 @functools.lru_cache(maxsize=4096)
-def _flops(*setting) -> int:
+def _flops(*setting) -> FlopCount:
     with _reducing(*setting) as model:
-        return count_flops(model).total
+        return count_flops(model)
 
 
 @functools.lru_cache(maxsize=4096)

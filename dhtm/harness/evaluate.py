@@ -13,13 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import binomtest
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from dhtm.flops import count_flops
 from dhtm.harness.backbones import weights_sha256
 from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.devices import Ranks, pick_batch_size, pick_dtype
-from dhtm.harness.equal_cost import baseline_flops, solve
+from dhtm.harness.equal_cost import baseline_flops, flops, solve
 from dhtm.harness.errors import UserError, require_number, require_text
 from dhtm.harness.loading import described, from_cache, load_data
 from dhtm.harness.methods import knobs, load_model, unusual
@@ -75,14 +73,14 @@ def evaluate(config: DictConfig, draw: Callable[[VisionTransformer, Split], list
             if before["n_failed"] and config.data.get("on_error") != "skip":
                 raise UserError(
                     f"{run.path}: done before with data.on_error=skip, without the {before['n_failed']} images that {FAILED} "
-                    "there lists; mend them and set force=true, or set data.on_error=skip"
+                    "there lists; mend them, or set data.on_error=skip"
                 )
             if ranks.first:
                 log.info("%s: done before, %s", task.name, run.path)
                 before = run.add_target(before, task.target)
                 log_finished_run(task.config, before, run.path, lambda: draw(task.model, task.split))
             return before
-        cost = _cost(task.model, baseline_flops(config.backbone.architecture, config.backbone.num_classes))
+        cost = _cost(task)
         done = ranks.gather(run.predictions_so_far() if ranks.first else None)[0]
         n_images = len(task.split.dataset)
         with evaluation_log(task.config, run.path.name, task.trained, n_images, done, ranks) as tracked:
@@ -123,6 +121,10 @@ def _prepare(config: DictConfig) -> _Task:
         "preprocessing": {key: str(value) for key, value in preprocessing.items()},
         "dtype": config.dtype,
     }
+    if split.among is not None:
+        determinants["among"] = split.among
+    if split.real_labels is not None:
+        determinants["real_labels"] = True
     options = " ".join(filter(None, (config.method.name, unusual(config.method), "trained" if trained_weights else "")))
     name = f"{config.backbone.name} · {options} · {config.data.name}"
     run = RunDirectory(config.results_dir, run_id(**determinants))
@@ -185,8 +187,8 @@ def _report_failed(task: _Task, failed: list[UnreadableError], ranks: Ranks) -> 
     if failed and task.config.data.get("on_error") != "skip":
         more = f" and {len(failed) - 1} more, listed in {task.run.path / FAILED}" if len(failed) > 1 else ""
         raise UserError(
-            f"{task.name}: {failed[0]}{more}; the predictions for all others are stored: mend the data and give the same "
-            "command, or leave them out by data.on_error=skip"
+            f"{task.name}: {failed[0]}{more}; the predictions for all others are stored: leave these out by "
+            "data.on_error=skip, or mend them, which makes it another run"
         )
 
 
@@ -264,14 +266,15 @@ def _real_accuracy(predictions: pd.DataFrame, labels: list[list[int]] | None) ->
     return {"n_images_real": len(right), "top1_real": 100 * sum(right) / len(right) if right else None}
 
 
-def _cost(model: nn.Module, plain: int) -> dict:
+def _cost(task: _Task) -> dict:
     """FLOPs of the patched model and of the plain one, its parameters, and the tokens that leave each layer."""
-    flops = count_flops(model)
+    backbone = task.config.backbone
+    count, plain = flops(backbone, task.config.method), baseline_flops(backbone.architecture, backbone.num_classes)
     return {
-        "flops_g": flops.total / 1e9,
+        "flops_g": count.total / 1e9,
         "flops_baseline_g": plain / 1e9,
-        "flops_reduction_pct": 100 * (1 - flops.total / plain),
-        "merge_flops_g": flops.merging / 1e9,
-        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        "tokens_by_layer": tokens_by_layer(model),
+        "flops_reduction_pct": 100 * (1 - count.total / plain),
+        "merge_flops_g": count.merging / 1e9,
+        "params_m": sum(parameter.numel() for parameter in task.model.parameters()) / 1e6,
+        "tokens_by_layer": tokens_by_layer(task.model),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 from timm.data import ImageNetInfo, RealLabelsImagenet
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dhtm.harness.errors import UserError, one_line
 from dhtm.harness.sources import Source
@@ -27,15 +28,18 @@ def synsets() -> tuple[str, ...]:
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
-def numbered(given: np.ndarray, source: Source, class_map: str | None) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def numbered(
+    given: np.ndarray, class_names: tuple[str, ...] | None, class_map: str | None, root: str
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """The output that stands for each image's class, and the outputs' names in their order.
 
     Args:
         given: the class of each image, its name (str [n]) or number (int64 [n]).
-        source: of the images.
+        class_names: in the order of those numbers, where they are known.
         class_map: "synsets", names are those of ImageNet-1K; "numbers", they are the outputs' numbers, as ImageNet-V2's
             folders have it; a file, .txt with a name a line in the order of the outputs, or .json of names and numbers;
             None, the names are numbered in their order.
+        root: where the images are, for messages.
 
     Returns:
         int64 [n], and None where the outputs have no names.
@@ -44,18 +48,18 @@ def numbered(given: np.ndarray, source: Source, class_map: str | None) -> tuple[
         UserError: a class is none of those, or the order is not that of ImageNet-1K.
     """
     if np.issubdtype(given.dtype, np.integer):
-        if class_map == "synsets":
-            _check_order(source)
+        if class_map in (None, "numbers"):
+            return given, class_names
+        if class_map == "synsets" and not _are_synsets(class_names):
+            _check_order(class_names, root)
             return given, synsets()
-        if source.class_names is None or class_map in (None, "numbers"):
-            return given, source.class_names
-        given = np.array(source.class_names)[given]
+        given = given.astype(str) if class_names is None else np.array(class_names)[given]
     names, inverse = np.unique(given, return_inverse=True)
     numbers, outputs = _numbers(names.tolist(), class_map)
     missing = [name for name in names.tolist() if name not in numbers]
     if missing:
         raise UserError(
-            f"data.root: {source.root}: the class {missing[0]} ({len(missing)} such) is not one of class_map={class_map}"
+            f"data.root: {root}: the class {missing[0]} ({len(missing)} such) is not one of class_map={class_map}"
         )
     return np.array([numbers[name] for name in names.tolist()], dtype=np.int64)[inverse], outputs
 
@@ -85,23 +89,27 @@ def _numbers(names: Sequence[str], class_map: str | None) -> tuple[dict[str, int
         ) from error
 
 
-def _check_order(source: Source) -> None:
-    """Whether a table's numbers of classes are those of ImageNet-1K, by its names: synsets, or their words."""
-    names, info = source.class_names, ImageNetInfo("imagenet-1k")
+def _are_synsets(class_names: tuple[str, ...] | None) -> bool:
+    return class_names is not None and set(class_names) <= set(synsets())
+
+
+def _check_order(names: tuple[str, ...] | None, root: str) -> None:
+    """Whether a table's numbers of classes are those of ImageNet-1K, by the words that it has for them."""
     if names is None:  # nothing to go by
         return
+    info = ImageNetInfo("imagenet-1k")
     words = [info.index_to_description(number) for number in range(len(synsets()))]
     wrong = [
         number
         for number, name in enumerate(names)
-        if number >= len(words) or (name != synsets()[number] and _first_word(name) != _first_word(words[number]))
+        if number >= len(words) or _first_word(name) != _first_word(words[number])
     ]
     # The words for a few classes differ between sources; in another order nearly all do.
     if len(names) != len(words) or len(wrong) > len(words) // 10:
         number = wrong[0] if wrong else len(names)
         name = names[number] if number < len(names) else "none"
         raise UserError(
-            f"data.root: {source.root}: its {len(names)} classes are not ImageNet-1K's in their order: number {number} is "
+            f"data.root: {root}: its {len(names)} classes are not ImageNet-1K's in their order: number {number} is "
             f"{name}, not {' '.join((synsets()[number], words[number])) if number < len(words) else 'any'}"
         )
 
@@ -149,11 +157,12 @@ def labelled(source: Source, labels: str) -> np.ndarray:
 
 
 def _stem(file: str) -> str:
-    return Path(file).name.partition(".")[0]
+    path = Path(file)
+    return path.stem if path.suffix.lower() in IMG_EXTENSIONS else path.name
 
 
 def _of_table(path: Path) -> dict[str, str]:
-    """By the name of its file without what follows a dot, the first word on each image."""
+    """By the name of its file, the first word on each image."""
     classes = {}
     for line in path.read_text().splitlines():
         file, *rest = next(csv.reader([line])) if "," in line else line.split()
@@ -162,7 +171,9 @@ def _of_table(path: Path) -> dict[str, str]:
                 "a line has no file name and class"
                 + (", the ids of ILSVRC2012 mean nothing without the devkit's meta.mat" if line.isdecimal() else "")
             )
-        classes[_stem(file)] = rest[0].split()[0]
+        found = rest[0].split()[0]
+        if classes.setdefault(_stem(file), found) != found:
+            raise ValueError(f"{_stem(file)} has two classes")
     return classes
 
 

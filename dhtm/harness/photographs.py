@@ -16,10 +16,8 @@ from torch.utils.data import Dataset
 from dhtm.harness import labels as labelling
 from dhtm.harness.data import Split, UnreadableError, limited
 from dhtm.harness.errors import UserError, one_line
-from dhtm.harness.sources import Folder, Source, Tars
+from dhtm.harness.sources import SPLITS, Folder, Source, Tars
 from dhtm.harness.tables import HUB, rows_of_files, rows_of_hub, rows_of_saved
-
-_SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 def photographs(
@@ -53,21 +51,18 @@ def photographs(
     if among not in ("all", "present"):
         raise UserError(f"data.among={among}: choose one of all, present")
     source, numbers, classes = _listed(root, split, labels, class_map, streaming)
-    present = tuple(np.unique(numbers).tolist()) if among == "present" else None
+    if real_labels and classes != labelling.synsets() and class_map != "numbers":
+        raise UserError("data.real_labels: they number classes as ImageNet-1K does; set data.class_map=synsets too")
     return Split(
         Photographs(source, numbers, limited(limit, len(source)), transform),
         classes,
         3,
-        _fingerprint(source, numbers, among, real_labels),
+        hashlib.sha256(source.fingerprint.encode() + numbers.tobytes()).hexdigest(),
         in_memory=False,
         n_classes=int(numbers.max()) + 1 if classes is None else len(classes),
-        among=present,
+        among=tuple(np.unique(numbers).tolist()) if among == "present" else None,
         real_labels=labelling.real(source) if real_labels else None,
     )
-
-
-def _fingerprint(source: Source, numbers: np.ndarray, *choices) -> str:
-    return hashlib.sha256(f"{source.fingerprint} {choices}".encode() + numbers.tobytes()).hexdigest()
 
 
 class Photographs(Dataset):
@@ -81,14 +76,14 @@ class Photographs(Dataset):
         return self.n_images
 
     def __getitem__(self, index):
-        return self._item(index, lambda: self.source.read(index))
+        return self._item(index, functools.partial(self.source.read, index))
 
     def stream(self) -> Iterator[tuple[int, Callable]]:
         """Every image's index and a function that decodes it, from the first on."""
         files = self.source.stream()
         for index in range(self.n_images):
             try:
-                file = next(files)
+                opened = next(files)
             except StopIteration:
                 return
             except Exception as error:  # of files, the network, the hub
@@ -96,12 +91,12 @@ class Photographs(Dataset):
                     f"data.root={self.source.root}: the stream broke off at image {index} ({type(error).__name__}: "
                     f"{one_line(error)}); the same command goes on from there"
                 ) from error
-            yield index, functools.partial(self._item, index, lambda file=file: file)
+            yield index, functools.partial(self._item, index, opened)
 
     def _item(self, index: int, opened: Callable[[], BinaryIO]) -> tuple[torch.Tensor, int]:
         try:
             with opened() as file:
-                image = decode(file)
+                return self.transform(decode(file)), int(self.labels[index])
         except Exception as error:  # damaged files make decoders raise whatever there is
             if not self.source.is_there():
                 raise UserError(
@@ -109,19 +104,20 @@ class Photographs(Dataset):
                     "when it is back"
                 ) from error
             raise UnreadableError(index, self.source.name(index), one_line(error)) from error
-        return self.transform(image), int(self.labels[index])
 
 
 def decode(file: BinaryIO) -> Image.Image:
     """An image as timm reads it: whatever PIL can, by what it holds and not by its name, in RGB; EXIF turns nothing.
 
     Raises:
-        Exception: it is damaged, or has more than PIL's limit of 89 million pixels, as decompression bombs do.
+        Exception: it is damaged, or has more than PIL's limit of 89 million pixels, as decompression bombs do, or is more than
+            1,000 times as long as wide.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about EXIF, palettes and the like; about bombs too, which are errors here
         image = Image.open(file)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        # The second is small until its short side is made as long as a model's images.
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 1000 * min(image.size):
             raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels: taken for a decompression bomb")
         return image.convert("RGB")
 
@@ -137,11 +133,17 @@ def _listed(root, split, labels, class_map, streaming) -> tuple[Source, np.ndarr
                 f"data.root={root}: its images are not in class folders; say which classes they have by data.labels=FILE, the "
                 "ILSVRC2012 devkit or a CSV of file names and classes"
             )
+    class_names = None
     if labels is not None:
         given = labelling.labelled(source, labels)
-    numbers, classes = labelling.numbered(given, source, class_map)
-    if numbers.min() < 0:
-        raise UserError(f"data.root={root}: {source.name(int(numbers.argmin()))} has no class; choose another split")
+    else:
+        class_names = source.class_names
+    if np.issubdtype(given.dtype, np.integer) and given.min() < 0:
+        raise UserError(f"data.root={root}: {source.name(int(given.argmin()))} has no class; choose another split")
+    numbers, classes = labelling.numbered(given, class_names, class_map, root)
+    if classes is not None and numbers.max() >= len(classes):
+        name = source.name(int(numbers.argmax()))
+        raise UserError(f"data.root={root}: {name} is of class {numbers.max()}, the last is {len(classes) - 1}")
     return source, numbers, classes
 
 
@@ -164,10 +166,10 @@ def _source(root: str, split: str, streaming: bool) -> Source:
 
 def _of_split(folder: Path, split: str, root: str) -> Path:
     """The folder of a split, or the whole where it has none."""
-    for name in _SPLITS.get(split, (split,)):
+    for name in SPLITS.get(split, (split,)):
         if (folder / name).is_dir():
             return folder / name
-    others = [name for names in _SPLITS.values() for name in names if (folder / name).is_dir()]
+    others = [name for names in SPLITS.values() for name in names if (folder / name).is_dir()]
     if others:
         raise UserError(f"data.root={root}: it has no folder {split}; choose another split, or another root")
     return folder
@@ -191,10 +193,10 @@ def _of_split_by_name(files: list[Path], split: str) -> list[Path]:
     def tells(file: Path, names) -> bool:
         return not set(names).isdisjoint(re.split(r"[^a-z]+", file.stem.lower()))
 
-    known = [name for names in _SPLITS.values() for name in names]
+    known = [name for names in SPLITS.values() for name in names]
     if not any(tells(file, known) for file in files):
         return files
-    return [file for file in files if tells(file, _SPLITS.get(split, (split,)))]
+    return [file for file in files if tells(file, SPLITS.get(split, (split,)))]
 
 
 def _matching(pattern: str) -> list[Path]:

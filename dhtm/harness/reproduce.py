@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -71,7 +72,7 @@ def _config(folder: Path, overrides: Sequence[str]) -> DictConfig:
     again = {"results_dir": str(folder / "again"), "target": {"reduction_pct": None, "flops_g": None}, "force": True}
     try:
         return OmegaConf.merge(config, {"tracker": {"name": "none"}}, OmegaConf.from_dotlist(list(overrides)), again)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(
             f"{' '.join(overrides)}: not of the run's config ({one_line(error)}); give key=value"
         ) from error

@@ -16,6 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dhtm.harness.errors import UserError, one_line
 
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and their other names
+
 
 class Source(abc.ABC):
     """Images in an order that never changes.
@@ -26,7 +28,7 @@ class Source(abc.ABC):
         given: what is known of the class of each: its name (str [n]) or number (int64 [n]); None if nothing is.
         class_names: in the order of those numbers, where they are known.
         fingerprint: SHA-256 of names and sizes, of the images or of the files that hold them.
-        streamed: images can be had one after the other only, by :meth:`stream`.
+        streamed: images can be had one after the other only, by a method ``stream``.
     """
 
     class_names: tuple[str, ...] | None = None
@@ -67,7 +69,9 @@ class Folder(Source):
 
     def __init__(self, folder: Path):
         files, classes = _flat(folder), None
-        if not files:
+        if files:
+            _check_no_classes(folder, files[0])
+        else:
             files, classes = _by_class(folder)
         names = [str(file.relative_to(folder)) for file in files]
         super().__init__(str(folder), names, [file.stat().st_size for file in files], classes)
@@ -78,6 +82,14 @@ class Folder(Source):
 
 def _flat(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+
+
+def _check_no_classes(folder: Path, stray: Path) -> None:
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if _flat(inside):
+            raise UserError(
+                f"data.root: {folder}: {stray.name} lies beside folders of images like {inside.name}; take it away"
+            )
 
 
 def _by_class(folder: Path) -> tuple[list[Path], list[str]]:
@@ -111,7 +123,8 @@ class Tars(Source):
         self.places = np.array([(number, member.offset_data, member.size) for number, member in images])
         names = [f"{files[number].name}/{member.name}" for number, member in images]
         given = [self._label(number, member, beside) for number, member in images]
-        known = None if any(label is None for label in given) else given
+        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # which says nothing
+        known = None if None in given or one_folder else given
         super().__init__(root, names, [member.size for _, member in images], known)
 
     def name(self, index: int) -> str:
@@ -146,10 +159,24 @@ class Tars(Source):
 def _members(file: Path) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(file, "r:") as tar:
-            return [member for member in tar if member.isreg()]
+            members = [member for member in tar if member.isreg()]
+            _check_end(tar)
+            return members
     except (tarfile.TarError, EOFError) as error:
         what = "it is compressed, decompress it first" if _compressed(file) else "not a tar file, or a damaged one"
         raise UserError(f"data.root: {file}: {what} ({one_line(error)})") from error
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """A header that is damaged looks like the end to ``tarfile``; after the true one there are zeros, a block at least."""
+    tar.fileobj.seek(tar.offset)
+    n_zeros = 0
+    while block := tar.fileobj.read(1 << 20):
+        if any(block):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+        n_zeros += len(block)
+    if n_zeros < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it is cut off")
 
 
 def _compressed(file: Path) -> bool:

@@ -105,7 +105,8 @@ class RunDirectory:
             yield
             shutil.rmtree(self.path / "shards", ignore_errors=True)
             for file in self.path.glob(".*"):  # the lock, and what processes that were killed had begun to write
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # others that wait for the lock may keep NFS from it
+                    file.unlink()
 
     def append(self, predictions: pd.DataFrame) -> None:
         """Store predictions of a run that goes on; killed at any moment, they are there or not."""

@@ -1,14 +1,15 @@
 """Images in parquet or Arrow files as the Hugging Face hub stores them, local or on the hub, read by ``datasets``."""
 
+import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow.compute as pc
 
 from dhtm.harness.errors import UserError, one_line
-from dhtm.harness.sources import Source
+from dhtm.harness.sources import SPLITS, Source
 
 HUB = "hf://datasets/"
 _LABELS = ("label", "labels", "cls", "target")
@@ -19,9 +20,9 @@ class Rows(Source):
 
     Args:
         root: where it is.
-        table: of ``datasets``; one that can only be streamed has no other columns that are of interest here.
+        table: of ``datasets``, one to be streamed or not.
         labels: of the rows, in order.
-        label_names: of the classes, where the table has them.
+        class_names: in the order of the labels' numbers, where the table has them.
         files: what identifies the files that the table was made of.
     """
 
@@ -48,10 +49,10 @@ class Rows(Source):
     def read(self, index: int) -> BinaryIO:
         return _file(self.rows[index][self.column])
 
-    def stream(self) -> Iterator[BinaryIO]:
-        """All images' files, in order; for a table that is streamed."""
+    def stream(self) -> Iterator[Callable[[], BinaryIO]]:
+        """Functions that open the images' files, in order; for a table that is streamed."""
         for row in self.rows:
-            yield _file(row[self.column])
+            yield functools.partial(_file, row[self.column])
 
 
 def rows_of_files(folder: Path, files: Sequence[Path], split: str, streaming: bool) -> Rows:
@@ -85,9 +86,14 @@ def _loaded(name: str, options: dict, root: str, split: str, streaming: bool, id
     datasets = _datasets()
     try:
         builder = datasets.load_dataset_builder(name, **options)
-        split = _split_of(builder, split, root)
+        split = _name_of_split(builder, split, root)
         if identity is None:  # the hub's addresses of files have their revision in them
             identity = sorted(map(str, builder.config.data_files[split]))
+            if all(
+                file.endswith(".parquet") for file in identity
+            ):  # by the data set's name all its splits would be downloaded
+                name, options = "parquet", {"data_files": {split: identity}}
+                builder = datasets.load_dataset_builder(name, **options)
         if streaming:
             table = builder.as_streaming_dataset(split)
         else:
@@ -108,9 +114,9 @@ def _loaded(name: str, options: dict, root: str, split: str, streaming: bool, id
     return Rows(root, table, labels, _class_names(features[column]), identity)
 
 
-def _split_of(builder, split: str, root: str) -> str:
+def _name_of_split(builder, split: str, root: str) -> str:
     known = list(builder.config.data_files or builder.info.splits or ())
-    for name in (split, "validation" if split == "val" else split):
+    for name in SPLITS.get(split, (split,)):
         if name in known:
             return name
     raise UserError(f"data.split={split}: {root} has {', '.join(map(str, known))}")
@@ -120,7 +126,7 @@ def _datasets():
     try:
         import datasets
     except ImportError:
-        raise UserError("data.root: parquet, Arrow and the hub need `datasets`: pip install 'dhtm[hub]'") from None
+        raise UserError("data.root: parquet, Arrow and the hub need `datasets`: pip install -e '.[hub]'") from None
     return datasets
 
 

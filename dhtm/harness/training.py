@@ -230,6 +230,8 @@ def _check_splits(config: DictConfig, training: Split, validation: Split) -> Non
         raise UserError(
             f"{data}: training draws images in any order, which cannot be streamed; set data.streaming=false"
         )
+    if None in (training.classes, validation.classes) and training.classes != validation.classes:
+        raise UserError(f"{data}: the classes of one have names, those of the other numbers; make them the same")
     if training.classes != validation.classes:
         one, other = next(
             pair for pair in zip(training.classes, validation.classes, strict=False) if pair[0] != pair[1]
