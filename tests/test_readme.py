@@ -151,7 +151,12 @@ def test_make_bench(command, shortened, tmp_path):
 def test_make_test():
     assert "make test" in COMMANDS
     result = subprocess.run(
-        ["make", "test", "ARGS=--collect-only -n 0"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        ["make", "test", "ARGS=--collect-only -n 0 tests/test_readme.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert "test_readme.py" in result.stdout

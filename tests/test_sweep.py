@@ -115,7 +115,14 @@ def test_what_no_run_could_do_with_is_refused_once(swept, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("launcher", "settings"), [("joblib", ["hydra.launcher.n_jobs=2"]), ("submitit_local", []), ("ray", [])]
+    ("launcher", "settings"),
+    [
+        ("joblib", ["hydra.launcher.n_jobs=2"]),
+        pytest.param(
+            "submitit_local", [], marks=pytest.mark.stress
+        ),  # test_slurm_gets_a_job_array is of the same plugin
+        ("ray", []),
+    ],
 )
 def test_launchers_carry_out_runs_in_two_processes(script, tmp_path, launcher, settings):
     if not find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"):

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,18 @@ def _mask(model: nn.Module, split: Split, device: torch.device) -> Tensor | None
     return mask
 
 
+class _Packed:
+    """Predictions in a few arrays: small objects by the thousand, kept among a forward's large ones, fragment the heap."""
+
+    def __init__(self, predictions: pd.DataFrame):
+        self.others, self.top5 = predictions.drop(columns="top5"), np.stack(predictions.top5)
+
+    def frame(self) -> pd.DataFrame:
+        frame = self.others.copy()
+        frame.insert(2, "top5", list(self.top5))
+        return frame
+
+
 def predict_and_keep(
     run: RunDirectory,
     every_s: float,
@@ -105,8 +118,9 @@ def predict_and_keep(
     def keep():
         nonlocal stored
         if fresh:
-            run.append(pd.concat(fresh, ignore_index=True))
-        kept.extend(fresh)
+            frame = pd.concat(fresh, ignore_index=True)
+            run.append(frame)
+            kept.append(_Packed(frame))
         fresh.clear()
         stored = time.monotonic()
 
@@ -118,7 +132,7 @@ def predict_and_keep(
                 if time.monotonic() - stored >= every_s:
                     keep()
             keep()  # other ranks may take longer, or die
-            return kept, batch_size
+            return [packed.frame() for packed in kept], batch_size
         except torch.OutOfMemoryError:
             pass  # and out of this block, which holds on to the tensors of the forward that failed
         except BaseException:  # an image that cannot be read, a signal, Ctrl-C: the same command goes on from here
@@ -130,6 +144,6 @@ def predict_and_keep(
         torch.cuda.empty_cache()
         batch_size //= 2
         log.warning("out of memory: going on with batch_size=%d", batch_size)
-        done = {index for part in kept for index in part["index"]}
+        done = {index for packed in kept for index in packed.others["index"]}
         indices = [index for index in indices if index not in done]
-    return kept, batch_size
+    return [packed.frame() for packed in kept], batch_size
