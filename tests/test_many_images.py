@@ -54,7 +54,7 @@ def test_fifty_thousand_images_in_flat_memory(tmp_path, cache):
 
 def done(results):
     """Images whose predictions are stored, by the shards' names."""
-    return max((int(file.name[:8]) for file in results.glob("*/shards/*.parquet")), default=0)
+    return max((int(file.name[:8]) for file in results.glob("*/shards/[0-9]*.parquet")), default=0)
 
 
 def memory(pid):
