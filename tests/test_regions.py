@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dhtm.harness.backbones import bare_backbone
-from dhtm.harness.data import digits
+from dhtm.harness.data import UnreadableError, digits
 from dhtm.harness.methods import patched
 from dhtm.regions import Regions
 from dhtm.report.regions import BORDER, GAP, draw_regions, sample_regions
@@ -60,7 +60,7 @@ def test_images_that_cannot_be_read_are_passed_over(composed, split):
 
         def __getitem__(self, index):
             if index == 1:
-                raise OSError("truncated")
+                raise UnreadableError(index, "photo.jpg", "truncated")
             return split.dataset[index]
 
     pictures = sample_regions(model_with(composed), dataclasses.replace(split, dataset=Damaged()))

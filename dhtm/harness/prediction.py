@@ -51,13 +51,13 @@ def predict(
     """
     model.to(device=device, dtype=dtype).eval()
     hidden = True if name is None else None
-    mask = _mask(model, split, device)
+    added = mask(model, split, device)
     with tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
         for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
             with image_ids(model, ids), exact(device):
                 logits = model(images.to(dtype=dtype)).float()
             finite = logits.isfinite().all(dim=1)
-            logits = logits if mask is None else logits + mask
+            logits = logits + added
             top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
             yield pd.DataFrame(
                 {
@@ -71,13 +71,13 @@ def predict(
             bar.update(len(ids))
 
 
-def _mask(model: nn.Module, split: Split, device: torch.device) -> Tensor | None:
-    """What to add to logits, [C], so that only those outputs win that are asked; None if all are."""
+def mask(model: nn.Module, split: Split, device: torch.device) -> Tensor:
+    """What to add to logits, [C], so that only those outputs win that are asked."""
     if split.among is None:
-        return None
-    mask = torch.full((model.num_classes,), -torch.inf, device=device)
-    mask[list(split.among)] = 0
-    return mask
+        return torch.zeros(model.num_classes, device=device)
+    added = torch.full((model.num_classes,), -torch.inf, device=device)
+    added[list(split.among)] = 0
+    return added
 
 
 class _Packed:

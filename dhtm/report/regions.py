@@ -8,7 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import dhtm
-from dhtm.harness.data import Split
+from dhtm.harness.data import Split, UnreadableError
+from dhtm.harness.prediction import mask
 from dhtm.regions import Regions
 from dhtm.vit import image_ids
 
@@ -60,7 +61,7 @@ def sample_regions(model: VisionTransformer, split: Split, n_images: int = 6) ->
     ids, labels = torch.tensor([i for i, _, _ in images]), [label for _, _, label in images]
     batch = torch.stack([image for _, image, _ in images])
     with image_ids(model, ids):
-        logits = model.eval()(batch.to(weight))
+        logits = model.eval()(batch.to(weight)) + mask(model, split, weight.device)
     stages = _stages(model)
     if not stages:
         return []
@@ -68,7 +69,8 @@ def sample_regions(model: VisionTransformer, split: Split, n_images: int = 6) ->
     for row, (label, predicted) in enumerate(zip(labels, logits.argmax(dim=1).tolist(), strict=True)):
         parts = [pixels[row], *(draw_regions(pixels[row], regions, row) for _, regions in stages)]
         tokens = ", ".join(f"{regions.n_tokens} after layer {layer}" for layer, regions in stages)
-        named = f"{split.classes[label]}, read as {split.classes[predicted]}"
+        names = split.classes or [f"class {number}" for number in range(logits.shape[1])]
+        named = f"{names[label]}, read as {names[predicted]}"
         pictures.append((_strip(parts), f"image {ids[row]}: {named}; tokens: {tokens}"))
     return pictures
 
@@ -78,7 +80,7 @@ def _readable(split: Split, n_images: int) -> list[tuple[int, Tensor, int]]:
     for index in range(min(n_images, len(split.dataset))):
         try:
             images.append((index, *split.dataset[index]))
-        except OSError:  # which the evaluation has told of
+        except UnreadableError:  # which the evaluation has told of
             continue
     return images
 
