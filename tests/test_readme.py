@@ -129,7 +129,11 @@ def test_make_sweep(command, shortened, tmp_path):
         assert (tmp_path / file).stat().st_size > 1000
     assert "**DeiT-Tiny on ImageNet-1K" in result.stdout
     told = subprocess.run(
-        ["make", "status", f"ARGS=results_dir={tmp_path}/runs"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "status", f"ARGS=results_dir={tmp_path}/runs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert told in result.stdout and " done" in told
 
