@@ -82,15 +82,12 @@ def command(goes_on: bool) -> Callable[[Callable], Callable]:
                 _expect_preemption()
             try:
                 return function(*args, **kwargs)
-            except UserError as error:
+            except (UserError, OmegaConfBaseException) as error:
                 if goes_on and _in_sweep():
                     raise
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(1)
-            except OmegaConfBaseException as error:  # a value that refers to what is not there, say
-                if goes_on and _in_sweep():
-                    raise
-                print(f"error: {error.full_key or error.key}: {one_line(error)}", file=sys.stderr)
+                omegaconf = isinstance(error, OmegaConfBaseException)  # a value that refers to what is not there, say
+                said = f"{error.full_key or error.key}: {one_line(error)}" if omegaconf else error
+                print(f"error: {said}", file=sys.stderr)
                 sys.exit(1)
             except Preempted as error:
                 print(f"stopped by {error}{kept}", file=sys.stderr)

@@ -133,11 +133,9 @@ def _listed(root, split, labels, class_map, streaming) -> tuple[Source, np.ndarr
                 f"data.root={root}: its images are not in class folders; say which classes they have by data.labels=FILE, the "
                 "ILSVRC2012 devkit or a CSV of file names and classes"
             )
-    class_names = None
+    class_names = source.class_names
     if labels is not None:
-        given = labelling.labelled(source, labels)
-    else:
-        class_names = source.class_names
+        given, class_names = labelling.labelled(source, labels), None
     if np.issubdtype(given.dtype, np.integer) and given.min() < 0:
         raise UserError(f"data.root={root}: {source.name(int(given.argmin()))} has no class; choose another split")
     numbers, classes = labelling.numbered(given, class_names, class_map, root)

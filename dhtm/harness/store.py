@@ -292,19 +292,18 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with "-dirty" where tracked files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=_LIBRARY, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() or None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").decode().strip() or None
 
 
 def uncommitted() -> bytes:
     """How the code of this checkout differs from its commit, as `git diff` shows it; nothing outside a checkout."""
-    command = ["git", "diff", "HEAD", "--", "dhtm", "baselines", "scripts", "configs"]
+    return _git("diff", "HEAD", "--", "dhtm", "baselines", "scripts", "configs")
+
+
+def _git(*arguments: str) -> bytes:
+    """What git prints of this checkout; nothing outside one, or without git."""
     try:
-        return subprocess.run(command, cwd=_LIBRARY.parent, capture_output=True, check=False).stdout
+        return subprocess.run(["git", *arguments], cwd=_LIBRARY.parent, capture_output=True, check=False).stdout
     except OSError:
         return b""
 

@@ -89,9 +89,8 @@ def _loaded(name: str, options: dict, root: str, split: str, streaming: bool, id
         split = _name_of_split(builder, split, root)
         if identity is None:  # the hub's addresses of files have their revision in them
             identity = sorted(map(str, builder.config.data_files[split]))
-            if all(
-                file.endswith(".parquet") for file in identity
-            ):  # by the data set's name all its splits would be downloaded
+            # By the data set's name all its splits would be downloaded.
+            if all(file.endswith(".parquet") for file in identity):
                 name, options = "parquet", {"data_files": {split: identity}}
                 builder = datasets.load_dataset_builder(name, **options)
         if streaming:
