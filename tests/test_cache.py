@@ -5,16 +5,13 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import forked_script, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -234,9 +231,9 @@ def many(tmp_path_factory):
     return root
 
 
-def prepare(root, folder):
+def preparation(root, folder):
     options = ["backbone=deit_tiny", "backbone.num_classes=3", "data=imagefolder", f"data.root={root}", "num_workers=1"]
-    return [sys.executable, str(ROOT / "scripts/prepare_data.py"), *options, f"cache_dir={folder}"]
+    return ["prepare_data", *options, f"cache_dir={folder}"]
 
 
 def written(folder):
@@ -247,23 +244,24 @@ def contents(folder):
     return [(folder / next(folder.iterdir()) / name).read_bytes() for name in ("pixels", "labels")]
 
 
-def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path):
+def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path, script, monkeypatch):
+    monkeypatch.undo()  # chunks as large as a user's
     killed, together = tmp_path / "killed", tmp_path / "together"
-    process = subprocess.Popen(prepare(many, killed), stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while written(killed) < 2 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = forked_script(*preparation(many, killed), stdout=os.devnull)
+    wait_for(lambda: written(killed) >= 2)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     before = written(killed)
     assert 2 <= before < 15, "killed before its end"
-    result = subprocess.run(prepare(many, killed), capture_output=True, text=True, timeout=300, check=True)
-    assert "900 images, 0.1 GB" in result.stdout
+    result = script(*preparation(many, killed))
+    assert result.returncode == 0 and "900 images, 0.1 GB" in result.stdout
     assert written(killed) <= 15 + 1 + 1, "what was there was not made again"
 
-    builders = [subprocess.Popen(prepare(many, together), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [builder.communicate(timeout=300)[0] for builder in builders]
-    assert [builder.returncode for builder in builders] == [0, 0]
-    assert sum("waiting for another process" in text for text in said) == 1
+    said = [tmp_path / "first", tmp_path / "second"]
+    builders = [forked_script(*preparation(many, together), stdout=file) for file in said]
+    for builder in builders:
+        builder.join(300)
+    assert [builder.exitcode for builder in builders] == [0, 0]
+    assert sum("waiting for another process" in file.read_text() for file in said) == 1
     assert written(together) == 15
     assert contents(killed) == contents(together)

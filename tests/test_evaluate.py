@@ -4,16 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import forked_script, wait_for
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -294,15 +291,13 @@ def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, 
 
 
 def test_interrupting_with_ctrl_c(tmp_path):
-    command = [sys.executable, "scripts/evaluate.py", "batch_size=2", f"results_dir={tmp_path}/runs"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    run = ["batch_size=2", "store_every_s=0", f"results_dir={tmp_path}/runs"]
+    process = forked_script("evaluate", *run, stdout=os.devnull, stderr=tmp_path / "errors")
+    wait_for(lambda: list(tmp_path.glob("runs/*/shards/*")))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("runs/*/metrics.json"))

@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import multiprocessing
 import os
 import random
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forked, wait_for
 from safetensors.torch import save_file
 
 from dhtm.harness import evaluate as evaluation
@@ -51,15 +50,8 @@ def read(results):
     return rows.assign(top5=rows.top5.map(tuple))
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.01)
-
-
 def child(config, slow, carry_out=evaluate):
-    """Evaluate in a forked process, which need not import anything again.
+    """Evaluate in a forked process.
 
     Every batch takes ``slow`` seconds more, and before each the file "predicting", beside the results, grows by a byte.
     """
@@ -73,16 +65,12 @@ def child(config, slow, carry_out=evaluate):
             yield part
 
     def work():
-        torch.set_num_threads(1)  # OpenMP's others were not forked
-        torch.cuda.is_available = lambda: False  # nor would CUDA work
         prediction.predict = slowly
         carry_out(config)
 
     predict = prediction.predict
     marks.unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process, lambda: marks.stat().st_size if marks.exists() else 0
+    return forked(work), lambda: marks.stat().st_size if marks.exists() else 0
 
 
 def killed_until_done(composed, results, n_kills, seed):
@@ -331,20 +319,19 @@ def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monk
     assert "2 images have logits that are not finite, the first is image 17" in caplog.text
 
 
-def over_ranks(world, *overrides):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return [*torchrun, str(ROOT / "scripts/evaluate.py"), "-m", *RUN, *overrides]
-
-
-def test_ranks_share_a_run_image_by_image(run, tmp_path):
+def test_ranks_share_a_run_image_by_image(run, ranks, tmp_path):
     """Also where there are more ranks than images."""
-    ranks = over_ranks(3, "data.limit=2,23", f"results_dir={tmp_path}/runs/${{data.limit}}")
-    result = subprocess.run(ranks, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    results = ranks(3, "evaluate", "-m", *RUN, "data.limit=2,23", f"results_dir={tmp_path}/runs/${{data.limit}}")
+    assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
     for limit in (2, 23):
         expected, metrics = run(f"data.limit={limit}")
         pd.testing.assert_frame_equal(read(tmp_path / "runs" / str(limit)), expected)
-        assert result.stdout.count(metrics["run_id"]) == 1, "one rank tells"
+        assert "".join(result.stdout for result in results).count(metrics["run_id"]) == 1, "one rank tells"
+
+
+def over_ranks(world, *overrides):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return [*torchrun, str(ROOT / "scripts/evaluate.py"), "-m", *RUN, *overrides]
 
 
 @pytest.mark.stress

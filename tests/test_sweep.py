@@ -124,12 +124,15 @@ def test_what_no_run_could_do_with_is_refused_once(swept, tmp_path, monkeypatch,
         ("ray", []),
     ],
 )
-def test_launchers_carry_out_runs_in_two_processes(script, tmp_path, launcher, settings):
+def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher, settings):
     if not find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"):
         pytest.skip(f"not installed: pip install -e '.[{launcher}]'")
     results = tmp_path / "runs"
     overrides = ["method.k=8,9,100", *SHORT, f"results_dir={results}", f"hydra/launcher={launcher}", *settings]
-    result = script("evaluate", "-m", *overrides, env=os.environ | ENVIRONMENT)
+    command = [sys.executable, ROOT / "scripts/evaluate.py", "-m", *overrides]
+    result = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr and "validated against ConfigStore" not in result.stderr
     wanted = rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n2 done, 1 failed; the same"

@@ -6,13 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forked_script, wait_for
 from safetensors.torch import load_file, save_file
 
 import baselines
@@ -48,23 +47,21 @@ def equal(one, other, **tolerance):
         torch.testing.assert_close(value, other[key], **tolerance)
 
 
-def test_a_training_killed_in_its_second_epoch_goes_on_bit_for_bit(tmp_path):
+def test_a_training_killed_in_its_second_epoch_goes_on_bit_for_bit(tmp_path, script):
     """With random crops, erasing, mixup and drop path, which all draw from generators that must be restored."""
-    command = [
-        sys.executable, str(ROOT / "scripts/train.py"), *SHORT, "augment=true", "mixup=0.2", "drop_path=0.2",
-        "auto_augment=null", "random_erasing=0.5", "num_workers=1",
+    training = [
+        "train", *SHORT, "augment=true", "mixup=0.2", "drop_path=0.2", "auto_augment=null", "random_erasing=0.5",
+        "num_workers=1",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, f"output={whole}"], check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen([*command, f"output={killed}"], stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (killed / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    assert script(*training, f"output={whole}").returncode == 0
+    process = forked_script(*training, f"output={killed}", stdout=os.devnull)
+    wait_for((killed / "last.pt").exists)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert len(pd.read_csv(killed / "history.csv")) < 3, "killed before its end"
-    result = subprocess.run([*command, f"output={killed}"], check=True, capture_output=True, text=True, timeout=300)
-    assert "going on after epoch" in result.stdout
+    result = script(*training, f"output={killed}")
+    assert result.returncode == 0 and "going on after epoch" in result.stdout
     equal(state(whole), state(killed), rtol=0, atol=0)
     columns = ["epoch", "lr", "loss", "top1"]
     assert pd.read_csv(whole / "history.csv")[columns].equals(pd.read_csv(killed / "history.csv")[columns])
@@ -94,21 +91,18 @@ def test_training_learns_and_the_evaluation_finds_its_weights(composed, tmp_path
     ]  # fmt: skip
 
 
-def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, tmp_path):
+def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, ranks, tmp_path):
     exact = ["save_dtype=float32", "epochs=1"]
     whole = run(*exact, folder="whole")
     parts = run(*exact, "accumulate=4", folder="parts")
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     equal(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "scripts/train.py"),
-        "-m", *SHORT, *exact, "method.keep_rate=0.5,0.6", f"checkpoints_dir={tmp_path}",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    ranks = tmp_path / "deit_micro/sit_keep_rate_0.5"
-    equal(state(tmp_path / "whole"), state(ranks), rtol=1e-3, atol=1e-4)
-    (row,) = pd.read_csv(ranks / "history.csv").to_dict("records")
+    sweep = [*SHORT, *exact, "method.keep_rate=0.5,0.6", f"checkpoints_dir={tmp_path}"]
+    for result in ranks(2, "train", "-m", *sweep):
+        assert result.returncode == 0, result.stderr
+    shared = tmp_path / "deit_micro/sit_keep_rate_0.5"
+    equal(state(tmp_path / "whole"), state(shared), rtol=1e-3, atol=1e-4)
+    (row,) = pd.read_csv(shared / "history.csv").to_dict("records")
     assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "the mean over ranks"
     assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "each image counted once"
     assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"

@@ -11,8 +11,6 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 CANVAS = 56
 N_TEST_SCANS = 500
@@ -24,6 +22,10 @@ _SPLITS = {"train": 0, "test": 1}
 @functools.cache
 def scans(split):
     """The scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both."""
+    # Here, because it takes a second and is needed for the embedded data alone.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     parts = train_test_split(
         digits.images / 16.0, digits.target, test_size=N_TEST_SCANS, stratify=digits.target, random_state=0

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -180,6 +179,8 @@ def _of_table(path: Path) -> dict[str, str]:
 def _of_devkit(path: Path) -> dict[str, str]:
     """The devkit numbers synsets in an order of its own, which its meta.mat gives."""
     meta, truth = _devkit_files(path)
+    from scipy.io import loadmat  # here, because few need it and it takes a moment
+
     listed = loadmat(meta, squeeze_me=True, struct_as_record=False)["synsets"]
     synset = {int(entry.ILSVRC2012_ID): str(entry.WNID) for entry in listed}
     return {f"ILSVRC2012_val_{i:08d}": synset[int(number)] for i, number in enumerate(truth.split(), start=1)}
