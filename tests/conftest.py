@@ -1,16 +1,10 @@
 """What the tests share: composing configs, running scripts, and small data of the real form."""
 
-import logging
-import multiprocessing
 import os
-import runpy
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
-import time
-from pathlib import Path
 
 # Of tests side by side each gets its share of the cores: threads that wait for each other's cores take many times as long.
 # Set before PyTorch is imported, and handed on to the processes that tests start.
@@ -22,13 +16,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from processes import ROOT, start_script
 
 if (
     not torch.cuda.is_available()
 ):  # then Triton's kernels run in its interpreter, which must be said before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-ROOT = Path(__file__).parents[1]
 
 # No test may reach for the network, or find what an earlier download left: both must be as on a new machine offline.
 _EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
@@ -46,54 +39,9 @@ def composed():
     return compose_config
 
 
-def wait_for(condition, seconds=120):
-    """Look again and again until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.01)
-
-
-def forked(work, stdout=None, stderr=None):
-    """Begin work() in a forked process that leads its group, and need not import anything again, which takes seconds.
-
-    Args:
-        work: without arguments.
-        stdout, stderr: files that get what it writes; as of this process without.
-    """
-
-    def begin():
-        os.setsid()
-        for number, file in ((1, stdout), (2, stderr)):
-            if file:
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        logging.getLogger().handlers.clear()  # pytest's own
-        torch.set_num_threads(1)  # OpenMP's others were not forked
-        torch.cuda.is_available = lambda: False  # nor would CUDA work
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=begin)
-    process.start()
-    return process
-
-
-def forked_script(name, *arguments, env=(), **files):
-    """Begin a script of scripts/ in a forked process, as :func:`forked`, with further variables in its environment."""
-    file = ROOT / "scripts" / f"{name}.py"
-
-    def work():
-        os.environ.update(env)
-        os.chdir(ROOT)
-        sys.argv, sys.path[0] = [str(file), *map(str, arguments)], str(file.parent)
-        runpy.run_path(str(file), run_name="__main__")
-
-    return forked(work, **files)
-
-
 @pytest.fixture
 def ranks(tmp_path_factory):
-    """Run a script in ``world`` forked processes, told of each other as torchrun does: ranks(2, "evaluate", "method.k=10").
+    """Run a script in ``world`` processes, told of each other as torchrun does: ranks(2, "evaluate", "method.k=10").
 
     Returns:
         For each rank what subprocess.run would return.
@@ -102,12 +50,12 @@ def ranks(tmp_path_factory):
     def run(world, name, *arguments):
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+            shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
         said = [tmp_path_factory.mktemp("said") for _ in range(world)]
         processes = [
-            forked_script(
-                name, *arguments, env=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=folder / "stdout",
-                stderr=folder / "stderr",
+            start_script(
+                name, *arguments, stdout=folder / "stdout", stderr=folder / "stderr", **shared, RANK=str(rank),
+                LOCAL_RANK=str(rank),
             )
             for rank, folder in enumerate(said)
         ]  # fmt: skip
@@ -125,7 +73,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture
 def script(ranks):
-    """Run a script of scripts/ in a forked process: script("evaluate", "method.k=10"). Returns as subprocess.run."""
+    """Run a script of scripts/ in a process of its own: script("evaluate", "method.k=10"). Returns as subprocess.run."""
     return lambda name, *arguments: ranks(1, name, *arguments)[0]
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import forked_script, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import start_script, wait_for
 from safetensors.torch import save_file
 from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad
@@ -247,7 +247,7 @@ def contents(folder):
 def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path, script, monkeypatch):
     monkeypatch.undo()  # chunks as large as a user's
     killed, together = tmp_path / "killed", tmp_path / "together"
-    process = forked_script(*preparation(many, killed), stdout=os.devnull)
+    process = start_script(*preparation(many, killed))
     wait_for(lambda: written(killed) >= 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
@@ -258,7 +258,7 @@ def test_killed_half_way_it_goes_on_and_two_at_once_fill_it_once(many, tmp_path,
     assert written(killed) <= 15 + 1 + 1, "what was there was not made again"
 
     said = [tmp_path / "first", tmp_path / "second"]
-    builders = [forked_script(*preparation(many, together), stdout=file) for file in said]
+    builders = [start_script(*preparation(many, together), stdout=file) for file in said]
     for builder in builders:
         builder.join(300)
     assert [builder.exitcode for builder in builders] == [0, 0]

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import forked_script, wait_for
 from PIL import Image
+from processes import start_script, wait_for
 from safetensors.torch import save_file
 
 import dhtm
@@ -292,7 +292,7 @@ def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, 
 
 def test_interrupting_with_ctrl_c(tmp_path):
     run = ["batch_size=2", "store_every_s=0", f"results_dir={tmp_path}/runs"]
-    process = forked_script("evaluate", *run, stdout=os.devnull, stderr=tmp_path / "errors")
+    process = start_script("evaluate", *run, stderr=tmp_path / "errors")
     wait_for(lambda: list(tmp_path.glob("runs/*/shards/*")))
     os.kill(process.pid, signal.SIGINT)
     process.join(60)

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -15,7 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, forked, wait_for
+from conftest import ROOT
+from processes import wait_for
 from safetensors.torch import save_file
 
 from dhtm.harness import evaluate as evaluation
@@ -51,7 +53,7 @@ def read(results):
 
 
 def child(config, slow, carry_out=evaluate):
-    """Evaluate in a forked process.
+    """Evaluate in a process forked off this one, with what the test has changed in it.
 
     Every batch takes ``slow`` seconds more, and before each the file "predicting", beside the results, grows by a byte.
     """
@@ -65,12 +67,16 @@ def child(config, slow, carry_out=evaluate):
             yield part
 
     def work():
+        torch.set_num_threads(1)  # OpenMP's others were not forked
+        torch.cuda.is_available = lambda: False  # nor would CUDA work
         prediction.predict = slowly
         carry_out(config)
 
     predict = prediction.predict
     marks.unlink(missing_ok=True)
-    return forked(work), lambda: marks.stat().st_size if marks.exists() else 0
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process, lambda: marks.stat().st_size if marks.exists() else 0
 
 
 def killed_until_done(composed, results, n_kills, seed):

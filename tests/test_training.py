@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, forked_script, wait_for
+from conftest import ROOT
+from processes import start_script, wait_for
 from safetensors.torch import load_file, save_file
 
 import baselines
@@ -55,7 +56,7 @@ def test_a_training_killed_in_its_second_epoch_goes_on_bit_for_bit(tmp_path, scr
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert script(*training, f"output={whole}").returncode == 0
-    process = forked_script(*training, f"output={killed}", stdout=os.devnull)
+    process = start_script(*training, f"output={killed}")
     wait_for((killed / "last.pt").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
