@@ -1,6 +1,7 @@
 """Logging to Weights & Biases. Nothing here may stop or slow what is logged: what goes wrong is a warning."""
 
 import contextlib
+import importlib
 import logging
 import os
 import queue
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 100  # of an evaluation's running figures
 PATIENCE_S = 45  # with W&B, at the end of a run
+NICENESS = 10  # of what talks to W&B
 STOPPED_PATIENCE_S = 10  # and where the run was stopped: the system may soon kill what it has asked to stop
 _FILES = ("config.yaml", "environment.json", "metrics.json")
 _LIMIT: list[str] = []  # "offline" or "disabled", after W&B could not be reached, or hung, in this process
@@ -193,6 +195,7 @@ class _BackgroundRun:
     def __init__(self, tracker: DictConfig, options: dict[str, Any]):
         self._tracker, self._options, self._exit_code = tracker, options, 1
         self._coming, self._told = queue.SimpleQueue(), []
+        importlib.import_module("wandb.apis.public")  # or wandb.init would, for a second, while images are predicted
         self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
         self._thread.start()
 
@@ -209,6 +212,9 @@ class _BackgroundRun:
             log.warning("W&B does not answer, nothing more is logged to it; %s", self._remedy())
 
     def _work(self) -> None:
+        # What is computed goes first where cores are few. On Linux a thread has its own niceness, and W&B's process gets it.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         for _ in range(2):
             try:
                 run = _start(self._tracker, self._options)
