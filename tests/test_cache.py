@@ -20,7 +20,7 @@ from timm.data import create_transform
 from timm.data.transforms import CenterCropOrPad
 from torchvision.transforms import Compose
 
-from dhtm.harness import cache, photographs
+from dhtm.harness import cache, photographs, prediction
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.data import Split
 from dhtm.harness.errors import UserError
@@ -45,8 +45,8 @@ def run(composed, photos, tmp_path):
     save_file(bare_backbone("deit_tiny_patch16_224", 3).state_dict(), checkpoint)
     numbers = itertools.count()
 
-    def evaluate_with(*overrides):
-        results = tmp_path / f"runs{next(numbers)}"
+    def evaluate_with(*overrides, results=None):
+        results = results or tmp_path / f"runs{next(numbers)}"
         metrics = evaluate(
             composed(
                 "backbone=deit_tiny", f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "data=imagefolder",
@@ -71,6 +71,43 @@ def test_in_parts_a_transform_is_the_same_bit_for_bit(seed, size):
     pixels = torch.stack([first(image) for image in images])
     assert pixels.dtype == torch.uint8
     assert torch.equal(normalise(pixels), torch.stack([whole(image) for image in images]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), shape=st.sampled_from([(9,), (9, 2), (9, 3, 5)]), dtype=st.sampled_from([np.uint8, np.int64]))
+def test_rows_of_a_file_are_those_of_an_array(tmp_path_factory, data, shape, dtype):
+    file = tmp_path_factory.mktemp("rows") / "file"
+    array = np.zeros(shape, dtype)
+    file.write_bytes(array.tobytes())
+    rows = cache.Rows(file, dtype, shape, write=True)
+    for number in range(3):
+        written = data.draw(st.lists(st.integers(0, 8), unique=True))
+        array[written] = values = np.full((len(written), *shape[1:]), number + 1, dtype) * dtype(7)
+        rows.write(written, values)
+        read = data.draw(st.lists(st.integers(0, 8)))
+        assert np.array_equal(rows.read(read), array[read])
+    assert file.read_bytes() == array.tobytes() and (len(rows), rows.nbytes) == (9, array.nbytes)
+
+
+def test_a_cache_that_cannot_be_read_any_more_ends_a_run_that_can_go_on(run, monkeypatch):
+    """Cut short under a run: read by way of a map it would have killed the process."""
+    direct, _ = run("cache_dir=null")
+    predict = prediction.predict
+
+    def cutting(*arguments):
+        for part in predict(*arguments):
+            yield part
+            os.truncate(next(run.cache.glob("*/pixels")), 4 * 3 * 224 * 224)
+
+    results = run.cache.with_name("runs")
+    monkeypatch.setattr(prediction, "predict", cutting)
+    with pytest.raises(
+        UserError, match=r"pixels: cannot be read any more \(it is cut short\); the same command goes on"
+    ):
+        run("batch_size=3", results=results)
+    monkeypatch.setattr(prediction, "predict", predict)
+    rows, _ = run("batch_size=3", results=results)
+    pd.testing.assert_frame_equal(rows, direct)
 
 
 def test_augmentation_has_no_parts():

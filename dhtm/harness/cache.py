@@ -8,6 +8,7 @@ what a crash, or anything else, leaves behind is made again, and no more than th
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -36,14 +37,67 @@ _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or re
 _opened: dict[Path, "Pixels"] = {}  # by this process, which need not verify them again
 
 
-class Pixels:
-    """A split's images, uint8 [n, C, H, W], and labels, int64 [n]; both in memory only where they are looked at.
+class Rows:
+    """An array [n, ...] in a file, read and written by its rows.
+
+    By calls, which can fail, because a map of a file that is cut short, or whose disk vanishes, kills the process.
 
     Args:
+        file: at least as large as the array.
+        write: shall rows be written too?
+
+    Raises:
+        OSError: here and in the methods, what is wrong with the file.
+    """
+
+    def __init__(self, file: Path, dtype: type, shape: tuple[int, ...], write: bool):
+        self.name, self.dtype, self.shape = file, np.dtype(dtype), shape
+        self._file = file.open("r+b" if write else "rb", buffering=0)
+        self._row_bytes = self.dtype.itemsize * math.prod(shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * self._row_bytes
+
+    def read(self, rows: Sequence[int]) -> np.ndarray:
+        """The rows with these numbers, in their order."""
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for part, offset in self._parts(values, rows):
+            while part:
+                n_bytes = os.preadv(self._file.fileno(), [part], offset)
+                if not n_bytes:
+                    raise OSError(errno.EIO, "it is cut short")
+                part, offset = part[n_bytes:], offset + n_bytes
+        return values
+
+    def write(self, rows: Sequence[int], values: np.ndarray) -> None:
+        """Set the rows with these numbers."""
+        for part, offset in self._parts(np.ascontiguousarray(values, self.dtype), rows):
+            while part:
+                n_bytes = os.pwrite(self._file.fileno(), part, offset)
+                part, offset = part[n_bytes:], offset + n_bytes
+
+    def _parts(self, values: np.ndarray, rows: Sequence[int]) -> Iterator[tuple[memoryview, int]]:
+        """Of the values, the bytes of rows that follow each other in the file, and where there."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        ends = np.flatnonzero(np.diff(numbers, append=-1) != 1) + 1
+        for first, last in itertools.pairwise([0, *ends]):
+            yield memoryview(values[first:last].reshape(-1)).cast("B"), int(numbers[first]) * self._row_bytes
+
+
+class Pixels:
+    """A split's images, which stay on the disk, and labels.
+
+    Args:
+        images: uint8 [n, C, H, W].
+        labels: int64 [n].
         failed: those that could not be read, by their index; they are blank.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, failed: dict[int, UnreadableError]):
+    def __init__(self, images: Rows, labels: np.ndarray, failed: dict[int, UnreadableError]):
         self.images, self.labels, self.failed = images, labels, failed
         self._resident: Tensor | None = None
 
@@ -61,7 +115,7 @@ class Pixels:
                 return None
             self._resident = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
             for rows in _chunks(len(self)):
-                self._resident[rows.start : rows.stop] = torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
+                self._resident[rows.start : rows.stop] = self._read(rows)
         return self._resident
 
     def batches(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
@@ -70,9 +124,19 @@ class Pixels:
         for indices in batches:
             rows = np.array([index for index in indices if index not in self.failed], dtype=np.int64)
             ids = torch.from_numpy(rows)
-            images = torch.from_numpy(self.images[rows]) if resident is None else resident[ids.to(device)]
+            images = self._read(rows) if resident is None else resident[ids.to(device)]
             failed = [self.failed[index] for index in indices if index in self.failed]
             yield Batch(ids, images, torch.from_numpy(self.labels[rows]), failed)
+
+    def _read(self, rows: Sequence[int]) -> Tensor:
+        try:
+            return torch.from_numpy(self.images.read(rows))
+        except OSError as error:
+            _opened.clear()  # the next run of this process looks again
+            raise UserError(
+                f"{self.images.name}: cannot be read any more ({error.strerror}); the same command goes on, and makes again "
+                "what is damaged, or set cache_dir=null"
+            ) from None
 
 
 class Normaliser:
@@ -118,7 +182,7 @@ def cached(
         fail_fast: raise the first error of an image that cannot be read.
 
     Raises:
-        UserError: nothing can be written to the folder, and it lacks images.
+        UserError: the folder cannot be written to, and lacks images, or cannot be read.
     """
     versions = {package: metadata.version(package) for package in _PACKAGES}
     # timm's transforms do not print the colour that they fill borders with.
@@ -136,7 +200,12 @@ def cached(
                 if found is None:
                     raise
             else:
-                found = _complete(split, shape, folder, num_workers, name, fail_fast)
+                try:
+                    found = _complete(split, shape, folder, num_workers, name, fail_fast)
+                except OSError as error:
+                    raise UserError(
+                        f"cache_dir={cache_dir}: {folder}: cannot be read or written ({error.strerror}); choose another place"
+                    ) from None
         if found is None or found.failed:  # which may be mended before the next run
             return found
         _opened[folder] = found
@@ -146,11 +215,18 @@ def cached(
 def _filled_by_others(shape: tuple[int, ...], folder: Path) -> Pixels | None:
     """A cache as it is, where nothing can be added to it; None unless all is there."""
     try:
-        images = np.memmap(folder / "pixels", np.uint8, "r", shape=shape)
-        labels = np.memmap(folder / "labels", np.int64, "r", shape=shape[:1])
-        return None if _missing(folder, images, labels) else Pixels(images, labels, {})
-    except (OSError, ValueError):  # not there, or too short
+        images, labels = _open(folder, shape, write=False)
+        return None if _missing(folder, images, labels) else _pixels(images, labels, {})
+    except OSError:  # not there, or too short
         return None
+
+
+def _open(folder: Path, shape: tuple[int, ...], write: bool) -> tuple[Rows, Rows]:
+    return Rows(folder / "pixels", np.uint8, shape, write), Rows(folder / "labels", np.int64, shape[:1], write)
+
+
+def _pixels(images: Rows, labels: Rows, failed: dict[int, UnreadableError]) -> Pixels:
+    return Pixels(images, labels.read(range(len(labels))), failed)
 
 
 def _complete(
@@ -165,8 +241,7 @@ def _complete(
             folder, math.prod(shape) / 1e9, error.strerror,
         )  # fmt: skip
         return None
-    images = np.memmap(folder / "pixels", np.uint8, "r+", shape=shape)
-    labels = np.memmap(folder / "labels", np.int64, "r+", shape=shape[:1])
+    images, labels = _open(folder, shape, write=True)
     missing, failed = _missing(folder, images, labels), {}
     if missing:
         batches = load(split.dataset, missing, num_workers)
@@ -179,7 +254,8 @@ def _complete(
                     raise batch.failed[0]
                 if len(batch.ids):
                     read = batch.ids.numpy()
-                    images[read], labels[read] = batch.images.numpy(), batch.labels.numpy()
+                    images.write(read, batch.images.numpy())
+                    labels.write(read, batch.labels.numpy())
                 if batch.failed:  # tried again by the next process
                     failed |= {unreadable.index: unreadable for unreadable in batch.failed}
                 else:
@@ -187,11 +263,10 @@ def _complete(
                     file.flush()
                 bar.update(len(rows))
             bar.close()
-    images.flags.writeable = labels.flags.writeable = False
-    return Pixels(images, labels, failed)
+    return _pixels(images, labels, failed)
 
 
-def _missing(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[range]:
+def _missing(folder: Path, images: Rows, labels: Rows) -> list[range]:
     """The chunks that are not there, or not as they were written."""
     written = {}
     with contextlib.suppress(FileNotFoundError):
@@ -210,13 +285,12 @@ def _chunks(n_images: int) -> list[range]:
     return [range(first, min(first + CHUNK, n_images)) for first in range(0, n_images, CHUNK)]
 
 
-def _checksum(images: np.ndarray, labels: np.ndarray, rows: range) -> int:
-    part = slice(rows.start, rows.stop)
-    return zlib.crc32(labels[part].tobytes(), zlib.crc32(np.ascontiguousarray(images[part]).data))
+def _checksum(images: Rows, labels: Rows, rows: range) -> int:
+    return zlib.crc32(labels.read(rows).data, zlib.crc32(images.read(rows).data))
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Give a file its size and the disk's blocks behind it: writing to a map of a full disk would kill the process."""
+    """Give a file its size and the disk's blocks behind it, so that a disk without room for it is known at once."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         before = os.fstat(descriptor)
