@@ -43,6 +43,7 @@ def again(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "--from" in sys.argv:
-        again(sys.argv[1:])
+    given = [part for one in sys.argv[1:] for part in (one.split("=", 1) if one.startswith("--from=") else [one])]
+    if "--from" in given:
+        again(given)
     command(goes_on=True)(main)()  # also between the runs of a sweep

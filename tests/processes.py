@@ -4,6 +4,7 @@ A script needs seconds to start, most of them for imports. Here it runs in a pro
 what scripts import, and has done nothing else: no thread, generator or device is in use yet, as in a new process.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -54,4 +55,7 @@ def _script(name, arguments, stdout, stderr, environment):
     os.chdir(ROOT)
     file = ROOT / "scripts" / f"{name}.py"
     sys.argv, sys.path[0] = [str(file), *arguments], str(file.parent)
-    runpy.run_path(str(file), run_name="__main__")
+    try:
+        runpy.run_path(str(file), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process ends without

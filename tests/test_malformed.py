@@ -25,13 +25,14 @@ import dhtm
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.errors import UserError
 from dhtm.harness.evaluate import evaluate
-from dhtm.report.runs import load_runs, predictions
+from dhtm.harness.store import predictions
+from dhtm.report.runs import load_runs
 
-SIZES = [
-    pytest.param(5, 30, id="few"),
-    pytest.param(100, 600, id="many", marks=pytest.mark.stress),
-]
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP"]
+
+
+def sizes(few, many):
+    return [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.stress)]
 
 
 def damaged(content, rng):
@@ -65,8 +66,8 @@ def wrong_type(rng):
     return rng.choice([b"<html>404</html>", b"%PDF-1.4\n%", b"PK\x03\x04", b"\x7fELF", b"null", "Übergröße".encode()])
 
 
-@pytest.mark.parametrize(("_", "n_images"), SIZES)
-def test_images(composed, tmp_path, _, n_images):
+@pytest.mark.parametrize("n_images", sizes(30, 600))
+def test_images(composed, tmp_path, n_images):
     """Every file that Pillow can read has the prediction that it has by itself, and every other is listed."""
     rng = random.Random(0)
     folder = tmp_path / "photos" / "n01440764"
@@ -179,8 +180,8 @@ def test_overrides(composed, tmp_path, n_commands):
         assert metrics["n_images"] == min(config.data.limit or 2000, 2000) and metrics["method"] == config.method.name
 
 
-@pytest.mark.parametrize(("n_files", "_"), SIZES)
-def test_checkpoints(composed, tmp_path, n_files, _):
+@pytest.mark.parametrize("n_files", sizes(5, 100))
+def test_checkpoints(composed, tmp_path, n_files):
     """A damaged file is refused, or its run is another than that of the whole one."""
     rng = random.Random(2)
     options = ["data.limit=2", "device=cpu", f"results_dir={tmp_path}/runs"]
@@ -208,14 +209,14 @@ def dhtm_weights():
     return (ROOT / "dhtm/assets/deit_micro.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("n_files", "_"), SIZES)
-def test_result_directories(composed, tmp_path, n_files, _):
+@pytest.mark.parametrize("n_files", sizes(5, 100))
+def test_result_directories(composed, tmp_path, n_files):
     """What is not as it was written is not believed, by a run, a report, or anything that goes on from it."""
     rng = random.Random(3)
     config = composed("data.limit=20", "device=cpu", f"results_dir={tmp_path}/whole")
     metrics = evaluate(config)
     whole = tmp_path / "whole" / metrics["run_id"]
-    expected = predictions(str(whole.parent), whole.name)
+    expected = predictions(whole)
     for i in range(n_files):
         root = tmp_path / str(i)
         folder = shutil.copytree(whole, root / whole.name)
@@ -226,7 +227,7 @@ def test_result_directories(composed, tmp_path, n_files, _):
             continue
         try:
             runs = load_runs(str(root))
-            found = predictions(str(root), whole.name)
+            found = predictions(root / whole.name)
         except UserError as error:
             said = str(error)
             assert file.name in said and "\n" not in said
@@ -235,4 +236,4 @@ def test_result_directories(composed, tmp_path, n_files, _):
         if i % 5 == 0:
             again = evaluate(composed("data.limit=20", "device=cpu", f"results_dir={root}", "force=true"))
             assert again["top1"] == metrics["top1"]
-            pd.testing.assert_frame_equal(predictions(str(root), whole.name), expected)
+            pd.testing.assert_frame_equal(predictions(root / whole.name), expected)

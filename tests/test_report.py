@@ -12,10 +12,11 @@ from PIL import Image
 
 import dhtm
 from dhtm.harness.errors import UserError
+from dhtm.harness.store import predictions
 from dhtm.report import table1 as table1_module
 from dhtm.report.figure4 import COMPARED, figure4
 from dhtm.report.report import report
-from dhtm.report.runs import at_target, load_runs, over_k, predictions, published
+from dhtm.report.runs import at_target, load_runs, over_k, published
 from dhtm.report.style import BACKBONES, METHODS
 
 KS = [0, 10, 20, 30, 40, 48, 56]
@@ -298,11 +299,11 @@ def test_predictions_are_in_the_order_of_the_images(tmp_path):
     finished_run(tmp_path, 1, correct=[True, False, True])
     file = tmp_path / f"{1:016x}" / "predictions.parquet"
     pd.read_parquet(file).iloc[::-1].to_parquet(file, index=False)
-    frame = predictions(str(tmp_path), f"{1:016x}")
+    frame = predictions(tmp_path / f"{1:016x}")
     assert frame.index.tolist() == [0, 1, 2]
     assert frame.correct.tolist() == [True, False, True]
     file.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"predictions.parquet: missing or damaged"):
-        predictions(str(tmp_path), f"{1:016x}")
+        predictions(tmp_path / f"{1:016x}")
     with pytest.raises(UserError, match=r"none/metrics.json: missing or damaged"):
-        predictions(str(tmp_path), "none")
+        predictions(tmp_path / "none")

@@ -56,7 +56,7 @@ def test_differences_are_counted(copy, caplog):
 
 
 def test_what_is_no_finished_run_is_told(copy, script, tmp_path):
-    result = script("evaluate", "--from", tmp_path)
+    result = script("evaluate", f"--from={tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"error: {tmp_path}/metrics.json: missing or damaged (No such file or directory)" in result.stderr
     for override in ("data.size=3", "batch"):

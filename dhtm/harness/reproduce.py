@@ -1,19 +1,17 @@
 """A finished run carried out again, and its predictions compared with those of the first time."""
 
-import io
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dhtm.harness.errors import UserError, one_line
 from dhtm.harness.evaluate import evaluate
-from dhtm.harness.store import file_of_run
+from dhtm.harness.store import file_of_run, predictions
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ def reproduce(folder: str, overrides: Sequence[str]) -> int:
     before = json.loads(file_of_run(path, "metrics.json"))
     config = _config(path, overrides)
     after = evaluate(config)
-    first, second = (_predictions(run) for run in (path, path / "again" / after["run_id"]))
+    first, second = (predictions(run) for run in (path, path / "again" / after["run_id"]))
     if first.index.tolist() != second.index.tolist() or first.label.tolist() != second.label.tolist():
         raise UserError(
             f"{path}: the data are not those of the run: {len(first)} images then, {len(second)} now, or others"
@@ -76,7 +74,3 @@ def _config(folder: Path, overrides: Sequence[str]) -> DictConfig:
         raise UserError(
             f"{' '.join(overrides)}: not of the run's config ({one_line(error)}); give key=value"
         ) from error
-
-
-def _predictions(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(io.BytesIO(file_of_run(folder, "predictions.parquet"))).set_index("index")

@@ -204,6 +204,21 @@ def file_of_run(folder: Path, name: str) -> bytes:
     return content
 
 
+def predictions(folder: Path) -> pd.DataFrame:
+    """A finished run's label, top5 and correct, a row an image, by and in the order of the image's index in the data set.
+
+    Raises:
+        UserError: the run is not finished, or its predictions are not as they were written.
+    """
+    content = file_of_run(folder, "predictions.parquet")
+    try:
+        return pd.read_parquet(io.BytesIO(content)).set_index("index").sort_index()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}/predictions.parquet: missing or damaged ({type(error).__name__}); compute the run again with force=true"
+        ) from error
+
+
 def finished_runs(results_dir: str) -> pd.DataFrame:
     """The metrics of all finished runs, one row each, knobs and layers as they were configured."""
     files = sorted(Path(results_dir).expanduser().glob("*/metrics.json"))

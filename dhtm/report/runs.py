@@ -1,12 +1,10 @@
 """The finished runs and the published numbers, as frames to make tables and figures from."""
 
-import io
 from pathlib import Path
 
 import pandas as pd
 
-from dhtm.harness.errors import UserError
-from dhtm.harness.store import file_of_run, finished_runs
+from dhtm.harness.store import finished_runs
 
 PAPER = Path(__file__).parents[2] / "results" / "paper"
 _COLUMNS = [
@@ -63,22 +61,6 @@ def _plain(method: str, knobs: dict, learns: bool) -> bool:
     if method == "dpc_knn":
         defaults = defaults | {"weighted": learns}
     return all(knobs.get(key, value) == value for key, value in defaults.items())
-
-
-def predictions(results_dir: str, run_id: str) -> pd.DataFrame:
-    """A run's label, top5 and correct, a row an image, by and in the order of the image's index in the data set.
-
-    Raises:
-        UserError: the run's predictions are missing or damaged.
-    """
-    folder = Path(results_dir).expanduser() / run_id
-    content = file_of_run(folder, "predictions.parquet")
-    try:
-        return pd.read_parquet(io.BytesIO(content)).set_index("index").sort_index()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder}/predictions.parquet: missing or damaged ({type(error).__name__}); compute the run again with force=true"
-        ) from error
 
 
 def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.DataFrame:
