@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.cache import Pixels
 from dhtm.harness.errors import UserError, command
-from dhtm.harness.loading import from_cache, load_data
+from dhtm.harness.loading import from_cache, load_data, on_error
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def main(config: DictConfig) -> None:
     log.info("%s for %s: %d images, %.1f GB", config.data.name, config.backbone.name, len(images), size)
     for unreadable in images.failed.values():
         log.warning("%s", unreadable)
-    if images.failed and config.data.get("on_error") != "skip":
+    if images.failed and on_error(config.data) != "skip":
         raise UserError(
             f"{len(images.failed)} images cannot be read; mend them, or leave them out by data.on_error=skip"
         )

@@ -18,7 +18,7 @@ from dhtm.harness.data import Split, UnreadableError
 from dhtm.harness.devices import Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import baseline_flops, flops, solve
 from dhtm.harness.errors import UserError, require_number, require_text
-from dhtm.harness.loading import described, from_cache, load_data
+from dhtm.harness.loading import described, from_cache, load_data, on_error
 from dhtm.harness.methods import knobs, load_model, unusual
 from dhtm.harness.prediction import predict_and_keep, stop
 from dhtm.harness.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
@@ -69,7 +69,7 @@ def evaluate(config: DictConfig, draw: Callable[[VisionTransformer, Split], list
             run.forget()
         before = ranks.gather(run.metrics() if ranks.first else None)[0]
         if before is not None:
-            if before["n_failed"] and config.data.get("on_error") != "skip":
+            if before["n_failed"] and on_error(config.data) != "skip":
                 raise UserError(
                     f"{run.path}: done before with data.on_error=skip, without the {before['n_failed']} images that {FAILED} "
                     "there lists; mend them, or set data.on_error=skip"
@@ -100,7 +100,7 @@ def _prepare(config: DictConfig) -> _Task:
     require_number(config, "num_workers", integer=True, optional=True)
     require_number(config, "seed", below=2**63, integer=True)
     require_number(config, "store_every_s")
-    _check_on_error(config.data)
+    on_error(config.data)  # which must be one that there is
     dtype = pick_dtype(config.dtype, "dtype")
     config = config.copy()
     config.method, target = solve(config.backbone, config.method, config.target)
@@ -133,11 +133,6 @@ def _prepare(config: DictConfig) -> _Task:
     return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
 
 
-def _check_on_error(data: DictConfig) -> None:
-    if data.get("on_error", "collect") not in ("skip", "fail_fast", "collect"):
-        raise UserError(f"data.on_error={data.on_error}: choose one of collect, skip, fail_fast")
-
-
 def _predictions(
     task: _Task, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
 ) -> tuple[pd.DataFrame, list[UnreadableError], dict]:
@@ -159,7 +154,7 @@ def _predictions(
         task.run, config.store_every_s, progress, task.model, split, todo[ranks.rank :: ranks.world],
         config.batch_size or pick_batch_size(ranks.device), ranks.device, task.dtype,
         task.name if ranks.first else None, config.num_workers,
-        stop if config.data.get("on_error") == "fail_fast" else on_unreadable,
+        stop if on_error(config.data) == "fail_fast" else on_unreadable,
     )  # fmt: skip
     everyones = ranks.gather((found, batch_size, failed))
     seconds = time.perf_counter() - start
@@ -183,7 +178,7 @@ def _report_failed(task: _Task, failed: list[UnreadableError], ranks: Ranks) -> 
     """List the images that cannot be read, which ends the run unless they are to be skipped."""
     if ranks.first:
         task.run.list_failed(failed)
-    if failed and task.config.data.get("on_error") != "skip":
+    if failed and on_error(task.config.data) != "skip":
         more = f" and {len(failed) - 1} more, listed in {task.run.path / FAILED}" if len(failed) > 1 else ""
         raise UserError(
             f"{task.name}: {failed[0]}{more}; the predictions for all others are stored: leave these out by "

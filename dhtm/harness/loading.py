@@ -45,6 +45,14 @@ def load_data(data: DictConfig, split: str, preprocessing: dict, n_classes: int,
     return split
 
 
+def on_error(data: DictConfig) -> str:
+    """What is done about images that cannot be read, as a config of the group ``data`` has it: collect, skip or fail_fast."""
+    chosen = data.get("on_error", "collect")
+    if chosen not in ("collect", "skip", "fail_fast"):
+        raise UserError(f"data.on_error={chosen}: choose one of collect, skip, fail_fast")
+    return chosen
+
+
 def described(preprocessing: dict) -> str:
     """What is done to images, in one line."""
     return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
@@ -69,7 +77,7 @@ def from_cache(split: Split, config: DictConfig, preprocessing: dict) -> Split:
     cropped = _instantiated(config.data, config.data.split, transform)
     pixels = cached(
         cropped, transform, preprocessing["input_size"], config.cache_dir, config.num_workers, config.data.name,
-        fail_fast=config.data.get("on_error") == "fail_fast",
+        fail_fast=on_error(config.data) == "fail_fast",
     )  # fmt: skip
     return split if pixels is None else dataclasses.replace(split, dataset=pixels, normalise=normalise)
 
