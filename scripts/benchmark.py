@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-from pathlib import Path
 
 import hydra
 import pandas as pd
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 
 from dhtm.harness.benchmark import benchmark, check, scaling
 from dhtm.harness.devices import pick_device
-from dhtm.harness.errors import command
+from dhtm.harness.errors import command, path_given
 from dhtm.harness.methods import SHIPPED
 from dhtm.harness.store import environment, require_writable, write_json
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
     check(config)
-    folder = Path(config.output_dir).expanduser()
+    folder = path_given(config.output_dir, "output_dir")
     require_writable(folder, f"output_dir={config.output_dir}")
     machine, device = environment(), pick_device(config.device)
     threads = f"{machine['torch_threads']} threads of {machine['processor']}"

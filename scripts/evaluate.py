@@ -36,7 +36,7 @@ def again(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("timm").setLevel(logging.WARNING)
     at = arguments.index("--from")
-    if at + 1 == len(arguments):
+    if not "".join(arguments[at + 1 : at + 2]):
         raise UserError("--from: give a run's directory, --from results/runs/<run id>")
     overrides = arguments[:at] + arguments[at + 2 :]
     sys.exit(1 if reproduce(arguments[at + 1], overrides) else 0)

@@ -8,7 +8,7 @@ from timm.data import resolve_data_config
 
 from dhtm.harness.backbones import bare_backbone
 from dhtm.harness.cache import Pixels
-from dhtm.harness.errors import UserError, command
+from dhtm.harness.errors import UserError, command, require_number
 from dhtm.harness.loading import from_cache, load_data, on_error
 
 log = logging.getLogger(__name__)
@@ -20,12 +20,15 @@ def main(config: DictConfig) -> None:
     """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
     if config.cache_dir is None:
         raise UserError("cache_dir=null: there is no cache to fill; give a folder")
+    require_number(config, "num_workers", integer=True, optional=True)
     preprocessing = resolve_data_config(model=bare_backbone(config.backbone.architecture, config.backbone.num_classes))
     split = load_data(config.data, config.data.split, preprocessing, config.backbone.num_classes)
+    if split.in_memory:
+        log.info("%s needs no cache", config.data.name)
+        return
     images = from_cache(split, config, preprocessing).dataset
     if not isinstance(images, Pixels):
-        log.info("%s needs no cache, or finds no room for one", config.data.name)
-        return
+        raise UserError(f"cache_dir={config.cache_dir}: no cache was made; images will be decoded anew for every run")
     size = images.images.nbytes / 1e9
     log.info("%s for %s: %d images, %.1f GB", config.data.name, config.backbone.name, len(images), size)
     for unreadable in images.failed.values():

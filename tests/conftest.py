@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from processes import ROOT, start_script
+from processes import ROOT, end, start_script
 
 if (
     not torch.cuda.is_available()
@@ -52,16 +52,17 @@ def ranks(tmp_path_factory):
             free.bind(("localhost", 0))
             shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
         said = [tmp_path_factory.mktemp("said") for _ in range(world)]
-        processes = [
-            start_script(
-                name, *arguments, stdout=folder / "stdout", stderr=folder / "stderr", **shared, RANK=str(rank),
-                LOCAL_RANK=str(rank),
-            )
-            for rank, folder in enumerate(said)
-        ]  # fmt: skip
+        processes = []
+        for rank, folder in enumerate(said):
+            torchrun = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            files = {"stdout": folder / "stdout", "stderr": folder / "stderr"}
+            processes.append(start_script(name, *arguments, **files, **torchrun))
         for process in processes:
             process.join(300)
-            assert process.exitcode is not None, "it does not end"
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            end(process)
+        assert not late, f"it did not end: {name} {arguments}"
         texts = [[(folder / file).read_text(encoding="utf-8") for file in ("stdout", "stderr")] for folder in said]
         return [
             subprocess.CompletedProcess([name, *arguments], process.exitcode, *text)

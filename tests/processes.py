@@ -5,9 +5,11 @@ what scripts import, and has done nothing else: no thread, generator or device i
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,7 +44,17 @@ def start_script(name, *arguments, stdout=os.devnull, stderr=os.devnull, **varia
     options = [name, list(map(str, arguments)), str(stdout), str(stderr), dict(os.environ) | variables]
     process = _server.Process(target=_script, args=options)
     process.start()
+    atexit.register(end, process)  # before multiprocessing waits for it
     return process
+
+
+def end(process):
+    """Kill a process and those that it has started, if it still is there."""
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it has no group yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
 
 def _script(name, arguments, stdout, stderr, environment):

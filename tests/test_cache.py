@@ -89,21 +89,34 @@ def test_rows_of_a_file_are_those_of_an_array(tmp_path_factory, data, shape, dty
     assert file.read_bytes() == array.tobytes() and (len(rows), rows.nbytes) == (9, array.nbytes)
 
 
-def test_a_cache_that_cannot_be_read_any_more_ends_a_run_that_can_go_on(run, monkeypatch):
-    """Cut short under a run: read by way of a map it would have killed the process."""
+def cut_and_grown(file):
+    """As another process mends it, before it has filled it."""
+    size = file.stat().st_size
+    os.truncate(file, 4 * 3 * 224 * 224)
+    os.truncate(file, size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: os.truncate(file, 4 * 3 * 224 * 224), "it is cut short"),  # a map would have killed the process
+        (cut_and_grown, "it has changed"),
+        (lambda file: flip(file), "it has changed"),
+    ],
+)
+def test_a_cache_that_changes_under_a_run_ends_it_and_it_can_go_on(run, monkeypatch, damage, reason):
     direct, _ = run("cache_dir=null")
     predict = prediction.predict
 
-    def cutting(*arguments):
-        for part in predict(*arguments):
-            yield part
-            os.truncate(next(run.cache.glob("*/pixels")), 4 * 3 * 224 * 224)
+    def damaging(*arguments):
+        parts = predict(*arguments)
+        yield next(parts)
+        damage(next(run.cache.glob("*/pixels")))
+        yield from parts
 
     results = run.cache.with_name("runs")
-    monkeypatch.setattr(prediction, "predict", cutting)
-    with pytest.raises(
-        UserError, match=r"pixels: cannot be read any more \(it is cut short\); the same command goes on"
-    ):
+    monkeypatch.setattr(prediction, "predict", damaging)
+    with pytest.raises(UserError, match=rf"pixels: cannot be read any more \({reason}\); the same command goes on"):
         run("batch_size=3", results=results)
     monkeypatch.setattr(prediction, "predict", predict)
     rows, _ = run("batch_size=3", results=results)
@@ -187,13 +200,18 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_stay(run):
     pd.testing.assert_frame_equal(run()[0], run("cache_dir=null")[0])
 
 
-def test_without_room_images_are_decoded_for_every_run(run, monkeypatch, caplog):
+@pytest.mark.parametrize("n_files", [0, 1])
+def test_without_room_images_are_decoded_for_every_run(run, monkeypatch, caplog, n_files):
+    """Also where there is room for the images, but not for their labels."""
+    files = itertools.count()
+
     def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if next(files) == n_files:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     rows, _ = run()
-    assert "no room for 0.0 GB (No space left on device); images are decoded anew" in caplog.text
+    assert "no room for 1 MB (No space left on device); images are decoded anew" in caplog.text
     pd.testing.assert_frame_equal(rows, run("cache_dir=null")[0])
     assert not list(run.cache.glob("*/pixels"))
 
@@ -215,6 +233,8 @@ def test_file_systems_that_cannot_reserve_blocks(run, monkeypatch, caplog, canno
 def test_where_nothing_can_be_written_the_setting_is_named(run):
     with pytest.raises(UserError, match="cache_dir=/proc/nowhere: cannot write there"):
         run("cache_dir=/proc/nowhere")
+    with pytest.raises(UserError, match="cache_dir=5: it must be a path"):
+        run("cache_dir=5")
 
 
 def test_a_whole_cache_is_used_where_nothing_can_be_written(run, monkeypatch):

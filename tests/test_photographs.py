@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pkgutil
+import signal
 import struct
 import sys
 import tarfile
@@ -250,6 +252,7 @@ def test_images_that_cannot_be_read_end_a_run_when_the_rest_is_done(run, script,
         assert shard_rows(folder) == [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
         with pytest.raises(UserError, match=r"image 1 cannot be read: .* and 1 more, listed in .*failed.csv"):
             run(root)
+    assert run(root, "data.on_error=skip")["images_per_s"] is None, "none was predicted this time"
 
 
 def test_images_that_cannot_be_read_are_skipped_if_so_told(run, images, tmp_path):
@@ -283,6 +286,19 @@ def test_the_first_image_that_cannot_be_read_ends_the_run_if_so_told(run, images
         run(tmp_path, "data.on_error=skip")
     with pytest.raises(UserError, match=r"data\.on_error=stop: choose one of collect, skip, fail_fast"):
         run(tmp_path, "data.on_error=stop")
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1), 0
+
+
+def test_a_loading_process_that_is_killed_is_told_in_one_line():
+    batches = load(Deadly(), [[0, 1], [2, 3]], num_workers=2)
+    with pytest.raises(UserError, match=r"a process that loads images was killed, .* with num_workers=1, say"):
+        list(batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -103,7 +103,7 @@ def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_pa
     ("override", "message"),
     [
         ("results_dir=/proc/nowhere", "error: results_dir=/proc/nowhere: cannot write there"),
-        ("results_dir=null", "error: results_dir=None: it must be a directory"),
+        ("results_dir=null", "error: results_dir=None: it must be a path"),
         ("hydra/launcher=submitit_slurm", "error: hydra/launcher=submitit_slurm: there is no srun here"),
     ],
 )

@@ -364,12 +364,19 @@ def test_without_a_login_it_is_offline(tracked, tmp_path, monkeypatch, caplog):
 def test_mode_is_checked(tracked):
     with pytest.raises(UserError, match=r"tracker.mode=sometimes: choose one of online, offline, disabled"):
         tracking.check(tracked("tracker.mode=sometimes").tracker)
+    with pytest.raises(UserError, match="tracker.dir=5: it must be a path"):
+        tracking.check(tracked("tracker.dir=5").tracker)
 
 
 @pytest.mark.parametrize("override", ["tracker.dir=/proc/nowhere", "tracker.project=a/b/c"])
 def test_no_failure_of_wandb_ends_the_run(tracked, override, caplog):
     assert evaluate(tracked(override))["n_images"] == 40
     assert "W&B failed twice, this run is not logged" in caplog.text
+
+
+def test_a_wandb_that_cannot_be_imported_whole_does_not_end_the_run(tracked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb.apis.public", None)
+    assert evaluate(tracked())["n_images"] == 40
 
 
 def test_pictures_that_fail_do_not_matter(tracked, tmp_path, caplog):

@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, path_given
 
 MICRO_WEIGHTS = Path(__file__).parents[1] / "assets" / "deit_micro.safetensors"
 
@@ -94,8 +94,9 @@ def check_known(architecture: str) -> None:
 
 
 def _read(checkpoint: str) -> dict[str, torch.Tensor]:
+    file = path_given(checkpoint, "backbone.checkpoint")
     try:
-        state = load_state_dict(str(Path(checkpoint).expanduser()), weights_only=True, use_ema=False)
+        state = load_state_dict(str(file), weights_only=True, use_ema=False)
     except FileNotFoundError:
         raise UserError(f"backbone.checkpoint={checkpoint}: no such file") from None
     except Exception as error:  # the file may hold anything, and its readers raise as much

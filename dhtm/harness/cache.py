@@ -1,8 +1,9 @@
 """Images as a backbone sees them, decoded, resized and cropped once for all runs of a sweep.
 
 A folder of ``cache_dir`` holds one split under one transform: ``pixels`` (uint8 [n, C, H, W]), ``labels`` (int64 [n]),
-``checksums`` (a line for every chunk that is written) and ``lock``. Only chunks whose checksum is right are believed; so
-what a crash, or anything else, leaves behind is made again, and no more than that.
+``checksums`` (a line for every chunk that is written) and ``lock``. Only chunks whose checksum is right are believed, and
+later only images that are still as they were then; so what a crash, or anything else, leaves behind is made again, and no
+more than that.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
 from dhtm.harness.data import Batch, Split, UnreadableError, load
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import UserError, path_given
 from dhtm.harness.store import locked, require_writable
 
 log = logging.getLogger(__name__)
@@ -94,11 +96,12 @@ class Pixels:
     Args:
         images: uint8 [n, C, H, W].
         labels: int64 [n].
+        checksums: of each image, uint32 [n].
         failed: those that could not be read, by their index; they are blank.
     """
 
-    def __init__(self, images: Rows, labels: np.ndarray, failed: dict[int, UnreadableError]):
-        self.images, self.labels, self.failed = images, labels, failed
+    def __init__(self, images: Rows, labels: np.ndarray, checksums: np.ndarray, failed: dict[int, UnreadableError]):
+        self.images, self.labels, self.checksums, self.failed = images, labels, checksums, failed
         self._resident: Tensor | None = None
 
     def __len__(self):
@@ -130,13 +133,16 @@ class Pixels:
 
     def _read(self, rows: Sequence[int]) -> Tensor:
         try:
-            return torch.from_numpy(self.images.read(rows))
+            images = self.images.read(rows)
+            if not np.array_equal(_checksums(images), self.checksums[rows]):
+                raise OSError(errno.EIO, "it has changed")
         except OSError as error:
             _opened.clear()  # the next run of this process looks again
             raise UserError(
                 f"{self.images.name}: cannot be read any more ({error.strerror}); the same command goes on, and makes again "
                 "what is damaged, or set cache_dir=null"
             ) from None
+        return torch.from_numpy(images)
 
 
 class Normaliser:
@@ -188,35 +194,42 @@ def cached(
     # timm's transforms do not print the colour that they fill borders with.
     steps = [(str(step), getattr(step, "fill", None)) for step in transform.transforms]
     key = json.dumps([split.fingerprint, len(split.dataset), steps, size, versions], default=str)
-    folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = path_given(cache_dir, "cache_dir") / hashlib.sha256(key.encode()).hexdigest()[:16]
     if folder not in _opened:
         shape = (len(split.dataset), *size)
         with contextlib.ExitStack() as held:
             try:
                 require_writable(folder, f"cache_dir={cache_dir}")
                 held.enter_context(locked(folder / "lock", f"waiting for another process, which fills {folder}"))
-            except UserError:
-                found = _filled_by_others(shape, folder)  # who may have made it for all to read
+                found = _complete(split, shape, folder, num_workers, name, fail_fast)
+            except UserError as error:
+                # Others may have made it for all to read.
+                found = None if isinstance(error, UnreadableError) else _filled_by_others(shape, folder)
                 if found is None:
                     raise
-            else:
-                try:
-                    found = _complete(split, shape, folder, num_workers, name, fail_fast)
-                except OSError as error:
-                    raise UserError(
-                        f"cache_dir={cache_dir}: {folder}: cannot be read or written ({error.strerror}); choose another place"
-                    ) from None
         if found is None or found.failed:  # which may be mended before the next run
             return found
         _opened[folder] = found
     return _opened[folder]
 
 
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the system says against reading or writing a cache, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache_dir: {folder}: cannot be read or written ({error.strerror}); choose another place, or cache_dir=null"
+        ) from error
+
+
 def _filled_by_others(shape: tuple[int, ...], folder: Path) -> Pixels | None:
     """A cache as it is, where nothing can be added to it; None unless all is there."""
     try:
         images, labels = _open(folder, shape, write=False)
-        return None if _missing(folder, images, labels) else _pixels(images, labels, {})
+        missing, checksums = _missing(folder, images, labels)
+        return None if missing else Pixels(images, labels.read(range(shape[0])), checksums, {})
     except OSError:  # not there, or too short
         return None
 
@@ -225,68 +238,104 @@ def _open(folder: Path, shape: tuple[int, ...], write: bool) -> tuple[Rows, Rows
     return Rows(folder / "pixels", np.uint8, shape, write), Rows(folder / "labels", np.int64, shape[:1], write)
 
 
-def _pixels(images: Rows, labels: Rows, failed: dict[int, UnreadableError]) -> Pixels:
-    return Pixels(images, labels.read(range(len(labels))), failed)
-
-
 def _complete(
     split: Split, shape: tuple[int, ...], folder: Path, num_workers: int | None, name: str, fail_fast: bool
 ) -> Pixels | None:
-    try:
-        for file, size in (("pixels", math.prod(shape)), ("labels", 8 * shape[0])):
-            _reserve(folder / file, size)
-    except OSError as error:
-        log.warning(
-            "cache_dir: %s: no room for %.1f GB (%s); images are decoded anew for every run",
-            folder, math.prod(shape) / 1e9, error.strerror,
-        )  # fmt: skip
-        return None
-    images, labels = _open(folder, shape, write=True)
-    missing, failed = _missing(folder, images, labels), {}
+    with _told(folder):
+        if not _room(folder, shape):
+            return None
+        images, labels = _open(folder, shape, write=True)
+        missing, checksums = _missing(folder, images, labels)
+    failed = {}
     if missing:
         batches = load(split.dataset, missing, num_workers)
-        with (folder / "checksums").open("a") as file:
-            if file.tell():
-                file.write("\n")  # the last line may have been cut off
-            bar = tqdm(total=sum(map(len, missing)), desc=f"{name}: cache", unit=" images", disable=None)
+        with (
+            _opened_checksums(folder) as file,
+            tqdm(total=sum(map(len, missing)), desc=f"{name}: cache", unit=" images", disable=None) as bar,
+        ):
             for rows, batch in zip(missing, batches, strict=True):
                 if batch.failed and fail_fast:
                     raise batch.failed[0]
                 if len(batch.ids):
-                    read = batch.ids.numpy()
-                    images.write(read, batch.images.numpy())
-                    labels.write(read, batch.labels.numpy())
+                    read, pixels = batch.ids.numpy(), batch.images.numpy()
+                    with _told(folder):
+                        images.write(read, pixels)
+                        labels.write(read, batch.labels.numpy())
+                    checksums[read] = _checksums(pixels)
                 if batch.failed:  # tried again by the next process
                     failed |= {unreadable.index: unreadable for unreadable in batch.failed}
                 else:
-                    file.write(f"{rows.start} {_checksum(images, labels, rows)}\n")
-                    file.flush()
+                    with _told(folder):
+                        file.write(f"{rows.start} {_checksum(checksums[rows], batch.labels.numpy())}\n")
+                        file.flush()
                 bar.update(len(rows))
-            bar.close()
-    return _pixels(images, labels, failed)
+    with _told(folder):
+        images, labels = _open(folder, shape, write=False)
+        return Pixels(images, labels.read(range(shape[0])), checksums, failed)
 
 
-def _missing(folder: Path, images: Rows, labels: Rows) -> list[range]:
-    """The chunks that are not there, or not as they were written."""
-    written = {}
+@contextlib.contextmanager
+def _opened_checksums(folder: Path) -> Iterator[IO]:
+    with _told(folder):
+        file = (folder / "checksums").open("a")
+    try:
+        if file.tell():
+            file.write("\n")  # the last line may have been cut off
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # of what could not be flushed
+            file.close()
+
+
+def _missing(folder: Path, images: Rows, labels: Rows) -> tuple[list[range], np.ndarray]:
+    """The chunks that are not there, or not as they were written; and the checksum of every image, uint32 [n]."""
+    written, checksums = {}, np.zeros(len(images), np.uint32)
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / "checksums").read_text(errors="replace").splitlines():
             first, _, checksum = line.partition(" ")
             written[first] = checksum
-    chunks = _chunks(len(images))
-    missing = [rows for rows in chunks if written.get(str(rows.start)) != str(_checksum(images, labels, rows))]
+    chunks, missing = _chunks(len(images)), []
+    for rows in chunks:
+        checksums[rows] = _checksums(images.read(rows))
+        if written.get(str(rows.start)) != str(_checksum(checksums[rows], labels.read(rows))):
+            missing.append(rows)
     damaged = [rows for rows in missing if str(rows.start) in written]
     if damaged:
         log.warning("%s: %d of %d chunks are damaged and must be made again", folder, len(damaged), len(chunks))
-    return missing
+    return missing, checksums
 
 
 def _chunks(n_images: int) -> list[range]:
     return [range(first, min(first + CHUNK, n_images)) for first in range(0, n_images, CHUNK)]
 
 
-def _checksum(images: Rows, labels: Rows, rows: range) -> int:
-    return zlib.crc32(labels.read(rows).data, zlib.crc32(images.read(rows).data))
+def _checksums(images: np.ndarray) -> np.ndarray:
+    """Of each image, uint32 [n]."""
+    return np.array([zlib.crc32(image) for image in images], np.uint32)
+
+
+def _checksum(checksums: np.ndarray, labels: np.ndarray) -> int:
+    """Of a chunk, from those of its images."""
+    return zlib.crc32(np.ascontiguousarray(labels, np.int64), zlib.crc32(np.ascontiguousarray(checksums)))
+
+
+def _room(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Reserve the disk's blocks for a cache; where there are none, leave nothing, and say so."""
+    files = {folder / "pixels": math.prod(shape), folder / "labels": 8 * shape[0]}
+    try:
+        for file, size in files.items():
+            _reserve(file, size)
+        return True
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        for file in files:
+            file.unlink(missing_ok=True)
+        log.warning(
+            "cache_dir: %s: no room for %.0f MB (%s); images are decoded anew for every run",
+            folder, sum(files.values()) / 1e6, error.strerror,
+        )  # fmt: skip
+        return False
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -300,8 +349,8 @@ def _reserve(file: Path, size: int) -> None:
         try:
             os.posix_fallocate(descriptor, 0, size)
         except (OSError, AttributeError) as error:  # some file systems and systems cannot
-            if getattr(error, "errno", None) in _FULL or shutil.disk_usage(file.parent).free < size:
-                file.unlink()
+            lacking = size - 512 * before.st_blocks
+            if getattr(error, "errno", None) in _FULL or shutil.disk_usage(file.parent).free < lacking:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     finally:
         os.close(descriptor)

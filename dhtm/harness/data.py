@@ -155,10 +155,18 @@ def load(
         loader = DataLoader(
             Indexed(dataset), batch_sampler=batches, collate_fn=collate, num_workers=n_workers, pin_memory=pin_memory
         )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that loads images was killed, for want of memory perhaps; the same command goes on, with "
+            f"num_workers={n_workers // 2}, say"
+        ) from error
 
 
 class Indexed(Dataset):

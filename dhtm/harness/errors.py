@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -64,6 +65,16 @@ def require_text(config: DictConfig, *keys: str) -> None:
     for key in keys:
         if not isinstance(value := OmegaConf.select(config, key), str):
             raise UserError(f"{key}={value}: it must be a name")
+
+
+def path_given(value: object, setting: str) -> Path:
+    """The path that a setting has for its value, ~ and ~user resolved; a UserError if it is none."""
+    if not isinstance(value, str | Path):
+        raise UserError(f"{setting}={value}: it must be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise UserError(f"{setting}={value}: nobody has such a home; write the path in full") from None
 
 
 def command(goes_on: bool) -> Callable[[Callable], Callable]:

@@ -166,7 +166,7 @@ def _predictions(
     if sorted([*predictions["index"], *failed]) != list(range(n_images)):
         raise RuntimeError(f"{task.run.path}: images were lost or counted twice; this is a mistake of the program")
     return predictions, [failed[index] for index in sorted(failed)], {
-        "images_per_s": len(todo) / seconds if todo else None,
+        "images_per_s": (len(todo) - len(failed)) / seconds if len(todo) > len(failed) else None,
         "batch_size": min(size for _, size, _ in everyones),
         "world_size": ranks.world,
         "device": ranks.device.type,

@@ -13,7 +13,7 @@ import numpy as np
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, path_given
 from dhtm.harness.sources import Source
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -70,7 +70,7 @@ def _numbers(names: Sequence[str], class_map: str | None) -> tuple[dict[str, int
         return {name: number for number, name in enumerate(synsets())}, synsets()
     if class_map == "numbers":
         return {name: int(name) for name in names if name.isdecimal()}, None
-    path = Path(class_map).expanduser()
+    path = path_given(class_map, "data.class_map")
     try:
         if path.suffix == ".json":
             return {str(name): int(number) for name, number in json.loads(path.read_text()).items()}, None
@@ -140,7 +140,7 @@ def labelled(source: Source, labels: str) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, or lacks an image.
     """
-    path = Path(labels).expanduser()
+    path = path_given(labels, "data.labels")
     try:
         devkit = path.is_dir() or path.name.endswith((".tar.gz", ".tgz"))
         classes = _of_devkit(path) if devkit else _of_table(path)

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dhtm.harness.backbones import bare_backbone, fit, load_backbone
-from dhtm.harness.errors import UnavailableError, UserError, one_line
+from dhtm.harness.errors import UnavailableError, UserError, one_line, path_given
 from dhtm.harness.store import write_atomically
 from dhtm.reducer import Reducer
 from dhtm.vit import patch
@@ -142,9 +142,9 @@ def _find(config: DictConfig, method: DictConfig) -> Path | None:
     if not isinstance(method.weights, str):
         raise UserError(f"method.weights={method.weights}: it must be null, trained or a file")
     if method.weights != "trained":
-        return Path(method.weights).expanduser()
+        return path_given(method.weights, "method.weights")
     name = place(config.backbone, method)
-    own = Path(config.checkpoints_dir).expanduser() / name / "last.safetensors"
+    own = path_given(config.checkpoints_dir, "checkpoints_dir") / name / "last.safetensors"
     shipped = SHIPPED / f"{name}.safetensors"
     for file in (own, shipped):
         if file.is_file():

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import logging
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,7 +28,7 @@ from dhtm.harness import backbones  # noqa: F401  timm knows deit_micro by it
 from dhtm.harness.data import digits
 from dhtm.harness.devices import pick_device
 from dhtm.harness.digits import CANVAS, scenes
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import UserError, path_given
 from dhtm.harness.prediction import predict
 from dhtm.harness.store import require_writable, write_atomically
 
@@ -48,7 +47,7 @@ def train_micro(config: DictConfig) -> float:
     if config.data.name != "digits":
         raise UserError(f"data={config.data.name}: training draws its own scenes, which only data=digits has")
     device = pick_device(config.device)
-    output = Path(config.output).expanduser()
+    output = path_given(config.output, "output")
     require_writable(output.parent, f"output={output}")
     torch.manual_seed(config.seed)
     model = timm.create_model(config.backbone.architecture, num_classes=config.backbone.num_classes)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dhtm.harness import labels as labelling
 from dhtm.harness.data import Split, UnreadableError, limited
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, path_given
 from dhtm.harness.sources import SPLITS, Folder, Source, Tars
 from dhtm.harness.tables import HUB, rows_of_files, rows_of_hub, rows_of_saved
 
@@ -148,7 +148,7 @@ def _listed(root, split, labels, class_map, streaming) -> tuple[Source, np.ndarr
 def _source(root: str, split: str, streaming: bool) -> Source:
     if root.startswith(HUB):
         return rows_of_hub(root, split, streaming)
-    path = Path(root).expanduser()
+    path = path_given(root, "data.root")
     if path.is_dir():
         return _in_folder(_of_split(path, split, root), split, streaming)
     files = [path] if path.is_file() else _matching(str(path))

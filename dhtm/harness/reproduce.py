@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, path_given
 from dhtm.harness.evaluate import evaluate
 from dhtm.harness.store import file_of_run, predictions
 
@@ -20,6 +20,9 @@ _CAUSES = (
     "device",
     "dtype",
     "batch_size",
+    "knobs",
+    "layers",
+    "seed",
     "weights_sha256",
     "data_fingerprint",
     "code_version",
@@ -41,7 +44,7 @@ def reproduce(folder: str, overrides: Sequence[str]) -> int:
     Raises:
         UserError: there is no such run, or no such key; or other images are found.
     """
-    path = Path(folder).expanduser()
+    path = path_given(folder, "--from")
     before = json.loads(file_of_run(path, "metrics.json"))
     config = _config(path, overrides)
     after = evaluate(config)

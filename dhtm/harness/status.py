@@ -122,7 +122,8 @@ def main() -> None:
     root = settings.pop("results_dir", "results/runs")
     if settings:
         sys.exit(f"error: {next(iter(settings))}: results_dir=DIR is all that can be set here")
-    files = sorted(Path(root).expanduser().glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
+    folder = Path(os.path.expanduser(root))  # noqa: PTH111, by which ~nobody is no error
+    files = sorted(folder.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         sys.exit(f"error: results_dir={root}: no sweep was begun there; make sweep, or results_dir=DIR")
     print(*(_table_or_complaint(file.parent) for file in files), sep="\n\n")

@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dhtm.harness.data import UnreadableError
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import UserError, path_given
 from dhtm.harness.redaction import redacted_config
 from dhtm.reducer import Reducer
 
@@ -87,9 +87,7 @@ class RunDirectory:
     """
 
     def __init__(self, results_dir: str, run_id: str):
-        if not isinstance(results_dir, str):
-            raise UserError(f"results_dir={results_dir}: it must be a directory")
-        self.path = Path(results_dir).expanduser() / run_id
+        self.path = path_given(results_dir, "results_dir") / run_id
         require_writable(self.path, f"results_dir={results_dir}")
 
     def metrics(self) -> dict | None:
@@ -221,7 +219,7 @@ def predictions(folder: Path) -> pd.DataFrame:
 
 def finished_runs(results_dir: str) -> pd.DataFrame:
     """The metrics of all finished runs, one row each, knobs and layers as they were configured."""
-    files = sorted(Path(results_dir).expanduser().glob("*/metrics.json"))
+    files = sorted(path_given(results_dir, "results_dir").glob("*/metrics.json"))
     return pd.DataFrame([_read_metrics(file) for file in files])
 
 

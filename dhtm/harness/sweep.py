@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from dhtm.harness import status
 from dhtm.harness.devices import rank, take_gpu
-from dhtm.harness.errors import UserError, command, one_line
+from dhtm.harness.errors import UserError, command, one_line, path_given
 from dhtm.harness.store import require_writable, write_json
 
 log = logging.getLogger(__name__)
@@ -75,16 +75,15 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which runs there are to be; refuse what none of them could do with."""
         _require_launcher(config.hydra)
-        setting = f"{'results_dir' if 'results_dir' in config else 'checkpoints_dir'}={self.root}"
-        if not isinstance(self.root, str):
-            raise UserError(f"{setting}: it must be a directory")
+        setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
+        root = path_given(self.root, setting)
         told = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-        self.folder, self.process = Path(self.root).expanduser().absolute() / "sweeps" / name, os.getpid()
+        self.folder, self.process = root.absolute() / "sweeps" / name, os.getpid()
         if rank() > 0:
             return
-        require_writable(self.folder, setting)
+        require_writable(self.folder, f"{setting}={self.root}")
         for file in self.folder.glob("[0-9]*.json"):
             file.unlink()
         write_json(self.folder / "sweep.json", {"command": told, "runs": _overrides(config)})

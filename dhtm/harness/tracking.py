@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dhtm.harness.devices import Ranks
-from dhtm.harness.errors import UserError, one_line
+from dhtm.harness.errors import UserError, one_line, path_given
 from dhtm.harness.redaction import redacted_config
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,9 @@ def evaluation_log(
 def log_finished_run(config: DictConfig, metrics: dict, folder: Path, draw: Draw) -> None:
     """Log a run that was finished before, unless it was logged whole then; arguments as for :class:`EvaluationLog`."""
     tracker, run_id = config.tracker, metrics["run_id"]
-    if tracker.name == "none" or any(Path(tracker.dir).expanduser().glob(f"wandb/*run-*-{run_id}*/{_mark(tracker)}")):
+    if tracker.name == "none":
+        return
+    if any(path_given(tracker.dir, "tracker.dir").glob(f"wandb/*run-*-{run_id}*/{_mark(tracker)}")):
         return
     with _run(tracker, _evaluation(config, run_id, metrics["trained"], resume=True)) as do:
         EvaluationLog(do, metrics["n_images"], pd.DataFrame(), world=1).result(metrics, folder, draw)
@@ -157,6 +160,8 @@ def check(tracker: DictConfig) -> None:
     """Before anything is computed: are a tracker's settings such as W&B takes?"""
     if tracker.name != "none" and tracker.mode not in (None, "online", "offline", "disabled"):
         raise UserError(f"tracker.mode={tracker.mode}: choose one of online, offline, disabled, or null")
+    if tracker.name != "none":
+        path_given(tracker.dir, "tracker.dir")
 
 
 def is_logged_in() -> bool:
@@ -195,7 +200,10 @@ class _BackgroundRun:
     def __init__(self, tracker: DictConfig, options: dict[str, Any]):
         self._tracker, self._options, self._exit_code = tracker, options, 1
         self._coming, self._told = queue.SimpleQueue(), []
-        importlib.import_module("wandb.apis.public")  # or wandb.init would, for a second, while images are predicted
+        with contextlib.suppress(Exception):  # which, if it matters, wandb.init meets too
+            importlib.import_module(
+                "wandb.apis.public"
+            )  # or wandb.init would, for a second, while images are predicted
         self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
         self._thread.start()
 
@@ -212,9 +220,9 @@ class _BackgroundRun:
             log.warning("W&B does not answer, nothing more is logged to it; %s", self._remedy())
 
     def _work(self) -> None:
-        # What is computed goes first where cores are few. On Linux a thread has its own niceness, and W&B's process gets it.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        if sys.platform == "linux":  # where a thread has its own niceness: what is computed goes first if cores are few
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # of W&B's own process too
         for _ in range(2):
             try:
                 run = _start(self._tracker, self._options)
@@ -253,7 +261,7 @@ class _BackgroundRun:
 
 
 def _start(tracker: DictConfig, options: dict[str, Any]) -> Any:
-    folder = Path(tracker.dir).expanduser().resolve()
+    folder = path_given(tracker.dir, "tracker.dir").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     _quieten()
     os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # what is to be uploaded waits beside the rest

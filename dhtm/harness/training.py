@@ -28,7 +28,7 @@ from dhtm.harness.backbones import check_known
 from dhtm.harness.data import Batch, Split, load
 from dhtm.harness.devices import DTYPES, Ranks, pick_batch_size, pick_dtype
 from dhtm.harness.equal_cost import solve
-from dhtm.harness.errors import UserError, one_line, require_number
+from dhtm.harness.errors import UserError, one_line, path_given, require_number
 from dhtm.harness.loading import load_data
 from dhtm.harness.methods import patched, place, pretrained, save_weights
 from dhtm.harness.prediction import predict
@@ -195,9 +195,12 @@ def _update(config: DictConfig, parts: dict[str, Any], number: int) -> None:
 
 
 def _output(config: DictConfig) -> Path:
-    folder = config.output or str(Path(config.checkpoints_dir) / place(config.backbone, config.method))
-    require_writable(Path(folder).expanduser(), f"output={folder}")
-    return Path(folder).expanduser()
+    if config.output is None:
+        folder = path_given(config.checkpoints_dir, "checkpoints_dir") / place(config.backbone, config.method)
+    else:
+        folder = path_given(config.output, "output")
+    require_writable(folder, f"output={config.output or folder}")
+    return folder
 
 
 def _check(config: DictConfig) -> None:

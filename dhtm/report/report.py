@@ -1,12 +1,11 @@
 """The whole report: every table and figure that the finished runs allow."""
 
 import logging
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dhtm.harness import tracking
-from dhtm.harness.errors import UserError
+from dhtm.harness.errors import UserError, path_given
 from dhtm.harness.store import require_writable, write_atomically
 from dhtm.report.figure1 import figure1
 from dhtm.report.figure4 import figure4
@@ -25,13 +24,13 @@ def report(config: DictConfig) -> None:
         UserError: there is no results_dir, a run in it is damaged, or nothing can be written to output_dir.
     """
     tracking.check(config.tracker)
-    if not Path(config.results_dir).expanduser().is_dir():
+    if not path_given(config.results_dir, "results_dir").is_dir():
         raise UserError(
             f"results_dir={config.results_dir}: no such directory; evaluate something first, or results_dir=DIR"
         )
     runs = load_runs(config.results_dir)
     log.info("%d finished runs in %s", len(runs), config.results_dir)
-    output = Path(config.output_dir).expanduser()
+    output = path_given(config.output_dir, "output_dir")
     require_writable(output / "tables", f"output_dir={config.output_dir}")
     every_run = runs.drop(columns=["plain", "finished"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output / "tables" / "runs.csv", lambda file: file.write_text(every_run))

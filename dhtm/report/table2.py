@@ -1,9 +1,8 @@
 """Table 2: DHTM against other methods at 30% fewer FLOPs, with tests; and what the paper claims of it."""
 
-from pathlib import Path
-
 import pandas as pd
 
+from dhtm.harness.errors import path_given
 from dhtm.harness.store import predictions
 from dhtm.report.runs import at_target, published
 from dhtm.report.statistics import LEVEL, Claim, claim, compare, holm
@@ -96,7 +95,7 @@ def _results(runs: pd.DataFrame, results_dir: str, backbone: str, data: str) -> 
         if run is not None:
             row |= run[_OURS].to_dict()
         if run is not None and dhtm is not None and name != "DHTM":
-            both = (predictions(Path(results_dir).expanduser() / one) for one in (dhtm.run_id, run.run_id))
+            both = (predictions(path_given(results_dir, "results_dir") / one) for one in (dhtm.run_id, run.run_id))
             found = compare(*both)
             row |= {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
             row |= {"dhtm_only": found.first_only, "other_only": found.second_only, "p": found.p}
