@@ -364,7 +364,7 @@ def test_without_a_login_it_is_offline(tracked, tmp_path, monkeypatch, caplog):
 def test_mode_is_checked(tracked):
     with pytest.raises(UserError, match=r"tracker.mode=sometimes: choose one of online, offline, disabled"):
         tracking.check(tracked("tracker.mode=sometimes").tracker)
-    with pytest.raises(UserError, match="tracker.dir=5: it must be a path"):
+    with pytest.raises(UserError, match=r"tracker.dir=5: it must be a path"):
         tracking.check(tracked("tracker.dir=5").tracker)
 
 
