@@ -58,8 +58,8 @@ report: $(STAMP) ## make the tables and figures from the runs that are there
 bench: $(STAMP) ## how fast the methods are on this machine; ARGS="backbone=deit_base batch_size=256 dtype=bfloat16"
 	@$(BIN)/python scripts/benchmark.py $(ARGS)
 
-test: $(STAMP) ## run the tests, three at a time; ARGS="-k merge" chooses
-	@$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+test: $(STAMP) ## run the tests, two at a time; ARGS="-k merge" chooses
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 stress: $(STAMP) ## run the tests that take too long for that: hundreds of kills, many ranks
 	@$(BIN)/python -m pytest -m stress $(ARGS)

@@ -18,8 +18,11 @@ ROOT = Path(__file__).parents[1]
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["dhtm.harness.evaluate", "dhtm.harness.sweep", "dhtm.harness.training", "dhtm.report.report", "processes"]
-)
+    [
+        "dhtm.harness.evaluate", "dhtm.harness.sweep", "dhtm.harness.training", "dhtm.kernels.cpu", "dhtm.report.report",
+        "fvcore.nn", "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
+    ]
+)  # fmt: skip
 
 
 def wait_for(condition, seconds=120):

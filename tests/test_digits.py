@@ -31,11 +31,9 @@ def test_the_test_split():
     assert len(split.dataset) == N_TEST_SCENES >= 1000
     labels = [label for _, label in split.dataset]
     assert np.bincount(labels, minlength=10).min() > 150
-    assert (
-        split.fingerprint
-        == digits("test", 0, 10, np.asarray).fingerprint
-        != digits("test", 1, None, np.asarray).fingerprint
-    )
+    fewer = digits("test", 0, 10, np.asarray)
+    assert len(fewer.dataset) == 10 and (fewer.dataset.images == split.dataset.images[:10]).all()
+    assert digits("test", 1, 10, np.asarray).fingerprint != fewer.fingerprint
     image, _ = split.dataset[0]
     assert isinstance(image, np.ndarray)
     assert Image.fromarray(image).size == (56, 56)

@@ -66,7 +66,7 @@ def shortened(photos, weights, tmp_path):
             epochs = ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu"]
             return [*arguments, *epochs, limit, f"checkpoints_dir={tmp_path}"]
         if "tracker=wandb" in arguments:
-            arguments += [f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+            arguments += ["method.k=20,40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
         if "--help" not in arguments:
             arguments += ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
         return arguments

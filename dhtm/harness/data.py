@@ -61,16 +61,13 @@ def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Spl
         return Split(dataset, _DIGITS, 1, f"digits {seed}", in_memory=False, n_classes=10)
     if split != "test":
         raise UserError(f"data.split={split}: the digits have data.split=test, and train")
-    images, labels, fingerprint = _test_scenes(seed)
-    n_images = limited(limit, len(images))
-    return Split(
-        _Images(images[:n_images], labels[:n_images], transform), _DIGITS, 1, fingerprint, in_memory=True, n_classes=10
-    )
+    images, labels, fingerprint = _test_scenes(seed, limited(limit, scenes.N_TEST_SCENES))
+    return Split(_Images(images, labels, transform), _DIGITS, 1, fingerprint, in_memory=True, n_classes=10)
 
 
 @functools.cache
-def _test_scenes(seed: int):
-    images, labels, _ = scenes.scenes("test", range(scenes.N_TEST_SCENES), seed)
+def _test_scenes(seed: int, n_images: int):
+    images, labels, _ = scenes.scenes("test", range(n_images), seed)
     return images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
 
