@@ -116,9 +116,10 @@ class Pixels:
             self._resident = None
             if torch.cuda.mem_get_info(device)[0] < 2 * self.images.nbytes:
                 return None
-            self._resident = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
+            resident = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
             for rows in _chunks(len(self)):
-                self._resident[rows.start : rows.stop] = self._read(rows)
+                resident[rows.start : rows.stop] = self._read(rows)
+            self._resident = resident
         return self._resident
 
     def batches(self, batches: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:

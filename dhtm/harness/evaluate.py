@@ -234,9 +234,9 @@ def _tell(task: _Task, metrics: dict) -> None:
 
 def _accuracy(predictions: pd.DataFrame) -> dict:
     """Top-1 with its 95% Wilson interval and top-5, in percent."""
-    n_images, n_correct = len(predictions), int(predictions.correct.sum())
     from scipy.stats import binomtest  # here, because it takes a second, which a start need not wait for
 
+    n_images, n_correct = len(predictions), int(predictions.correct.sum())
     interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
     broken = predictions["index"][predictions.nonfinite]
     in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]

@@ -26,8 +26,8 @@ from dhtm.harness.redaction import redacted_config
 log = logging.getLogger(__name__)
 
 ROWS = 100  # of an evaluation's running figures
-PATIENCE_S = 45  # with W&B, at the end of a run
 NICENESS = 10  # of what talks to W&B
+PATIENCE_S = 45  # with W&B, at the end of a run
 STOPPED_PATIENCE_S = 10  # and where the run was stopped: the system may soon kill what it has asked to stop
 _FILES = ("config.yaml", "environment.json", "metrics.json")
 _LIMIT: list[str] = []  # "offline" or "disabled", after W&B could not be reached, or hung, in this process
@@ -200,10 +200,9 @@ class _BackgroundRun:
     def __init__(self, tracker: DictConfig, options: dict[str, Any]):
         self._tracker, self._options, self._exit_code = tracker, options, 1
         self._coming, self._told = queue.SimpleQueue(), []
-        with contextlib.suppress(Exception):  # which, if it matters, wandb.init meets too
-            importlib.import_module(
-                "wandb.apis.public"
-            )  # or wandb.init would, for a second, while images are predicted
+        # wandb.init would load it, for most of a second, while images are predicted; and meets what is wrong with it too.
+        with contextlib.suppress(Exception):
+            importlib.import_module("wandb.apis.public")
         self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
         self._thread.start()
 
