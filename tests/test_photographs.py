@@ -301,6 +301,16 @@ def test_a_loading_process_that_is_killed_is_told_in_one_line():
         list(batches)
 
 
+class Faulty(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise RuntimeError("a mistake of the program")
+
+
+def test_an_error_in_a_loading_process_is_not_taken_for_its_end():
+    with pytest.raises(RuntimeError, match="a mistake of the program"):
+        list(load(Faulty(), [[0, 1]], num_workers=1))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_disk_that_goes_away_ends_the_run_at_once(images, tmp_path, num_workers, empty):

@@ -158,7 +158,8 @@ def load(
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # An error of the data set's own has "in DataLoader worker process".
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise UserError(
             "a process that loads images was killed, for want of memory perhaps; the same command goes on, with "
