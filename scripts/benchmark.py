@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig
 
 from dhtm.harness.benchmark import benchmark, check, scaling
-from dhtm.harness.devices import pick_device
-from dhtm.harness.errors import command, path_given
-from dhtm.harness.methods import SHIPPED
-from dhtm.harness.store import environment, require_writable, write_json
+from dhtm.harness.core.devices import pick_device
+from dhtm.harness.core.errors import command, path_given
+from dhtm.harness.models.methods import SHIPPED
+from dhtm.harness.runs.store import environment, require_writable, write_json
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
 from dhtm.report.style import BACKBONES, save_figure
 

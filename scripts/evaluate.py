@@ -6,10 +6,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dhtm.harness import sweep, tracking
-from dhtm.harness.errors import UnavailableError, UserError, command
-from dhtm.harness.evaluate import evaluate
-from dhtm.harness.reproduce import reproduce
+from dhtm.harness import tracking
+from dhtm.harness.core.errors import UnavailableError, UserError, command
+from dhtm.harness.runs.evaluate import evaluate
+from dhtm.harness.runs.reproduce import reproduce
+from dhtm.harness.sweeps import callback
 from dhtm.report.regions import sample_regions
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def main(config: DictConfig) -> dict | None:
         if not config.skip_unavailable:
             raise
         log.warning("left out: %s", error)
-        sweep.note(state="skipped", reason=str(error))
+        callback.note(state="skipped", reason=str(error))
         return None
 
 

@@ -6,10 +6,10 @@ import hydra
 from omegaconf import DictConfig
 from timm.data import resolve_data_config
 
-from dhtm.harness.backbones import bare_backbone
-from dhtm.harness.cache import Pixels
-from dhtm.harness.errors import UserError, command, require_number
-from dhtm.harness.loading import from_cache, load_data, on_error
+from dhtm.harness.core.errors import UserError, command, require_number
+from dhtm.harness.data.cache import Pixels
+from dhtm.harness.data.loading import from_cache, load_data, on_error
+from dhtm.harness.models.backbones import bare_backbone
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from dhtm.harness.errors import command
+from dhtm.harness.core.errors import command
 from dhtm.report.report import report
 
 

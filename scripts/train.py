@@ -4,8 +4,8 @@ import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import tracking
-from dhtm.harness.errors import command
-from dhtm.harness.training import train
+from dhtm.harness.core.errors import command
+from dhtm.harness.training.trainer import train
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -3,8 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
-from dhtm.harness.errors import command
-from dhtm.harness.micro import train_micro
+from dhtm.harness.core.errors import command
+from dhtm.harness.training.embedded import train_micro
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_micro")

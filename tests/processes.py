@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
-        "dhtm.harness.evaluate", "dhtm.harness.sweep", "dhtm.harness.training", "dhtm.kernels.cpu", "dhtm.report.report",
-        "fvcore.nn", "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
+        "dhtm.harness.runs.evaluate", "dhtm.harness.sweeps.callback", "dhtm.harness.training.trainer", "dhtm.kernels.cpu",
+        "dhtm.report.report", "fvcore.nn", "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
     ]
 )  # fmt: skip
 

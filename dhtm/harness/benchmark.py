@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from dhtm.flops import count_flops
-from dhtm.harness.backbones import bare_backbone
-from dhtm.harness.devices import pick_device, pick_dtype
-from dhtm.harness.digits import scenes
-from dhtm.harness.equal_cost import baseline_flops, solve
-from dhtm.harness.errors import UserError, require_number
-from dhtm.harness.methods import patched
+from dhtm.harness.core.devices import pick_device, pick_dtype
+from dhtm.harness.core.errors import UserError, require_number
+from dhtm.harness.data.scenes import scenes
+from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness.models.cost import baseline_flops, solve
+from dhtm.harness.models.methods import patched
 from dhtm.merge import hierarchical_merge
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ import wandb
 from omegaconf import DictConfig
 from PIL import Image
 
-from dhtm.harness.devices import Ranks
-from dhtm.harness.errors import UserError, one_line, path_given
-from dhtm.harness.redaction import redacted_config
+from dhtm.harness.core.devices import Ranks
+from dhtm.harness.core.errors import UserError, one_line, path_given
+from dhtm.harness.core.redaction import redacted_config
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import wandb_workspaces.workspaces as workspaces
 from omegaconf import DictConfig
 from wandb_workspaces.reports.v2.interface import PanelTypes
 
-from dhtm.harness.errors import UserError, one_line
-from dhtm.harness.store import finished_runs
+from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.runs.store import finished_runs
 from dhtm.harness.tracking import is_logged_in
 from dhtm.report.style import UNMERGED, colour_of
 
@@ -44,7 +44,7 @@ def dashboard(entity: str, project: str, name: str, runs: pd.DataFrame) -> works
     Args:
         entity, project: whose it is.
         name: of the view.
-        runs: of :func:`dhtm.harness.store.finished_runs`, which may be none.
+        runs: of :func:`dhtm.harness.runs.store.finished_runs`, which may be none.
     """
     flops, top1 = panels.SummaryMetric("flops_g"), panels.SummaryMetric("top1")
     throughput = {"metrics": ["images_per_s"], "max_runs_to_show": MAX_RUNS, "max_bars_to_show": MAX_RUNS}

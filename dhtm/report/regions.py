@@ -8,8 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import dhtm
-from dhtm.harness.data import Split, UnreadableError
-from dhtm.harness.prediction import mask
+from dhtm.harness.data.splits import Split, UnreadableError
+from dhtm.harness.runs.predict import mask
 from dhtm.regions import Regions
 from dhtm.vit import image_ids
 

@@ -5,8 +5,8 @@ import logging
 from omegaconf import DictConfig
 
 from dhtm.harness import tracking
-from dhtm.harness.errors import UserError, path_given
-from dhtm.harness.store import require_writable, write_atomically
+from dhtm.harness.core.errors import UserError, path_given
+from dhtm.harness.runs.store import require_writable, write_atomically
 from dhtm.report.figure1 import figure1
 from dhtm.report.figure4 import figure4
 from dhtm.report.runs import load_runs

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from dhtm.harness.store import finished_runs
+import dhtm
+from dhtm.harness.runs.store import finished_runs
 
-PAPER = Path(__file__).parents[2] / "results" / "paper"
+PAPER = Path(dhtm.__file__).parent.parent / "results" / "paper"
 _COLUMNS = [
     "run_id", "backbone", "method", "k", "layers", "knob", "value", "trained", "untrained", "targets", "data", "split",
     "n_images", "top1", "ci_low", "ci_high", "top5", "flops_g", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g",

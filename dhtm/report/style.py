@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from dhtm.harness.store import write_atomically
+from dhtm.harness.runs.store import write_atomically
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and two dark ones of Tol's; orange and blue as in the
 # paper's Figure 4. A method's variants, trained or in other layers, share its colour.

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from dhtm.harness.errors import path_given
-from dhtm.harness.store import predictions
+from dhtm.harness.core.errors import path_given
+from dhtm.harness.runs.store import predictions
 from dhtm.report.runs import at_target, published
 from dhtm.report.statistics import LEVEL, Claim, claim, compare, holm
 from dhtm.report.style import BACKBONES, DATA, METHODS

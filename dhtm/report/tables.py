@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dhtm.harness.store import write_atomically
+from dhtm.harness.runs.store import write_atomically
 
 DASH = "–"
 

@@ -1,0 +1,1 @@
+"""Errors and the command line, files, devices and ranks."""

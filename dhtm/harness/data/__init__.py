@@ -1,0 +1,1 @@
+"""Data sets: the embedded scenes, photographs, their labels and their cache."""

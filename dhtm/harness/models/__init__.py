@@ -1,0 +1,1 @@
+"""Backbones, methods and their weights, and knobs solved for a cost."""

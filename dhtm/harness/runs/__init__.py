@@ -1,0 +1,1 @@
+"""One evaluation: its directory, its provenance, its predictions and its metrics."""

@@ -1,0 +1,158 @@
+"""Writing a few images in every form that ImageNet is kept in."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import scipy.io
+import webdataset
+from timm.data import ImageNetInfo
+from torchvision.transforms import PILToTensor
+
+from dhtm.harness.data.photographs import photographs
+
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+# The hub tells apart the two classes that are called crane.
+WORDS = [f"{ImageNetInfo('imagenet-1k').index_to_description(i)}, {synset}" for i, synset in enumerate(SYNSETS)]
+CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of Imagenette
+
+
+def in_class_folders(root, images):
+    for name, (content, synset) in images.items():
+        (root / "val" / synset).mkdir(parents=True, exist_ok=True)
+        (root / "val" / synset / name).write_bytes(content)
+    return {}
+
+
+def flat(root, images):
+    (root / "val").mkdir()
+    for name, (content, _) in images.items():
+        (root / "val" / name).write_bytes(content)
+
+
+def devkit(root, images):
+    """Ids in an order of their own, as the real one has them, where 1,000 leaves and their ancestors are listed."""
+    folder = root / "ILSVRC2012_devkit_t12" / "data"
+    folder.mkdir(parents=True)
+    order = [*SYNSETS[500:], *SYNSETS[:500], "n00000001"]
+    entries = np.zeros((len(order), 1), dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
+    for i, synset in enumerate(order):
+        entries[i, 0] = (np.array([[i + 1]]), synset, "words")
+    scipy.io.savemat(folder / "meta.mat", {"synsets": entries})
+    truth = "".join(f"{order.index(synset) + 1}\n" for _, synset in images.values())
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    return folder.parent
+
+
+def flat_with_devkit(root, images):
+    flat(root, images)
+    devkit(root, images)
+    return {}
+
+
+def flat_with_packed_devkit(root, images):
+    flat(root, images)
+    packed = root / "kit" / "ILSVRC2012_devkit_t12.tar.gz"
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(devkit(packed.parent, images), "ILSVRC2012_devkit_t12")
+    return {"labels": str(packed)}
+
+
+def flat_with_kaggles_csv(root, images):
+    flat(root, images)
+    lines = [f"{Path(name).stem},{synset} 85 1 499 272 " for name, (_, synset) in reversed(images.items())]
+    (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
+    return {}
+
+
+def flat_with_numbers(root, images):
+    flat(root, images)
+    lines = [f"{name} {SYNSETS.index(synset)}\n" for name, (_, synset) in images.items()]
+    (root / "val.txt").write_text("".join(lines))
+    return {"labels": f"{root}/val.txt"}
+
+
+def original_tar(root, images):
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name, (content, _) in images.items():
+            add(tar, name, content)
+    devkit(root, images)
+    return {}
+
+
+def tar_of_class_folders(root, images):
+    with tarfile.open(root / "some.tar", "w") as tar:
+        for name, (content, synset) in images.items():
+            add(tar, f"./val/{synset}/{name}", content)
+    return {"root": f"{root}/some.tar"}
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def shards(root, images):
+    write_shards(root, images, lambda synset: {"cls": SYNSETS.index(synset)})
+    return {"root": f"{root}/imagenet-val-{{000..002}}.tar"}
+
+
+def shards_with_json(root, images):
+    write_shards(root, images, lambda synset: {"json": {"label": SYNSETS.index(synset), "width": 40}})
+    return {}
+
+
+def write_shards(root, images, label):
+    with webdataset.ShardWriter(f"{root}/imagenet-val-%03d.tar", maxcount=5, verbose=0) as writer:
+        for name, (content, synset) in images.items():
+            writer.write({"__key__": Path(name).stem, "JPEG": content, **label(synset)})
+
+
+def table(images, names=WORDS):
+    rows = {
+        "image": [{"bytes": content, "path": name} for name, (content, _) in images.items()],
+        "label": [SYNSETS.index(synset) for _, synset in images.values()],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict(rows, features)
+
+
+def parquet(root, images):
+    """Two files of one split, beside one of another, as the hub has them."""
+    (root / "data").mkdir()
+    for i in range(2):
+        table(images).shard(2, i, contiguous=True).to_parquet(root / "data" / f"validation-0000{i}-of-00002.parquet")
+    table(dict(list(images.items())[:1])).to_parquet(root / "data" / "train-00000-of-00001.parquet")
+    return {}
+
+
+def parquet_streamed(root, images):
+    return parquet(root, images) | {"streaming": True}
+
+
+def arrow_saved(root, images):
+    datasets.DatasetDict({"validation": table(images)}).save_to_disk(root)
+    return {}
+
+
+def arrow_files(root, images):
+    table(images).save_to_disk(root / "saved")
+    (root / "val").mkdir()
+    for file in (root / "saved").glob("*.arrow"):
+        file.rename(root / "val" / file.name)
+    return {}
+
+
+FORMS = [
+    in_class_folders, flat_with_devkit, flat_with_packed_devkit, flat_with_kaggles_csv, flat_with_numbers, original_tar,
+    tar_of_class_folders, shards, shards_with_json, parquet, parquet_streamed, arrow_saved, arrow_files,
+]  # fmt: skip
+
+
+def opened(form, root, images, **options):
+    arguments = {"root": str(root), "split": "val", "limit": None, "transform": PILToTensor(), "class_map": "synsets"}
+    return photographs(**(arguments | form(root, images) | options))

@@ -1,0 +1,304 @@
+"""The runner: what it writes is right, finished runs are kept, interrupted ones leave nothing, mistakes get one line."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from processes import start_script, wait_for
+from safetensors.torch import save_file
+
+import dhtm
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.runs.evaluate import evaluate
+
+CONTRACT = """run_id experiment backbone method knobs layers data split n_images n_failed top1 top1_ci95 top5 flops_g
+    flops_baseline_g flops_reduction_pct merge_flops_g params_m tokens_by_layer images_per_s batch_size dtype device seed
+    wall_s weights_sha256 versions git_commit"""
+
+
+@pytest.fixture
+def run(composed, tmp_path):
+    """Evaluate in this process, results in a folder of the test's own."""
+
+    def evaluate_with(*overrides):
+        folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
+        return evaluate(composed(*folders, "device=cpu", *overrides))
+
+    return evaluate_with
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A DeiT-Tiny with random weights for three classes, as a user's own checkpoint."""
+    torch.manual_seed(5)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    torch.nn.init.normal_(model.head.weight)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def read(metrics, tmp_path):
+    folder = tmp_path / "runs" / metrics["run_id"]
+    assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
+        "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
+    ]  # fmt: skip
+    return folder, pd.read_parquet(folder / "predictions.parquet")
+
+
+def test_a_run_directory_holds_the_contract(run, tmp_path):
+    metrics = run("method.k=48", "data.limit=100")
+    folder, predictions = read(metrics, tmp_path)
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert set(CONTRACT.split()) <= set(metrics)
+    assert list(predictions.columns) == ["index", "label", "top5", "correct"]
+    assert predictions["index"].tolist() == list(range(100))
+    assert metrics["n_images"] == 100
+    assert metrics["top1"] == 100 * predictions.correct.mean()
+    assert metrics["tokens_by_layer"] == [196] * 3 + [148] * 3 + [100] * 4 + [52] * 2
+    # Wilson (1927) in closed form.
+    p, n, z = predictions.correct.mean(), 100, 1.959963984540054
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = [100 * (centre - half) / (1 + z**2 / n), 100 * (centre + half) / (1 + z**2 / n)]
+    assert metrics["top1_ci95"] == pytest.approx(expected)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "k: 48" in (folder / "config.yaml").read_text()
+
+
+def test_photographs_are_evaluated_as_timm_preprocesses_them(run, photos, checkpoint, tmp_path):
+    """Top-1, top-5 and order against a plain loop with DeiT's published preprocessing written out."""
+    overrides = ["data=imagefolder", f"data.root={photos}", "backbone=deit_tiny", "method.k=20"]
+    metrics = run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "batch_size=3")
+    _, predictions = read(metrics, tmp_path)
+
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=3, checkpoint_path=str(checkpoint)).eval()
+    dhtm.patch(model, dhtm.DHTM(k=20, layers=(4, 7, 11)))
+    expected = []
+    files = sorted((photos / "val").glob("*/*.JPEG"))
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        width, height = image.size
+        scale = 248 / min(width, height)  # 224 / 0.9, as DeiT's evaluation crops
+        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+        left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
+        pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
+        pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        with torch.inference_mode():
+            logits = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
+        expected.append(logits[0].argsort(descending=True).tolist())
+    assert [list(top) for top in predictions.top5] == expected
+    assert predictions.label.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert metrics["top5"] == 100
+    assert metrics["flops_g"] == dhtm.count_flops(model).total / 1e9
+
+
+def test_results_depend_neither_on_batch_size_nor_on_what_else_is_evaluated(run, tmp_path):
+    for method in ("dhtm", "random"):
+        parts = []
+        for overrides in (["batch_size=1", "data.limit=12"], ["batch_size=7", "data.limit=30"]):
+            metrics = run(f"method={method}", "method.k=56", "force=true", *overrides)
+            parts.append(read(metrics, tmp_path)[1].top5[:12].tolist())
+        assert np.array_equal(*parts)
+
+
+def test_a_finished_run_is_skipped_and_force_computes_it(run, tmp_path):
+    first = run("data.limit=8", "batch_size=8")
+    file = tmp_path / "runs" / first["run_id"] / "metrics.json"
+    written = file.stat().st_mtime_ns
+    # The batch size is no part of what determines the result.
+    assert run("data.limit=8", "batch_size=2") == first
+    assert file.stat().st_mtime_ns == written
+    forced = run("data.limit=8", "force=true")
+    assert file.stat().st_mtime_ns > written
+    assert forced["run_id"] == first["run_id"]
+
+
+def test_what_determines_the_result_is_in_the_run_id(run, tmp_path):
+    changes = [
+        [],
+        ["method.k=41"],
+        ["method.layers=[4,7,10]"],
+        ["data.limit=5"],
+        ["dtype=bfloat16"],
+        ["data.seed=1"],
+        ["method=random"],
+        ["method=random", "seed=1"],
+    ]
+    ids = {run("data.limit=4", *change)["run_id"] for change in changes}
+    assert len(ids) == len(changes)
+
+
+def test_a_kill_between_any_two_files_leaves_an_unfinished_run(run, tmp_path, monkeypatch):
+    metrics = run("data.limit=4")
+    folder = tmp_path / "runs" / metrics["run_id"]
+    for survivors in range(5):  # a shard of predictions, and the four files
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        left = [survivors]
+
+        def replace(path, target, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            os.replace(path, target)  # noqa: PTH105
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(folder), "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                run("data.limit=4", "force=true")
+        assert not (folder / "metrics.json").exists()
+        assert {file.name for file in folder.glob(".*")} == {".lock"}
+    assert run("data.limit=4")["top1"] == metrics["top1"]
+
+
+def test_a_sweep_is_hydras_multirun(script, tmp_path):
+    result = script(
+        "evaluate", "-m", "method=dhtm,random", "method.k=0,8", "data.limit=8", f"results_dir={tmp_path}/runs"
+    )
+    assert result.returncode == 0, result.stderr
+    runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
+    assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
+        ("dhtm", 0), ("dhtm", 8), ("random", 0), ("random", 8),
+    ]  # fmt: skip
+
+
+def test_experiments_are_the_papers(script, tmp_path):
+    ks = [0, 10, 20, 30, 40, 48, 56]
+    limit = ["data.limit=2", f"results_dir={tmp_path}/runs"]
+    for experiment, methods in (("table1", ["dhtm"]), ("figure4", ["dhtm", "random"])):
+        result = script("evaluate", "-m", f"experiment={experiment}", *limit)
+        assert result.returncode == 0, result.stderr
+        runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
+        assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
+            (method, k) for method in methods for k in ks
+        ]
+    assert result.stdout.count("done before") == 7, "figure 4 takes DHTM's runs from table 1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.k=100"], r"method=dhtm: k=100 merges in layer 7, but only N=96 tokens are left"),
+        (["method.k=-1"], r"method=dhtm: k=-1"),
+        (["method.k=many"], r"method=dhtm: k='many'"),
+        (["method.layers=[4,13]"], r"layers=\[4, 13\]: the model has layers 1 to 12"),
+        (["method.layers=[7,4]"], r"layers=\[7, 4\]: give increasing"),
+        (["method.layers=all", "method.k=17"], r"k=17 merges in layer 12, but only N=9 tokens"),
+        (["method.similarity=dot"], r"similarity='dot': choose one of 'cosine'"),
+        (["data=imagenet"], r"data.root is not set: give the folder"),
+        (["data=imagenet", "data.root=/no/such/place"], r"data.root=/no/such/place: no such directory"),
+        (["method=random", "method.connectivity=6"], r"method=random: connectivity=6: choose one of 8, 4"),
+        (["method=random", "seed=abc"], r"seed=abc: it must be an integer"),
+        (["num_workers=-1"], r"num_workers=-1: it must be"),
+        (["device=null"], r"device=None: not to be had here"),
+        (["device=meta"], r"device=meta: not to be had here"),
+        (["results_dir=null"], r"results_dir=None: it must be a path"),
+        (["results_dir='~nobody.such/x'"], r"results_dir=~nobody.such/x: nobody has such a home"),
+        (["data.seed=-1"], r"data=digits: "),
+        (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
+        (["data.limit=0"], r"data.limit=0: it must be"),
+        (["data.split=valid"], r"data.split=valid: the digits have data.split=test, and train"),
+        (["batch_size=0"], r"batch_size=0: it must be"),
+        (["dtype=int8"], r"dtype=int8: choose one of float32"),
+        (["device=tpu"], r"device=tpu: not to be had here"),
+        (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
+        (
+            ["backbone.num_classes=7", "backbone.checkpoint=/no/such/file"],
+            r"backbone.checkpoint=/no/such/file: no such file",
+        ),
+        (["backbone=deit_small"], r"pretrained weights cannot be had .*backbone.checkpoint=FILE"),
+        (["backbone.architecture=swin_tiny_patch4_window7_224"], r"swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_mistakes_get_one_line(run, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        run("data.limit=2", *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "swin.pth")
+    overrides = [
+        f"backbone.checkpoint={tmp_path}/swin.pth",
+        "backbone.num_classes=3",
+        "data=imagefolder",
+        f"data.root={photos}",
+    ]
+    with pytest.raises(UserError, match="only timm's VisionTransformer and its subclasses are supported"):
+        run("backbone.architecture=swin_tiny_patch4_window7_224", *overrides)
+
+
+def test_data_that_does_not_fit_is_refused(run, photos, tmp_path):
+    with pytest.raises(UserError, match="data=imagefolder has 3 classes, the backbone 10: choose a backbone"):
+        run("data=imagefolder", f"data.root={photos}")
+    torch.save(timm.create_model("deit_micro", num_classes=3).state_dict(), tmp_path / "grey.pth")
+    with pytest.raises(UserError, match="data=imagefolder has images of 3 channels, the backbone takes 1"):
+        run(
+            "data=imagefolder",
+            f"data.root={photos}",
+            f"backbone.checkpoint={tmp_path}/grey.pth",
+            "backbone.num_classes=3",
+        )
+    (tmp_path / "val" / "n01440764").mkdir(parents=True)
+    with pytest.raises(UserError, match="class folder n01440764 is empty"):
+        run("data=imagefolder", f"data.root={tmp_path}")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(UserError, match="no folders of images"):
+        run("data=imagefolder", f"data.root={tmp_path}/flat")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_named(run, photos, checkpoint, tmp_path, num_workers):
+    shutil.copytree(photos, tmp_path / "photos")
+    file = sorted((tmp_path / "photos").glob("val/*/*.JPEG"))[4]
+    file.write_bytes(file.read_bytes()[:500])
+    overrides = ["data=imagefolder", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
+    with pytest.raises(UserError, match=rf"image 4 cannot be read: {file}: ") as error:
+        run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_metrics_are_named(run, tmp_path):
+    folder = tmp_path / "runs" / run("data.limit=2")["run_id"]
+    (folder / "metrics.json").write_text('{"top1": 9')
+    with pytest.raises(UserError, match=r"metrics.json: damaged .*force=true"):
+        run("data.limit=2")
+    assert run("data.limit=2", "force=true")["n_images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.k=100"], "error: backbone=deit_micro, method=dhtm: k=100 merges in layer 7"),
+        (["method=dhtn"], "Could not find 'method/dhtn'"),
+        (["backbone=deit_huge"], "Could not find 'backbone/deit_huge'"),
+        (["method.kk=3"], "Key 'kk' is not in struct"),
+        (["batchsize=3"], "Key 'batchsize' is not in struct"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, message, tmp_path):
+    result = script("evaluate", *overrides, f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupting_with_ctrl_c(tmp_path):
+    run = ["batch_size=2", "store_every_s=0", f"results_dir={tmp_path}/runs"]
+    process = start_script("evaluate", *run, stderr=tmp_path / "errors")
+    wait_for(lambda: list(tmp_path.glob("runs/*/shards/*")))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("runs/*/metrics.json"))

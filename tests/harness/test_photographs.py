@@ -1,0 +1,520 @@
+"""ImageNet in every form that it is kept in: the same images, in the same classes, as timm reads them; and what is no image."""
+
+import io
+import json
+import os
+import pkgutil
+import signal
+import struct
+import sys
+import tarfile
+import warnings
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from forms import (
+    CHOSEN,
+    FORMS,
+    SYNSETS,
+    WORDS,
+    add,
+    flat,
+    flat_with_devkit,
+    in_class_folders,
+    opened,
+    original_tar,
+    parquet,
+    parquet_streamed,
+    shards,
+    table,
+    write_shards,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_dataset
+from torchvision.transforms import PILToTensor
+
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.data import photographs as module
+from dhtm.harness.data.photographs import photographs
+from dhtm.harness.data.splits import UnreadableError, load
+from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness.runs.evaluate import evaluate
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    module._listed.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def images():
+    """File name and content of twelve validation images, and the synset of each."""
+    rng = np.random.default_rng(1)
+    found = {}
+    for number in range(1, 13):
+        content = io.BytesIO()
+        pixels = rng.integers(0, 256, (5, 4 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30)).save(content, "JPEG")
+        found[f"ILSVRC2012_val_{number:08d}.JPEG"] = content.getvalue(), CHOSEN[number * 7 % 4]
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_same_images_in_the_same_classes(form, images, tmp_path):
+    split = opened(form, tmp_path, images)
+    assert (len(split.dataset), split.n_classes, split.channels) == (12, 1000, 3)
+    found = {}
+    for batch in load(split.dataset, [range(5), range(5, 7), range(7, 12)], num_workers=2):
+        assert not batch.failed
+        for index, image, label in zip(batch.ids.tolist(), batch.images, batch.labels.tolist(), strict=True):
+            found[index] = image.numpy().tobytes(), label
+    assert list(found) == list(range(12))
+    expected = [
+        (np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1).tobytes(), SYNSETS.index(synset))
+        for content, synset in images.values()
+    ]
+    assert sorted(found.values()) == sorted(expected)
+    if "class_folders" not in form.__name__:  # where files are in the order of their folders
+        assert list(found.values()) == expected
+
+
+@pytest.mark.parametrize("form", [flat_with_devkit, original_tar, shards, parquet])
+def test_what_identifies_the_data_changes_with_it(form, images, tmp_path):
+    fingerprints = set()
+    other = dict(images)
+    other["ILSVRC2012_val_00000003.JPEG"] = (images["ILSVRC2012_val_00000003.JPEG"][0] + b"more", CHOSEN[0])
+    renamed = dict(images)
+    renamed["ILSVRC2012_val_00000003.JPEG"] = (images["ILSVRC2012_val_00000003.JPEG"][0], CHOSEN[3])
+    for i, version in enumerate([images, images, other, renamed]):
+        (tmp_path / str(i)).mkdir()
+        fingerprints.add(opened(form, tmp_path / str(i), version).fingerprint)
+    assert len(fingerprints) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [["cache_dir=null"], ["cache_dir=null", "num_workers=2"], ["cache_dir={}/cache"]], ids=str
+)
+@pytest.mark.parametrize("form", [shards, parquet, parquet_streamed])
+def test_an_evaluation_is_the_same_whatever_the_form(composed, images, tmp_path, form, options):
+    save_file(bare_backbone("deit_tiny_patch16_224", 1000).state_dict(), tmp_path / "tiny.safetensors")
+    predictions = []
+    for one in (flat_with_devkit, form):
+        root = tmp_path / one.__name__
+        root.mkdir()
+        given = {"root": root} | one(root, images)
+        config = composed(
+            "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagenet", "batch_size=5",
+            f"results_dir={tmp_path}/runs", "num_workers=0", *[option.format(tmp_path) for option in options],
+        )  # fmt: skip
+        config.data.update({key: value if isinstance(value, bool) else str(value) for key, value in given.items()})
+        metrics = evaluate(config)
+        predictions.append(pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet"))
+    pd.testing.assert_frame_equal(*[one.assign(top5=one.top5.map(tuple)) for one in predictions])
+
+
+def odd(kind):
+    """An image of a kind that ImageNet has, or that users have; as a file named .JPEG."""
+    rng = np.random.default_rng(7)
+    image = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((60, 45))
+    file, options = io.BytesIO(), {}
+    if kind == "CMYK":  # ILSVRC2012_val_00019877 and others
+        image = image.convert("CMYK")
+    elif kind == "grey":
+        image = image.convert("L")
+    elif kind == "PNG named JPEG":  # n02105855_2933.JPEG
+        options = {"format": "PNG"}
+    elif kind == "16 bits":
+        image, options = Image.fromarray(rng.integers(0, 2**16, (45, 60), dtype=np.uint16)), {"format": "PNG"}
+    elif kind == "palette with transparency":
+        image, options = image.convert("P"), {"format": "PNG", "transparency": bytes(range(256))}
+    elif kind == "grey with alpha":
+        image, options = image.convert("LA"), {"format": "PNG"}
+    elif kind == "1 bit":
+        image, options = image.convert("1"), {"format": "PNG"}
+    elif kind == "turned by EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif}
+    elif kind == "broken EXIF":
+        options = {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02\x01\x12\x00\x03"}
+    elif kind == "progressive":
+        options = {"progressive": True}
+    image.save(file, **({"format": "JPEG"} | options))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "CMYK", "grey", "PNG named JPEG", "16 bits", "palette with transparency", "grey with alpha", "1 bit",
+        "turned by EXIF", "broken EXIF", "progressive",
+    ],
+)  # fmt: skip
+def test_odd_images_are_read_as_timm_reads_them(kind, tmp_path):
+    content = odd(kind)
+    (tmp_path / "val" / CHOSEN[0]).mkdir(parents=True)
+    (tmp_path / "val" / CHOSEN[0] / "odd.JPEG").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        timms, _ = create_dataset("", str(tmp_path / "val"))[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours, label = photographs(str(tmp_path), "val", None, lambda image: image, class_map="synsets").dataset[0]
+    assert label == SYNSETS.index(CHOSEN[0])
+    assert ours.mode == timms.mode == "RGB"
+    assert np.array_equal(np.asarray(ours), np.asarray(timms))
+
+
+def bomb(width, height):
+    """The beginning of a PNG that claims to be large."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = zlib.compress(b"")
+    parts = [struct.pack(">I", len(header)), chunk, struct.pack(">I", zlib.crc32(chunk))]
+    parts += [struct.pack(">I", len(data)), b"IDAT", data, struct.pack(">I", zlib.crc32(b"IDAT" + data))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "size", [(10_000, 10_000), (60_000, 60_000), (1, 60_000)]
+)  # PIL warns of the first, and refuses the second
+def test_decompression_bombs_are_refused(size, tmp_path):
+    """PIL would warn of the first, and open the third, of which a resized copy takes gigabytes."""
+    (tmp_path / "bomb.png").write_bytes(bomb(*size))
+    (tmp_path / "labels.csv").write_text("bomb.png,0\n")
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), labels=str(tmp_path / "labels.csv"))
+    with pytest.raises(UnreadableError, match=r"bomb\.png: .* pixels.*decompression bomb"):
+        split.dataset[0]
+
+
+def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
+    """Nothing is unpacked; links, which might point anywhere, are no images."""
+    (tmp_path / "in").mkdir()
+    content = images["ILSVRC2012_val_00000001.JPEG"][0]
+    (tmp_path / "secret.JPEG").write_bytes(content)
+    with tarfile.open(tmp_path / "in" / "val.tar", "w") as tar:
+        for name in ("../../escaped/n01440764/a.JPEG", f"{tmp_path}/n01443537/b.JPEG"):
+            add(tar, name, content)
+        for kind, target in ((tarfile.SYMTYPE, "../secret.JPEG"), (tarfile.LNKTYPE, f"{tmp_path}/secret.JPEG")):
+            link = tarfile.TarInfo("n01440764/link.JPEG")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    before = sorted(tmp_path.rglob("*"))
+    split = photographs(str(tmp_path / "in"), "val", None, PILToTensor(), class_map="synsets")
+    assert [split.dataset[i][1] for i in range(len(split.dataset))] == [0, 1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def run(composed, tmp_path):
+    """Evaluate DeiT-Tiny on a set of photographs; returns the metrics."""
+    save_file(bare_backbone("deit_tiny_patch16_224", 1000).state_dict(), tmp_path / "tiny.safetensors")
+
+    def evaluate_with(root, *overrides):
+        return evaluate(composed(*arguments(root, tmp_path), *overrides))
+
+    return evaluate_with
+
+
+def arguments(root, tmp_path):
+    return [
+        "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagenet", f"data.root={root}",
+        "batch_size=4", "num_workers=0", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+
+
+def shard_rows(folder):
+    return sorted(pd.concat(map(pd.read_parquet, (folder / "shards").glob("*.parquet")))["index"])
+
+
+def test_images_that_cannot_be_read_end_a_run_when_the_rest_is_done(run, script, images, tmp_path, caplog):
+    root = tmp_path / "root"
+    root.mkdir()
+    flat_with_devkit(root, images)
+    broken = [root / "val" / f"ILSVRC2012_val_{number:08d}.JPEG" for number in (2, 9)]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:300])
+
+    result = script("evaluate", *arguments(root, tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"image 1 cannot be read: {broken[0]}: " in result.stderr and "and 1 more, listed in" in result.stderr
+    assert str(broken[1]) in result.stdout, "each is named"
+    (folder,) = (tmp_path / "runs").iterdir()
+    for _ in range(2):  # the second time by way of what was stored
+        listed = pd.read_csv(folder / "failed.csv")
+        assert listed["index"].tolist() == [1, 8] and listed.file.tolist() == [str(file) for file in broken]
+        assert not (folder / "metrics.json").exists()
+        assert shard_rows(folder) == [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
+        with pytest.raises(UserError, match=r"image 1 cannot be read: .* and 1 more, listed in .*failed.csv"):
+            run(root)
+    assert run(root, "data.on_error=skip")["images_per_s"] is None, "none was predicted this time"
+
+
+def test_images_that_cannot_be_read_are_skipped_if_so_told(run, images, tmp_path):
+    flat_with_devkit(tmp_path, images)
+    for number in (2, 9):
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(b"nothing")
+    for cache in ("null", f"{tmp_path}/cache"):
+        metrics = run(tmp_path, "data.on_error=skip", f"cache_dir={cache}", "force=true")
+        assert (metrics["n_images"], metrics["n_failed"]) == (10, 2)
+        rows = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
+        assert rows["index"].tolist() == [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
+        assert metrics["top1"] == 10 * sum(row.top5[0] == row.label for row in rows.itertuples())
+    with pytest.raises(UserError, match=r"done before with data\.on_error=skip, without the 2 images"):
+        run(tmp_path)
+    assert run(tmp_path, "data.on_error=skip") == metrics
+
+
+def test_the_first_image_that_cannot_be_read_ends_the_run_if_so_told(run, images, tmp_path):
+    flat_with_devkit(tmp_path, images)
+    (tmp_path / "val" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"nothing")
+    with pytest.raises(UnreadableError, match="image 1 cannot be read"):
+        run(tmp_path, "data.on_error=fail_fast", "cache_dir=null", "batch_size=1")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert shard_rows(folder) == [0]
+    with pytest.raises(UnreadableError, match="image 1 cannot be read"):
+        run(tmp_path, "data.on_error=fail_fast")
+    for file in tmp_path.glob("val/*"):
+        file.write_bytes(b"nothing")
+    module._listed.cache_clear()
+    with pytest.raises(UserError, match=r"none of its 12 images can be read; image 0 cannot be read"):
+        run(tmp_path, "data.on_error=skip")
+    with pytest.raises(UserError, match=r"data\.on_error=stop: choose one of collect, skip, fail_fast"):
+        run(tmp_path, "data.on_error=stop")
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1), 0
+
+
+def test_a_loading_process_that_is_killed_is_told_in_one_line():
+    batches = load(Deadly(), [[0, 1], [2, 3]], num_workers=2)
+    with pytest.raises(UserError, match=r"a process that loads images was killed, .* with num_workers=1, say"):
+        list(batches)
+
+
+class Faulty(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise RuntimeError("a mistake of the program")
+
+
+def test_an_error_in_a_loading_process_is_not_taken_for_its_end():
+    with pytest.raises(RuntimeError, match="a mistake of the program"):
+        list(load(Faulty(), [[0, 1]], num_workers=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_disk_that_goes_away_ends_the_run_at_once(images, tmp_path, num_workers, empty):
+    root = tmp_path / "mounted"
+    root.mkdir()
+    flat_with_devkit(root, images)
+    split = photographs(str(root), "val", None, PILToTensor(), class_map="synsets")
+    batches = load(split.dataset, [[index] for index in range(12)], num_workers)
+    next(batches)
+    (root / "val").rename(tmp_path / "elsewhere")
+    if empty:
+        (root / "val").mkdir()
+    with pytest.raises(UserError, match=r"data\.root=.*/mounted/val: has gone, or is empty, while images were read"):
+        list(batches)
+
+
+def test_classes_of_a_subset_are_numbered_as_they_are_told(images, tmp_path):
+    in_class_folders(tmp_path, images)
+
+    def labels(**options):
+        split = photographs(str(tmp_path), "val", None, PILToTensor(), **options)
+        return sorted({int(label) for _, label in split.dataset}), split.n_classes
+
+    synsets = sorted(CHOSEN)
+    assert labels() == ([0, 1, 2, 3], 4)
+    assert labels(class_map="synsets") == (sorted(SYNSETS.index(synset) for synset in synsets), 1000)
+    (tmp_path / "map.txt").write_text("\n".join(["other", *reversed(synsets)]) + "\n")
+    assert labels(class_map=f"{tmp_path}/map.txt") == ([1, 2, 3, 4], 5)
+    (tmp_path / "map.json").write_text(json.dumps({synset: 10 * i for i, synset in enumerate(synsets)}))
+    assert labels(class_map=f"{tmp_path}/map.json") == ([0, 10, 20, 30], 31)
+    for i, synset in enumerate(synsets):  # ImageNet-V2's folders are numbers, which sort as 0, 1, 10, 2
+        (tmp_path / "val" / synset).rename(tmp_path / "val" / ["0", "2", "10", "999"][i])
+    module._listed.cache_clear()
+    assert labels(class_map="numbers") == ([0, 2, 10, 999], 1000)
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="numbers", among="present")
+    assert split.among == (0, 2, 10, 999)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_map": "synsets"}, r"the class zebra \(1 such\) is not one of class_map=synsets"),
+        ({"class_map": "numbers"}, r"the class n01440764 \(5 such\) is not one of class_map=numbers"),
+        ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: no such file"),
+        ({"class_map": "{}/broken.json"}, r"data\.class_map=.*broken\.json: cannot be read"),
+        ({"among": "some"}, r"data\.among=some: choose one of all, present"),
+        (
+            {"real_labels": True},
+            r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",
+        ),
+        ({"labels": "/no/labels.csv"}, r"data\.labels=/no/labels\.csv: no such file"),
+        ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line has no .*meta\.mat"),
+        ({"labels": "{}/half.csv"}, r"data\.labels=.*half\.csv: it says nothing of the image ILSVRC2012_val_0000000\d"),
+        ({"labels": "{}"}, r"data\.labels=.*: no such file \(.*meta\.mat\)"),
+        ({"labels": "{}/broken.tar.gz"}, r"data\.labels=.*broken\.tar\.gz: cannot be read as labels"),
+        ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or a damaged one"),
+        ({"root": "{}/packed.tar"}, r"data\.root: .*packed\.tar: it is compressed, decompress it first"),
+        ({"root": "{}/empty.tar"}, r"data\.root: .*: there are no images in .*empty\.tar"),
+        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar is not there"),
+        ({"root": "{}/broken.json"}, r"neither a folder nor a \.tar, \.parquet or \.arrow file"),
+        ({"root": "{}/broken.parquet"}, r"data\.root=.*broken\.parquet: cannot be read"),
+        ({"root": "{}/numbers.parquet"}, r"data\.root=.*: of its columns x none has labels"),
+        ({"root": "{}/labels.parquet"}, r"data\.root=.*: of its columns label none has images"),
+        ({"root": "hf://datasets/ILSVRC/imagenet-1k"}, r"data\.root=hf://.*: cannot be read \(.*"),
+    ],
+)
+def test_what_cannot_be_read_as_data_is_told_in_one_line(options, message, images, tmp_path):
+    in_class_folders(tmp_path, images)
+    (tmp_path / "val" / "zebra").mkdir()
+    (tmp_path / "val" / "zebra" / "a.JPEG").write_bytes(b"")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "ids.txt").write_text("490\n361\n")
+    (tmp_path / "half.csv").write_text("ILSVRC2012_val_00000007,n01440764\n")
+    (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b nothing")
+    (tmp_path / "broken.tar").write_bytes(b"nothing" * 1000)
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(tmp_path / "ids.txt")
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        tar.add(tmp_path / "ids.txt", "ids.txt")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "numbers.parquet")
+    pd.DataFrame({"label": [1]}).to_parquet(tmp_path / "labels.parquet")
+    options = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message) as error:
+        photographs(**({"root": str(tmp_path), "split": "val", "limit": None, "transform": PILToTensor()} | options))
+    assert "\n" not in str(error.value)
+
+
+def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
+    """By which every prediction would count as wrong."""
+    orders = {
+        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not n01440764 tench"),
+        "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
+        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
+    }
+    for name, (names, message) in orders.items():
+        (tmp_path / name).mkdir()
+        table(images, names).to_parquet(tmp_path / name / "validation.parquet")
+        with pytest.raises(UserError, match=message):
+            photographs(str(tmp_path / name), "val", None, PILToTensor(), class_map="synsets")
+
+
+def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
+    table(images, SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+    expected = [999 - SYNSETS.index(synset) for _, synset in images.values()]
+    assert [label for _, label in split.dataset] == expected
+
+
+def test_numbers_of_classes_are_checked_and_mapped(images, tmp_path):
+    for first, file in ((0, "right"), (997, "wrong")):
+        (tmp_path / file).mkdir()
+        numbers = {synset: first + i for i, synset in enumerate(CHOSEN)}
+        write_shards(tmp_path / file, images, lambda synset, numbers=numbers: {"cls": numbers[synset]})
+    arguments = ("val", None, PILToTensor())
+    with pytest.raises(UserError, match="is of class 1000, the last is 999"):
+        photographs(str(tmp_path / "wrong"), *arguments, class_map="synsets")
+    (tmp_path / "map.json").write_text(json.dumps({str(i): 10 * i for i in range(4)}))
+    split = photographs(str(tmp_path / "right"), *arguments, class_map=f"{tmp_path}/map.json")
+    assert [label for _, label in split.dataset] == [10 * CHOSEN.index(synset) for _, synset in images.values()]
+
+
+@pytest.mark.parametrize("damage", ["a header", "the end", "half a file", "the end of a file"])
+def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path, damage):
+    """``tarfile`` by itself would list what comes before the damage."""
+    original_tar(tmp_path, images)
+    file = tmp_path / "ILSVRC2012_img_val.tar"
+    with tarfile.open(file) as tar:
+        members = tar.getmembers()
+    content = bytearray(file.read_bytes())
+    if damage == "a header":
+        content[members[5].offset : members[5].offset + 512] = b"x" * 512
+    cut = {"the end": members[-1].offset_data + 1024, "half a file": members[5].offset_data + 9}
+    file.write_bytes(content[: cut.get(damage, members[7].offset if damage == "the end of a file" else None)])
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or a damaged one"):
+        photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+
+
+def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
+    flat(tmp_path, images)
+    lines = [f"{folder}/{name},{synset}" for name, (_, synset) in images.items() for folder in "ab"]
+    (tmp_path / "twice.csv").write_text("\n".join(lines))
+    arguments = {"labels": f"{tmp_path}/twice.csv", "class_map": "synsets"}
+    assert len(photographs(str(tmp_path), "val", None, PILToTensor(), **arguments).dataset) == 12
+    module._listed.cache_clear()
+    (tmp_path / "twice.csv").write_text("\n".join([*lines, "c/ILSVRC2012_val_00000003.JPEG,n01530575"]))
+    with pytest.raises(UserError, match="ILSVRC2012_val_00000003 has two classes"):
+        photographs(str(tmp_path), "val", None, PILToTensor(), **arguments)
+
+
+def test_a_picture_beside_class_folders_is_no_data(images, tmp_path):
+    in_class_folders(tmp_path, images)
+    (tmp_path / "val" / "preview.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"preview\.png lies beside folders of images like n01440764"):
+        photographs(str(tmp_path), "val", None, PILToTensor())
+
+
+def test_an_empty_row_of_a_stream_is_one_image_that_cannot_be_read(images, tmp_path):
+    rows = {"image": [{"bytes": content, "path": None} for content, _ in images.values()], "label": [0] * 12}
+    rows["image"][4] = {"bytes": None, "path": None}
+    pd.DataFrame(rows).to_parquet(tmp_path / "validation.parquet")
+    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets", streaming=True)
+    (batch,) = load(split.dataset, [range(12)], 0)
+    assert [unreadable.index for unreadable in batch.failed] == [4]
+    assert batch.ids.tolist() == [0, 1, 2, 3, *range(5, 12)]
+
+
+def test_asked_among_the_present_classes_and_by_the_reassessed_labels(composed, images, tmp_path):
+    """Both against plain arithmetic on the model's own logits."""
+    in_class_folders(tmp_path / "data", images)
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
+    metrics = evaluate(
+        composed(
+            "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagefolder",
+            f"data.root={tmp_path}/data", "data.class_map=synsets", "data.among=present", "data.real_labels=true",
+            "method=unmerged", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "num_workers=0",
+        )
+    )  # fmt: skip
+    rows = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
+    present = [SYNSETS.index(synset) for synset in CHOSEN]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    real = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+    right, counted = 0, 0
+    for row, file in zip(rows.itertuples(), sorted((tmp_path / "data" / "val").glob("*/*")), strict=True):
+        with torch.inference_mode():
+            logits = model(transform(Image.open(file))[None])[0]
+        best = max(present, key=lambda output: logits[output])
+        assert row.top5[0] == best and set(row.top5[:4]) == set(present)
+        labels = real[int(file.stem[-8:]) - 1]
+        counted += bool(labels)
+        right += best in labels
+    assert (metrics["n_images_real"], metrics["top1_real"]) == (counted, 100 * right / counted)
+
+
+def test_a_stream_that_ends_early_is_told(images, tmp_path):
+    split = opened(parquet_streamed, tmp_path, images)
+    split.dataset.n_images = 14
+    with pytest.raises(UserError, match="the data ended before image 12"):
+        list(load(split.dataset, [range(14)], 0))
+
+
+def test_without_datasets_the_remedy_is_told(images, tmp_path, monkeypatch):
+    parquet(tmp_path, images)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
+        photographs(str(tmp_path), "val", None, PILToTensor())

@@ -1,0 +1,360 @@
+"""Every image is counted exactly once, whatever stops a run, and however many processes share it."""
+
+import errno
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from processes import wait_for
+from safetensors.torch import save_file
+
+from dhtm.harness.core.errors import UserError, command
+from dhtm.harness.data.cache import Pixels
+from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness.runs import evaluate as evaluation
+from dhtm.harness.runs import predict as prediction
+from dhtm.harness.runs.evaluate import evaluate
+
+RUN = ["method.k=10", "data.limit=40", "batch_size=4", "store_every_s=0", "device=cpu"]
+
+
+@pytest.fixture
+def run(composed, tmp_path):
+    """Evaluate in this process; returns predictions and metrics."""
+    numbers = itertools.count()
+
+    def evaluate_with(*overrides, results=None):
+        results = results or tmp_path / f"runs{next(numbers)}"
+        metrics = evaluate(composed(*RUN, *overrides, f"results_dir={results}"))
+        return read(results), metrics
+
+    return evaluate_with
+
+
+def read(results):
+    (folder,) = results.glob("[0-9a-f]*")  # and not sweeps
+    assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
+        "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
+    ]  # fmt: skip
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    return rows.assign(top5=rows.top5.map(tuple))
+
+
+def child(config, slow, carry_out=evaluate):
+    """Evaluate in a process forked off this one, with what the test has changed in it.
+
+    Every batch takes ``slow`` seconds more, and before each the file "predicting", beside the results, grows by a byte.
+    """
+    marks = Path(config.results_dir).with_name("predicting")
+
+    def slowly(*arguments):
+        for part in predict(*arguments):
+            with marks.open("a") as file:
+                file.write("x")
+            time.sleep(slow)
+            yield part
+
+    def work():
+        torch.set_num_threads(1)  # OpenMP's others were not forked
+        torch.cuda.is_available = lambda: False  # nor would CUDA work
+        prediction.predict = slowly
+        carry_out(config)
+
+    predict = prediction.predict
+    marks.unlink(missing_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process, lambda: marks.stat().st_size if marks.exists() else 0
+
+
+def killed_until_done(composed, results, n_kills, seed):
+    """Kill runs at random moments, from the first batch to after the last; then let one finish.
+
+    Returns:
+        How many shards there were after each kill.
+    """
+    moments, config = random.Random(seed), composed(*RUN, f"results_dir={results}")
+    stored = []
+    while len(stored) < n_kills:
+        process, n_batches = child(config, slow=0.02)
+        wait_for(lambda process=process, n=n_batches: n() or process.exitcode is not None)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        if list(results.glob("*/metrics.json")):  # too late: begin again
+            evaluate(config)
+            read(results)
+            results.rename(results.with_name(f"{results.name}.{len(stored)}"))
+        stored.append(len(list(results.glob("*/shards/[0-9]*.parquet"))))
+    evaluate(config)
+    return stored
+
+
+def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(run, composed, tmp_path):
+    expected, _ = run()
+    stored = killed_until_done(composed, tmp_path / "killed", 6, seed=0)
+    assert max(stored) > 0, "some were killed half way"
+    for results in tmp_path.glob("killed*"):
+        pd.testing.assert_frame_equal(read(results), expected)
+
+
+@pytest.mark.stress
+def test_200_kills(run, composed, tmp_path):
+    expected, _ = run()
+    for seed in range(10):
+        (tmp_path / str(seed)).mkdir()
+        killed_until_done(composed, tmp_path / str(seed) / "killed", 20, seed)
+        for results in (tmp_path / str(seed)).glob("killed*"):
+            pd.testing.assert_frame_equal(read(results), expected)
+
+
+def interrupt_the_next(monkeypatch):
+    """The next run is interrupted after five batches. Returns the images that it and later ones predict, a list each."""
+    predict, asked = prediction.predict, []
+
+    def interrupted(model, split, indices, *arguments):
+        asked.append(list(indices))
+        yield from itertools.islice(predict(model, split, indices, *arguments), 5 if len(asked) == 1 else None)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prediction, "predict", interrupted)
+    return asked
+
+
+def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    expected, _ = run()
+    asked = interrupt_the_next(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(results=tmp_path / "runs")
+    shards = sorted(tmp_path.glob("runs/*/shards/*"))
+    assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
+    os.truncate(shards[1], 100)
+    content = bytearray(shards[3].read_bytes())
+    content[len(content) // 3] ^= 4
+    shards[3].write_bytes(content)
+    rows, metrics = run(results=tmp_path / "runs")
+    assert asked[1] == [4, 5, 6, 7, 12, 13, 14, 15, *range(20, 40)]
+    assert "going on after 12 of 40 images" in caplog.text
+    assert all(f"{shards[i].name}: damaged" in caplog.text for i in (1, 3))
+    pd.testing.assert_frame_equal(rows, expected)
+    assert metrics["n_images"] == 40
+
+
+def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, tmp_path, capfd):
+    expected, _ = run()
+    config = composed(*RUN, "store_every_s=1000", f"results_dir={tmp_path}/runs")
+    process, n_batches = child(config, slow=0.5, carry_out=command(goes_on=True)(evaluate))
+    wait_for(lambda: n_batches() == 3)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(60)
+    assert process.exitcode == 75
+    assert "stopped by SIGUSR1; what is done is kept" in capfd.readouterr().err
+    (shard,) = tmp_path.glob("runs/*/shards/*")
+    assert 8 <= len(pd.read_parquet(shard)) < 40
+    pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
+
+
+def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
+    slow = ["batch_size=1", "store_every_s=0"]  # a file an image
+    overrides = [
+        "experiment=figure4",
+        "method.k=10,20",
+        "method=dhtm",
+        "device=cpu",
+        f"results_dir={tmp_path}/runs",
+        *slow,
+    ]
+    sweep = [sys.executable, str(ROOT / "scripts/sweep.py"), *overrides]
+    process = subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
+    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    assert re.search(
+        r"\nmethod.k=10 +running +[1-9]\d* of 2000 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
+    )
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "stopped by SIGTERM" in said and "Traceback" not in said
+    assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 2000
+    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    assert re.search(r" stopped +.* of 2000 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
+
+
+def test_a_forced_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
+    results = tmp_path / "runs"
+    run(results=results)
+    asked = interrupt_the_next(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run("force=true", results=results)
+    run("force=true", results=results)
+    run("force=true", results=results)
+    assert [len(indices) for indices in asked] == [40, 20, 40]
+
+
+def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, monkeypatch):
+    expected, _ = run()
+    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_keep
+
+    def counted(*arguments):
+        with carried_out.open("a") as file:
+            file.write("x")
+        return keep(*arguments)
+
+    monkeypatch.setattr(evaluation, "predict_and_keep", counted)
+    config = composed(*RUN, f"results_dir={tmp_path}/runs")
+    both = [child(config, slow=0.05)[0] for _ in range(2)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert carried_out.read_text() == "x"
+    pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_it_goes_on_by_way_of_the_cache(composed, photos, tmp_path, monkeypatch, resident):
+    """Images come from the cache, or stay on the device, by their numbers."""
+    save_file(bare_backbone("deit_tiny_patch16_224", 3).state_dict(), tmp_path / "tiny.safetensors")
+    if resident:
+        monkeypatch.setattr(Pixels, "on", lambda self, device: torch.from_numpy(self.images.read(range(len(self)))))
+
+    def evaluate_with(results, *overrides):
+        evaluate(
+            composed(
+                "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "backbone.num_classes=3",
+                "data=imagefolder", f"data.root={photos}", "device=cpu", "num_workers=0", "batch_size=1",
+                "store_every_s=0", f"results_dir={tmp_path}/{results}", *overrides,
+            )
+        )  # fmt: skip
+
+    evaluate_with("direct", "cache_dir=null")
+    predict = prediction.predict
+    stopping = lambda *a: (part if part["index"][0] < 3 else 1 / 0 for part in predict(*a))  # noqa: E731
+    monkeypatch.setattr(prediction, "predict", stopping)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_with("cached", f"cache_dir={tmp_path}/cache")
+    monkeypatch.setattr(prediction, "predict", predict)
+    evaluate_with("cached", f"cache_dir={tmp_path}/cache")
+    pd.testing.assert_frame_equal(read(tmp_path / "cached"), read(tmp_path / "direct"))
+
+
+def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
+    expected, metrics = run()
+    assert metrics["batch_size"] == 4
+    predict = prediction.predict
+
+    def small_device(model, split, indices, batch_size, *arguments):
+        for part in predict(model, split, indices, batch_size, *arguments):
+            if batch_size > least:
+                raise torch.OutOfMemoryError
+            yield part
+
+    monkeypatch.setattr(prediction, "predict", small_device)
+    least = 3
+    rows, metrics = run("batch_size=16")
+    pd.testing.assert_frame_equal(rows, expected)
+    assert metrics["batch_size"] == 2
+    assert "out of memory: going on with batch_size=2" in caplog.text
+    least = 0
+    with pytest.raises(UserError, match="out of memory with one image at a time"):
+        run("batch_size=3")
+
+
+def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatch):
+    write, calls = Path.replace, itertools.count()
+
+    def full(self, target):
+        if "shards" in str(target) and next(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(
+        UserError, match=r"cannot be written \(No space left on device\); what was stored before is kept"
+    ):
+        run(results=tmp_path / "runs")
+    assert len(list(tmp_path.glob("runs/*/shards/*"))) >= 3
+    rows, _ = run(results=tmp_path / "runs")
+    assert rows["index"].tolist() == list(range(40))
+
+
+def test_results_that_vanish_are_told_and_go_on_when_they_are_back(run, tmp_path, monkeypatch):
+    expected, _ = run()
+    predict = prediction.predict
+
+    def unmounting(*arguments):
+        for i, part in enumerate(predict(*arguments)):
+            if i == 3:
+                (tmp_path / "runs").rename(tmp_path / "elsewhere")
+            yield part
+
+    monkeypatch.setattr(prediction, "predict", unmounting)
+    with pytest.raises(
+        UserError, match=r"cannot be written \(No such file or directory\); what was stored before is kept"
+    ):
+        run(results=tmp_path / "runs")
+    monkeypatch.setattr(prediction, "predict", predict)
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
+    pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
+
+
+def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monkeypatch, caplog):
+    assert run()[1]["first_nonfinite"] is None
+    predict = prediction.predict
+
+    def broken(*arguments):
+        for part in predict(*arguments):
+            yield part.assign(nonfinite=part["index"].isin([17, 30]))
+
+    monkeypatch.setattr(prediction, "predict", broken)
+    _, metrics = run()
+    assert (metrics["n_nonfinite"], metrics["first_nonfinite"]) == (2, 17)
+    assert "2 images have logits that are not finite, the first is image 17" in caplog.text
+
+
+def test_ranks_share_a_run_image_by_image(run, ranks, tmp_path):
+    """Also where there are more ranks than images."""
+    results = ranks(3, "evaluate", "-m", *RUN, "data.limit=2,23", f"results_dir={tmp_path}/runs/${{data.limit}}")
+    assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
+    for limit in (2, 23):
+        expected, metrics = run(f"data.limit={limit}")
+        pd.testing.assert_frame_equal(read(tmp_path / "runs" / str(limit)), expected)
+        assert "".join(result.stdout for result in results).count(metrics["run_id"]) == 1, "one rank tells"
+
+
+def over_ranks(world, *overrides):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return [*torchrun, str(ROOT / "scripts/evaluate.py"), "-m", *RUN, *overrides]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_any_number_of_ranks(run, tmp_path, world, batch_size):
+    ranks = over_ranks(world, f"results_dir={tmp_path}/runs", f"batch_size={batch_size}")
+    subprocess.run(ranks, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    pd.testing.assert_frame_equal(read(tmp_path / "runs"), run()[0])
+
+
+@pytest.mark.stress
+def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path):
+    ranks = over_ranks(2, "data.limit=2000", f"results_dir={tmp_path}/runs")
+    process = subprocess.Popen(ranks, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "rank      : 1 (local_rank: 1)" in said and "SIGKILL" in said

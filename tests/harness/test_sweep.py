@@ -1,0 +1,266 @@
+"""Sweeps: on every launcher a run that fails does not take the others down, and what becomes of each is told, at any time."""
+
+import atexit
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+
+from dhtm.harness.core import devices
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness.runs import evaluate
+from dhtm.harness.sweeps import callback as sweep
+
+LAUNCHERS = sorted(file.stem for file in (ROOT / "configs/hydra/launcher").glob("*.yaml"))
+SHORT = ["data.limit=4", "device=cpu"]
+# Two processes share the cores; and Ray need not keep a token in the home folder for a second.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+IN_VAIN = "k=100 merges in layer 7, but only N=96 tokens are left there"
+
+
+@pytest.fixture
+def swept(capfd):
+    """scripts/evaluate.py -m in a forked process, which need not import anything again; its exit code and what it printed."""
+
+    def work(overrides):
+        torch.set_num_threads(1)  # OpenMP's others were not forked
+        atexit._clear()  # what this process registered would remove its temporary files
+        sys.argv = ["evaluate.py", "-m", *overrides, *SHORT]
+        try:
+            runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
+        finally:
+            atexit._run_exitfuncs()  # a forked process ends without
+
+    def run(*overrides):
+        process = multiprocessing.get_context("fork").Process(target=work, args=(overrides,))
+        process.start()
+        process.join(120)
+        captured = capfd.readouterr()
+        return process.exitcode, captured.out + captured.err
+
+    return run
+
+
+def status(results):
+    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir={results}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def notes(results):
+    """What was noted of each run, in order."""
+    return [json.loads(file.read_text()) for file in sorted(results.glob("sweeps/*/[0-9]*.json"))]
+
+
+def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_failed(swept, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    overrides = [
+        "method.k=8", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99", "skip_unavailable=true",
+        f"results_dir={tmp_path}/runs",
+    ]  # fmt: skip
+    code, told = swept(*overrides)
+    assert code == 1
+    rows = told[told.index("\nevaluate method.k=8") :].splitlines()
+    assert [row.split()[2] for row in rows[2:6]] == ["done", "skipped", "failed", "skipped"]
+    (log,) = tmp_path.glob("runs/sweeps/evaluate-*/002.log")
+    assert f"backbone.checkpoint={weights}: no such file" in rows[4] and rows[4].endswith(f"{os.path.relpath(log)})")
+    assert "no such file" in log.read_text()
+    assert rows[6] == "1 done, 2 skipped, 1 failed; the same command carries out what is not done"
+    assert status(tmp_path / "runs").stdout == "\n".join(rows[1:]) + "\n"
+
+    save_file(bare_backbone("deit_micro", 10).state_dict(), weights)
+    code, told = swept(*overrides)
+    assert code == 0
+    assert told.endswith("\n2 done (1 of them before), 2 skipped\n")
+    assert [run.get("before") for run in notes(tmp_path / "runs")] == [True, None, False, None]
+
+
+def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
+    carry_out = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, draw: carry_out(config) if config.method.k == 9 else 1 / 0)
+    code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
+    assert code == 1
+    assert "method.k=8  failed  ZeroDivisionError: division by zero (log: " in told
+    assert "method.k=9  done" in told
+    assert "Traceback" not in told
+    (log,) = tmp_path.glob("runs/sweeps/*/000.log")
+    assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("results_dir=/proc/nowhere", "error: results_dir=/proc/nowhere: cannot write there"),
+        ("results_dir=null", "error: results_dir=None: it must be a path"),
+        ("hydra/launcher=submitit_slurm", "error: hydra/launcher=submitit_slurm: there is no srun here"),
+    ],
+)
+def test_what_no_run_could_do_with_is_refused_once(swept, tmp_path, monkeypatch, override, message):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, told = swept("method.k=8,9", f"results_dir={tmp_path}", override)
+    assert code == 1
+    assert told.count(message) == 1 and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [
+        ("joblib", ["hydra.launcher.n_jobs=2"]),
+        pytest.param(
+            "submitit_local", [], marks=pytest.mark.stress
+        ),  # test_slurm_gets_a_job_array is of the same plugin
+        ("ray", []),
+    ],
+)
+def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher, settings):
+    if not find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher"):
+        pytest.skip(f"not installed: pip install -e '.[{launcher}]'")
+    results = tmp_path / "runs"
+    overrides = ["method.k=8,9,100", *SHORT, f"results_dir={results}", f"hydra/launcher={launcher}", *settings]
+    command = [sys.executable, ROOT / "scripts/evaluate.py", "-m", *overrides]
+    result = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr and "validated against ConfigStore" not in result.stderr
+    wanted = rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n2 done, 1 failed; the same"
+    assert re.search(wanted, result.stdout)
+    first, second, failed = notes(results)
+    assert (first["before"], second["before"], failed["state"]) == (False, False, "failed")
+    assert max(first["started"], second["started"]) <= min(first["ended"], second["ended"]), "side by side"
+
+
+def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
+    """But not after a mistake in the overrides, where no run is begun. The scripts that it runs are stubs."""
+    (tmp_path / "configs/experiment").mkdir(parents=True)
+    for name in ("first", "second"):
+        (tmp_path / f"configs/experiment/{name}.yaml").touch()
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/sweep.py", tmp_path / "scripts")
+    stub = "import pathlib, sys; print(pathlib.Path(__file__).stem, *sys.argv[1:], flush=True)\n"
+    for name in ("evaluate", "report", "status"):
+        (tmp_path / f"scripts/{name}.py").write_text(stub)
+
+    def make_sweep():
+        command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout.splitlines()
+
+    expected = [
+        "evaluate -m experiment=first hydra/launcher=joblib results_dir=runs",
+        "evaluate -m experiment=second hydra/launcher=joblib results_dir=runs",
+        "report results_dir=runs",
+        "status results_dir=runs",
+    ]
+    assert make_sweep() == (0, expected)
+    fails = "if 'first' in sys.argv[2]: sys.exit(1)\n"
+    (tmp_path / "scripts/evaluate.py").write_text(stub + fails)
+    assert make_sweep() == (1, expected[:1])
+    (tmp_path / "runs/sweeps/first").mkdir(parents=True)
+    begins = "pathlib.Path('runs/sweeps/first/sweep.json').touch()\n"
+    (tmp_path / "scripts/evaluate.py").write_text(stub + begins + fails)
+    assert make_sweep() == (1, expected)
+
+
+def test_slurm_gets_a_job_array(tmp_path):
+    """sbatch is a stub that keeps what it is given; the command waits for the jobs until it is stopped."""
+    for name in ("sbatch", "srun", "sacct"):
+        (tmp_path / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/script\necho Submitted batch job 7\n')
+        (tmp_path / name).chmod(0o755)
+    overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=2"]
+    command = [sys.executable, ROOT / "scripts/evaluate.py", "-m", "method.k=8,9,10", f"results_dir={tmp_path}/runs"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    process = subprocess.Popen([*command, *overrides], **options)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "script").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert status(tmp_path / "runs").stdout.endswith("\n3 waiting\n")
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, told
+    assert told.endswith("\n3 waiting; the same command carries out what is not done\n")
+    lines = (tmp_path / "script").read_text().splitlines()
+    wanted = [
+        "array=0-2%2", "job-name=evaluate", "partition=gpu", "gpus-per-node=1", "cpus-per-task=8", "mem=32GB", "time=240",
+        "signal=USR2@120", "requeue", "nodes=1", "open-mode=append",
+    ]  # fmt: skip
+    assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
+    (jobs,) = [line for line in lines if line.startswith("srun ")]
+    assert f"{sys.executable} -u -m submitit.core._submit {tmp_path}/runs/sweeps/submitit/%j" in jobs
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(name, tmp_path):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("evaluate", [f"hydra/launcher={name}"], return_hydra_config=True)
+    launcher = config.hydra.launcher
+    assert launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
+    launcher["_target_"] = "hydra_plugins.hydra_of_another_day.Launcher"
+    extra = "ray" if name == "ray" else "harness"
+    with pytest.raises(UserError, match=rf"hydra/launcher={name}: .* not installed; pip install -e '.\[{extra}\]'"):
+        sweep._require_launcher(config.hydra)
+
+
+def test_each_process_takes_the_gpu_that_fewest_others_have(tmp_path, monkeypatch):
+    """Four processes on a machine of two GPUs; one ends, a fifth begins; a sixth sees only GPUs 3 and 1."""
+    fork = multiprocessing.get_context("fork")
+    taken, processes = fork.Queue(), []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.put)
+
+    def work():
+        for _ in range(2):  # runs, on one GPU
+            devices.take_gpu()
+        signal.pause()
+
+    def begin():
+        processes.append(fork.Process(target=work))
+        processes[-1].start()
+        return taken.get(timeout=30)
+
+    assert [begin() for _ in range(4)] == [0, 1, 0, 1]
+    processes[1].kill()
+    processes[1].join()
+    assert begin() == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert begin() == 0, "GPU 3, which nobody has"
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("damage", ['{"runs": [["a"', "[]", '{"runs": 3}', ""])
+def test_damaged_notes_are_named(tmp_path, damage):
+    (tmp_path / "sweeps/table1-0").mkdir(parents=True)
+    (tmp_path / "sweeps/table1-0/sweep.json").write_text(damage)
+    told = status(tmp_path)
+    assert told.stdout.startswith(f"{tmp_path}/sweeps/table1-0: damaged")
+    assert not told.stderr
+
+
+def test_the_status_of_nothing(tmp_path):
+    told = status(tmp_path)
+    assert (told.returncode, told.stderr.count("\n")) == (1, 1)
+    assert "no sweep was begun there" in told.stderr
+
+
+def test_the_status_is_there_at_once():
+    """It imports nothing that takes seconds."""
+    program = "import runpy, sys; runpy.run_path(sys.argv[1]); print('torch' in sys.modules, 'dhtm' in sys.modules)"
+    command = [sys.executable, "-c", program, ROOT / "dhtm/harness/sweeps/status.py"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"
