@@ -13,13 +13,13 @@ class KMedoids(KeepRateReducer):
     """Keep the medoids of M clusters of tokens, found by weighted K-medoids.
 
     A token's weight is the attention that CLS paid it in the layer before. The M tokens of highest weight are the first
-    medoids; then, in each round, every token joins the nearest medoid (Euclidean), and each cluster's medoid becomes the
-    member of least weighted distance to the others. Ties go to the lower index, and the medoids keep the tokens' order.
+    medoids. In each round every token joins the nearest medoid (Euclidean), and the medoid of each cluster becomes the
+    member with the least weighted distance to the others. Ties go to the lower index; the medoids keep their order.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
-        layers: before which layers, from 2, increasing.
-        rounds: of assigning and choosing medoids.
+        layers: the layers to reduce before, from 2, increasing.
+        rounds: the number of rounds.
 
     Raises:
         ValueError: the keep rate is outside (0, 1], rounds are negative, or layers are not increasing.
@@ -46,18 +46,18 @@ class KMedoids(KeepRateReducer):
 
 
 def _nearest(medoids: Tensor, distances: Tensor) -> Tensor:
-    """For each token the place of its nearest medoid: int64 [B, N]."""
+    """Return the index of each token's nearest medoid: int64 [B, N]."""
     return rows(distances, medoids).argmin(dim=1)
 
 
 def _better(medoids: Tensor, cluster: Tensor, distances: Tensor, weights: Tensor) -> Tensor:
-    """The member of each cluster with the least weighted distance to the others, int64 [B, M], in the tokens' order."""
+    """Return the member of each cluster with the least weighted distance to the others: int64 [B, M], increasing."""
     batch, n = cluster.shape
     together = cluster[:, :, None] == cluster[:, None]
     costs = (distances * together * weights.to(distances.dtype)[:, None]).sum(-1)
     least = costs.new_full(medoids.shape, torch.inf).scatter_reduce(1, cluster, costs, "amin")
     places = torch.arange(n, device=costs.device).expand(batch, n)
     best = torch.where(costs == least.gather(1, cluster), places, n)
-    # A medoid that equals another loses its members to it: it stays as it is.
+    # A medoid that equals another one loses its members to it, and is kept.
     found = torch.full_like(medoids, n).scatter_reduce(1, cluster, best, "amin")
     return torch.where(found < n, found, medoids).sort(dim=1).values

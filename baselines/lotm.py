@@ -13,14 +13,14 @@ from dhtm.regions import Regions, renumber
 class LoTM(Reducer):
     """Merge the k most similar (cosine) pairs of neighbours in a row of the grid, in each layer.
 
-    A candidate is a token with the next one to its right in the same row; a token of several patches stands where its
-    leftmost patch is. Candidates are taken from the most to the least similar, ties from the left and the top; one that
-    shares a token with a pair already taken is skipped. If pairs run out before k, another pass over the result takes the
-    rest. The paper leaves the order open; this is our reading of it.
+    A candidate is a token and the next one to its right in the same row; a token of several patches is at the position of
+    its leftmost patch. Candidates are taken from the most to the least similar, among equals from the top and the left. A
+    candidate that shares a token with a pair already taken is skipped. If pairs run out before k, another pass over the
+    result takes the rest. The paper leaves the order open; this is our choice.
 
     Args:
         k: merges in each layer.
-        layers: which layers, from 1, increasing; or "all".
+        layers: the layers that merge, from 1, increasing; or "all".
 
     Raises:
         ValueError: k is negative, or layers are not increasing.
@@ -59,7 +59,7 @@ class LoTM(Reducer):
             owner = everyone.scatter(1, torch.where(taken, right, n), everyone[:, :n])[:, :n].gather(1, owner)
             weights = torch.where(taken.gather(1, owner), weights / 2, weights)
             remaining = remaining - taken.sum(dim=1, keepdim=True)
-            if tokens.device.type == "cpu" and not remaining.any():  # a GPU would have to be waited for
+            if tokens.device.type == "cpu" and not remaining.any():  # would need a synchronisation on a GPU
                 break
         token_map = renumber(owner)
         return average(tokens, token_map, weights, n - self.k), regions.merged(token_map, n - self.k)
@@ -69,7 +69,7 @@ class LoTM(Reducer):
 
 
 def _passes(n_candidates: int, k: int) -> int:
-    """How many walks are sure to find k pairs: one leaves no pair open, so it takes a third of the candidates at least."""
+    """Return the number of passes that always find k pairs: each takes at least a third of the candidates."""
     passes, found = 0, 0
     while found < k:
         taken = -(-n_candidates // 3)
@@ -78,18 +78,18 @@ def _passes(n_candidates: int, k: int) -> int:
 
 
 def _pass(tokens: Tensor, owner: Tensor, row: Tensor, remaining: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """One walk through the candidates.
+    """Make one pass through the candidates.
 
     Args:
-        tokens: [B, N, D]; those that were merged into others are still in their places, and ignored.
-        owner: int64 [B, N], where the token is that each one was merged into.
-        row: int64 [B, N], the row of the grid that each token stands in.
-        remaining: int64 [B, 1], pairs to take.
+        tokens: [B, N, D]; tokens that were merged into others are still in their places, but ignored.
+        owner: int64 [B, N], the index of the token that each one was merged into.
+        row: int64 [B, N], the row of the grid that each token is in.
+        remaining: int64 [B, 1], the number of pairs to take.
         width: columns of the grid.
 
     Returns:
-        taken: bool [B, N], is the pair of this token and the next one taken? right: int64 [B, N], that next token, N for
-        none.
+        taken: bool [B, N], whether the pair of this token and the next one is taken.
+        right: int64 [B, N], the next token, or N if there is none.
     """
     batch, n, _ = tokens.shape
     places = torch.arange(n, device=tokens.device).expand(batch, n)
@@ -107,8 +107,8 @@ def _pass(tokens: Tensor, owner: Tensor, row: Tensor, remaining: Tensor, width: 
     order = scores.argsort(dim=1, descending=True, stable=True)
     priority = torch.empty_like(order).scatter(1, order, places)
 
-    # A pair that goes before those to its left and right is taken by the walk whatever else it does; the pairs that touch
-    # it are skipped. Half a row of such rounds settles all pairs.
+    # A pair that comes before its left and right neighbours is always taken, and these neighbours are skipped. As many
+    # such rounds as half a row has tokens settle all pairs.
     taken = torch.zeros_like(alive)
     for _ in range(width // 2 + 1):
         open_ = F.pad(torch.where(candidates, priority, n), (0, 1), value=n)

@@ -11,13 +11,13 @@ from dhtm.reducer import LearnedReducer
 class PatchMerger(LearnedReducer):
     """New tokens are averages of all tokens, weighted by a softmax of their products with learned queries.
 
-    X' = LayerNorm(X), out = softmax(Q X'ᵀ) X', the softmax over tokens. The original has one such module, in the middle of
-    the network: ``layers=(7,)`` in a ViT of twelve layers, there with 8 tokens left (``keep_rate=0.041`` of 196).
+    X' = LayerNorm(X), out = softmax(Q X'ᵀ) X', with the softmax over tokens. The original has a single such module, in the
+    middle of the network: in a ViT of twelve layers ``layers=(7,)``, and ``keep_rate=0.041`` for its 8 tokens of 196.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
-        layers: before which layers, from 1, increasing; or "all".
-        scale: divide the products by √D, which the paper does not.
+        layers: the layers to reduce before, from 1, increasing; or "all".
+        scale: divide the products by √D; the paper does not.
 
     Raises:
         ValueError: the keep rate is outside (0, 1], or layers are not increasing.

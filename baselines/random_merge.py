@@ -13,18 +13,18 @@ from dhtm.regions import Regions
 class RandomMerge(Reducer):
     """DHTM with the arg-max replaced by a uniform draw among the adjacent pairs, at every merge.
 
-    The draws of an image depend on the seed and on its id alone (``image_ids``, else its position in the batch), not on
+    The draws of an image depend only on the seed and on its id (``image_ids``, or else its position in the batch), not on
     the batch that it is in.
 
     Args:
         k: merges in each layer.
-        layers: which layers, from 1, increasing; or "all".
+        layers: the layers that merge, from 1, increasing; or "all".
         connectivity: 8 or 4.
         seed: any integer, taken modulo 2⁶⁴.
-        backend: "torch", "numba", "triton" or "auto", as of :func:`dhtm.hierarchical_merge`; all draw the same.
+        backend: "torch", "numba", "triton" or "auto", as in :func:`dhtm.hierarchical_merge`; all draw the same pairs.
 
     Raises:
-        ValueError: an option is not of its kind, k is negative, or layers are not increasing.
+        ValueError: an option is invalid, k is negative, or layers are not increasing.
     """
 
     def __init__(

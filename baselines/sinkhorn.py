@@ -15,9 +15,9 @@ class Sinkhorn(LearnedReducer):
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
-        layers: before which layers, from 1, increasing; or "all".
-        epsilon: ε of the entropy; scores are cosine similarities over ε.
-        iterations: of Sinkhorn's algorithm.
+        layers: the layers to reduce before, from 1, increasing; or "all".
+        epsilon: ε of the entropy; scores are cosine similarities divided by ε.
+        iterations: the number of iterations of Sinkhorn's algorithm.
 
     Raises:
         ValueError: the keep rate is outside (0, 1], epsilon is not above 0, iterations are not above 0, or layers are not
@@ -57,14 +57,14 @@ class _Stage(nn.Module):
 
 
 def transport(scores: Tensor, iterations: int) -> Tensor:
-    """Sinkhorn's algorithm in the log domain, towards mass 1/M in every row and 1/N in every column.
+    """Run Sinkhorn's algorithm in the log domain, towards mass 1/M in every row and 1/N in every column.
 
     Args:
-        scores: [B, M, N], the logarithm of the transport before it is scaled.
-        iterations: each scales the rows, then the columns; so the columns are exact and the rows nearly so.
+        scores: [B, M, N], the logarithm of the transport before scaling.
+        iterations: each scales the rows, then the columns. So the columns are exact, and the rows approximate.
 
     Returns:
-        [B, M, N], of sum 1.
+        The transport, [B, M, N], whose sum is 1.
     """
     m, n = scores.shape[1:]
     columns = scores.new_zeros(scores.shape[0], 1, n)

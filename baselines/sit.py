@@ -7,14 +7,14 @@ from dhtm.reducer import LearnedReducer
 
 
 class SiT(LearnedReducer):
-    """New tokens are averages of all tokens, weighted by what a small MLP says of each token.
+    """New tokens are averages of all tokens, weighted by a small MLP of each token.
 
     weights = softmax(s · Linear(GELU(Linear(LayerNorm(X)))), over tokens) with D/2 hidden units, M outputs and a learned
     scalar s that starts at 1; out = weightsᵀ X.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
-        layers: before which layers, from 1, increasing; or "all".
+        layers: the layers to reduce before, from 1, increasing; or "all".
 
     Raises:
         ValueError: the keep rate is outside (0, 1], or layers are not increasing.

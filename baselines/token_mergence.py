@@ -13,15 +13,15 @@ from dhtm.regions import Regions
 class TokenMergence(KeepRateReducer):
     """Merge every token into its most similar (cosine) crucial token, weighted by importance.
 
-    Importance is the attention that CLS paid a token in the layer before; the M most important tokens are crucial. Before
-    the first reduction coarser views of the tokens enrich them: average-pooled over 2×2 and 4×4 patches, each through a
-    learned Linear that starts at zero, and spread over the patches again. The details that the paper's abstract leaves
-    open are our choice, so is keeping the crucial tokens' order.
+    Importance is the attention that CLS paid a token in the layer before; the M most important tokens are crucial, and
+    keep their order. Before the first reduction coarser views enrich the tokens: these are average-pooled over 2×2 and 4×4
+    patches, passed through a learned linear map each, which starts at zero, upsampled again and added. The abstract of the
+    paper leaves the details open; they are our choice.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
-        layers: before which layers, from 2, increasing.
-        scales: side of the coarser views' cells, in patches.
+        layers: the layers to reduce before, from 2, increasing.
+        scales: the sides of the cells of the coarser views, in patches.
 
     Raises:
         ValueError: the keep rate is outside (0, 1], a scale is not above 1, or layers are not increasing.
@@ -60,7 +60,7 @@ class TokenMergence(KeepRateReducer):
         return average(tokens, cluster, shares, m), regions.merged(cluster, m)
 
     def enrich(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Add the coarser views to tokens [B, P, D], one a patch; cells at the right and lower edge may be cut off."""
+        """Add the coarser views to tokens [B, P, D], one per patch; cells at the right and lower edge may be cut off."""
         height, width = grid
         image = tokens.transpose(1, 2).unflatten(2, grid)
         for scale, linear in self.views.items():

@@ -11,41 +11,53 @@ from dhtm.regions import Regions
 
 
 class ToMe(Reducer):
-    """Merge r tokens of every other position into their most similar ones of the positions between, in each layer.
+    """Merge the r tokens in even positions that are most similar to one in an odd position, in each layer.
 
     With the prefix tokens counted in, even positions are set A and odd positions set B. Each A token proposes the B token
-    whose attention key, averaged over heads, has the highest cosine similarity to its own; the r best proposals are
-    merged, averages weighted by patches. The unmerged A tokens come first, then B. Prefix tokens stay as they are.
+    whose attention key, averaged over heads, has the highest cosine similarity to its own. The r best proposals are
+    merged, with averages weighted by patches. The unmerged A tokens come first, then B. Prefix tokens are not merged.
 
     Args:
-        r: tokens to merge in each layer; never more than half of those that are left.
-        layers: which layers, from 1, increasing; or "all".
-        inflect: from −1 (r falls linearly to 0 over the layers, from 2r) through 0 (constant) to 1 (rises to 2r).
+        r: tokens to merge in each layer, or a list with one number per reducing layer; at most half of the tokens that
+            are left are merged.
+        layers: the layers that merge, from 1, increasing; or "all".
+        inflect: from −1 (r falls linearly from 2r to 0 over the layers) through 0 (constant) to 1 (r rises to 2r).
         proportional_attention: add the log of token sizes to the attention logits of later layers; on for supervised
             models in the paper.
 
     Raises:
-        ValueError: r is negative, inflect is outside [−1, 1], or layers are not increasing.
+        ValueError: r is negative or a list of the wrong length, inflect is outside [−1, 1] or given with a list, or
+            layers are not increasing.
     """
 
     needs = frozenset({"keys"})
 
     def __init__(
         self,
-        r: int,
+        r: int | Sequence[int],
         layers: Sequence[int] | str = "all",
         inflect: float = 0.0,
         proportional_attention: bool = True,
     ):
         super().__init__(layers)
-        if not isinstance(r, int) or r < 0:
+        by_layer = isinstance(r, Sequence) and not isinstance(r, str)
+        if not all(isinstance(number, int) and number >= 0 for number in (r if by_layer else [r])):
             raise ValueError(f"r={r!r}: the number of tokens to merge in a layer must be an integer from 0")
         if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
             raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
+        if by_layer and inflect != 0:
+            raise ValueError(f"inflect={inflect!r}: it must be 0 where r is a list")
+        r = tuple(r) if by_layer else r
         self.r, self.inflect, self.proportional_attention = r, inflect, proportional_attention
 
     def r_of(self, layer: int) -> int:
-        """r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down."""
+        """Return r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down."""
+        if isinstance(self.r, tuple):
+            if len(self.r) != len(self.schedule):
+                raise ValueError(
+                    f"r={list(self.r)}: give one number for each of the {len(self.schedule)} layers that merge"
+                )
+            return self.r[self.schedule.index(layer)]
         if len(self.schedule) == 1:
             return self.r
         low = int(self.r * (1 - self.inflect))
@@ -77,13 +89,16 @@ class ToMe(Reducer):
         token_map[:, 1 - first :: 2] = torch.arange(n_kept, n_kept + n_b, device=tokens.device)
         new = regions.merged(token_map, n - r)
 
+        sizes_a, sizes_b = regions.sizes[:, first::2], regions.sizes[:, 1 - first :: 2, None]
+        others = torch.arange(1 - first, n, 2, device=tokens.device)  # set B
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        a, b = tokens[:, first::2].to(wide), tokens[:, 1 - first :: 2].to(wide)
-        sizes_a, sizes_b = regions.sizes[:, first::2, None], regions.sizes[:, 1 - first :: 2, None]
-        moved = rows(a, merged) * rows(sizes_a, merged)
-        sums = (b * sizes_b).scatter_add(1, into[..., None].expand_as(moved), moved)
-        averages = sums / new.sizes[:, n_kept:, None]
-        return torch.cat([rows(a, kept), averages], dim=1).to(tokens.dtype), new
+        moved = rows(tokens, 2 * merged + first).to(wide) * sizes_a.gather(1, merged)[..., None]
+        remaining = torch.cat([2 * kept + first, others.expand(tokens.shape[0], -1)], dim=1)
+        result = rows(tokens, remaining).to(wide)
+        # In place, because at batch 1 a temporary of this size costs more time than the arithmetic.
+        averages = result[:, n_kept:].mul_(sizes_b)
+        averages.scatter_add_(1, into[..., None].expand_as(moved), moved).div_(new.sizes[:, n_kept:, None])
+        return result.to(tokens.dtype), new
 
     def extra_repr(self) -> str:
         return f"r={self.r}, layers={self.layers}, inflect={self.inflect}"

@@ -1,9 +1,27 @@
 """Dynamic Hierarchical Token Merging for Vision Transformers, as a library."""
 
+import sys
+import types
+
+from timm.models.vision_transformer import VisionTransformer
+
+from dhtm import vit
 from dhtm.flops import count_flops
 from dhtm.merge import DHTM, hierarchical_merge
 from dhtm.reducer import Reducer
 from dhtm.regions import Regions
-from dhtm.vit import patch, regions, unpatch
+from dhtm.vit import patch, unpatch
 
 __all__ = ["DHTM", "Reducer", "Regions", "count_flops", "hierarchical_merge", "patch", "regions", "unpatch"]
+
+
+class _RegionsModule(types.ModuleType):
+    """The module ``dhtm.regions``, which is also a function."""
+
+    def __call__(self, model: VisionTransformer, layer: int | None = None) -> Regions:
+        """See :func:`dhtm.vit.regions`."""
+        return vit.regions(model, layer)
+
+
+regions = sys.modules["dhtm.regions"]
+regions.__class__ = _RegionsModule

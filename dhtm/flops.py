@@ -1,4 +1,4 @@
-"""Counting FLOPs with fvcore, as the paper does: 1 multiply-add = 1 FLOP, attention products included."""
+"""Count FLOPs with fvcore, as the paper does: 1 multiply-add = 1 FLOP, attention products included."""
 
 import copy
 import dataclasses
@@ -15,12 +15,12 @@ from dhtm.regions import grid_pairs
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of one image.
+    """The FLOPs of a model for one image.
 
     Attributes:
-        total: the whole model, merging included.
-        merging: spent in the reducer, over all layers.
-        by_layer: each block, its merging included.
+        total: of the whole model, merging included.
+        merging: of the reducer, summed over all layers.
+        by_layer: of each block, its merging included.
     """
 
     total: int
@@ -29,22 +29,22 @@ class FlopCount:
 
 
 def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None = None) -> FlopCount:
-    """FLOPs of a timm VisionTransformer, patched or not, for one image.
+    """Count the FLOPs of a timm VisionTransformer, patched or not, for one image.
 
-    The count is the same on every device, for every backend, and for fused and unfused attention. Element-wise
-    arithmetic is not counted, norms are, at 5 a value, as fvcore has it; see :func:`dhtm.kernels.merge_flops` for merging.
+    The count is the same on every device, for every backend, and for fused and unfused attention. As in fvcore,
+    element-wise arithmetic is not counted, and norms count 5 per value. :func:`dhtm.kernels.merge_flops` counts merging.
 
     Args:
-        model: on any real device; it stays as it is.
-        image_size: side, or height and width, in pixels; by default what the model was made for.
+        model: on any device but "meta"; it is not changed.
+        image_size: side, or height and width, in pixels; by default the size that the model was made for.
     """
-    with warnings.catch_warnings():  # at import fvcore compiles a loss, in a way that PyTorch has deprecated
+    with warnings.catch_warnings():  # fvcore compiles a loss when imported, in a way that PyTorch has deprecated
         warnings.simplefilter("ignore")
-        from fvcore.nn import FlopCountAnalysis  # here, so that merging alone needs no fvcore
+        from fvcore.nn import FlopCountAnalysis  # imported here so that merging alone needs no fvcore
 
     size = model.patch_embed.img_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
-    # A copy, because tracing runs the model: it shares the parameters, but not the mode or the last forward's regions.
+    # Tracing runs the model, so trace a copy that shares the parameters but not the mode and the last regions.
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
     stem = next(parameter for parameter in model.parameters() if parameter.dim() == 4)  # the first convolution
     images = torch.zeros(1, stem.shape[1], height, width, dtype=stem.dtype, device=stem.device)
@@ -52,6 +52,7 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
     count.set_op_handle("dhtm::hierarchical_merge", _merge_flops)
+    count.set_op_handle("dhtm::agglomerate", _agglomerate_flops)
     with torch.no_grad():
         by_module = count.by_module()
     blocks = [int(by_module[f"blocks.{i}"]) for i in range(len(model.blocks))]
@@ -59,12 +60,12 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
 
 
 def _shape(value) -> list[int] | None:
-    """The shape of a value in a traced graph, None of what is not a tensor."""
+    """Return the shape of a value in a traced graph, or None if it is not a tensor."""
     return value.type().sizes() if value.isCompleteTensor() else None
 
 
 def _attention_flops(inputs, outputs) -> int:
-    """Q·Kᵀ and the product with V, [B, heads, N, d] each; fvcore does not know the fused operator."""
+    """Count Q·Kᵀ and the product with V, [B, heads, N, d] each; fvcore does not know the fused operator."""
     queries, keys, values = (_shape(value) for value in inputs[:3])
     return math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
@@ -74,5 +75,11 @@ def _merge_flops(inputs, outputs) -> int:
     k, height, width, connectivity = (value.toIValue() for value in inputs[4:8])
     batch, n, channels = tokens
     channels = channels if features is None else features[-1]
-    n_pairs = len(grid_pairs((height, width), connectivity))
+    n_pairs = 0 if connectivity == kernels.ALL_PAIRS else len(grid_pairs((height, width), connectivity))
     return batch * kernels.merge_flops(n, k, channels, n_pairs, assignment[-1], connectivity)
+
+
+def _agglomerate_flops(inputs, outputs) -> int:
+    """Count the similarities of all pairs; the distances of merged clusters are element-wise arithmetic."""
+    batch, n, channels = _shape(inputs[0])
+    return batch * channels * n * (n - 1) // 2

@@ -1,8 +1,9 @@
-"""Dynamic Hierarchical Token Merging (Haroun et al., VISAPP 2025): Algorithm 1, and the reducer made of it.
+"""Dynamic Hierarchical Token Merging (Haroun et al., VISAPP 2025): Algorithm 1 and the reducer that runs it.
 
-:func:`algorithm_1` is written to be read beside section 3 of the paper; its names and line numbers are the paper's.
+Read :func:`algorithm_1` beside section 3 of the paper: its names and line numbers are the paper's.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from dhtm import kernels
 from dhtm.kernels import batched
 from dhtm.reducer import Attention, Reducer, after_merges, check_k
-from dhtm.regions import Regions, grid_pairs
+from dhtm.regions import Regions
 
+CONNECTIVITIES = (8, 4, "all")
 LINKAGES = ("mean", "size")
 FEATURES = ("tokens", "keys", "attention_output")
 
@@ -49,23 +51,23 @@ def algorithm_1(
     tokens: list[Tensor],
     patches: list[set[int]],
     n_merge: int,
-    adjacent_patches: set[tuple[int, int]],
+    adjacent_patches: set[tuple[int, int]] | None,
     similarity: str,
     linkage: str,
     features: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[dict[int, float]]]:
-    """Algorithm 1 of the paper on the tokens of one image in one layer.
+    """Run Algorithm 1 of the paper on the tokens of one image in one layer.
 
     Args:
         tokens: T, N vectors [D].
         patches: the patches that each token stands for.
         n_merge: N_merge, the number of merges.
-        adjacent_patches: the grid's pairs of adjacent patches, lower first.
+        adjacent_patches: the grid's pairs of adjacent patches, lower first; None if all pairs are adjacent.
         similarity, linkage: as in :func:`hierarchical_merge`.
         features: N vectors to measure similarity on instead of the tokens; they are averaged with them.
 
     Returns:
-        T', N - N_merge vectors, and for each the indices in T of the tokens that it averages, with their weights.
+        T', N - N_merge vectors, and for each of them a dict from the tokens in T that it averages to their weights.
     """
     tokens, patches = list(tokens), list(patches)
     features = list(tokens if features is None else features)
@@ -86,15 +88,17 @@ def algorithm_1(
     return tokens, members
 
 
-def get_neighbors(patches: list[set[int]], adjacent_patches: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pairs of tokens i < j of which a patch of one touches a patch of the other, in lexicographic order."""
+def get_neighbors(patches: list[set[int]], adjacent_patches: set[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """List the pairs of tokens i < j where a patch of one touches a patch of the other, in lexicographic order."""
+    if adjacent_patches is None:  # every patch touches every other
+        return list(itertools.combinations([token for token, region in enumerate(patches) if region], 2))
     token_of = {patch: token for token, region in enumerate(patches) for patch in region}
     pairs = {tuple(sorted((token_of[p], token_of[q]))) for p, q in adjacent_patches}
     return sorted((i, j) for i, j in pairs if i != j)
 
 
 def get_similarity(a: Tensor, b: Tensor, similarity: str) -> float:
-    """Eq. 8, summed in float64 and rounded to float32, below which pairs count as equally similar. NaN is lowest."""
+    """Eq. 8, summed in float64 and rounded to float32: pairs that differ by less are ties. NaN counts as the lowest."""
     score = SIMILARITIES[similarity](a.double(), b.double()).float().item()
     lowest = torch.finfo(torch.float32).min
     return lowest if score != score else min(max(score, lowest), -lowest)
@@ -105,38 +109,12 @@ def avg_merge(a: Tensor, b: Tensor, n_a: int = 1, n_b: int = 1) -> Tensor:
     return ((a.double() * n_a + b.double() * n_b) / (n_a + n_b)).to(a.dtype)
 
 
-def _reference(tokens, features, regions, k, connectivity, similarity, linkage):
-    """Backend ``reference``: Algorithm 1 image by image."""
-    batch, n, _ = tokens.shape
-    adjacent = {tuple(pair) for pair in grid_pairs(regions.grid, connectivity).tolist()}
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    merged, token_map, weights = [], torch.empty(batch, n, dtype=torch.int64), torch.empty(batch, n)
-    for image in range(batch):
-        patches = [set() for _ in range(n)]
-        for patch, token in enumerate(regions.assignment[image].tolist()):
-            patches[token].add(patch)
-        if sum(map(bool, patches)) <= k:  # every merge takes two regions of the grid
-            batched.raise_runs_out(k, image)
-        measured = None if features is None else list(features[image].cpu().to(wide))
-        new, members = algorithm_1(
-            list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured
-        )
-        merged.append(torch.stack(new))
-        for place, averaged in enumerate(members):
-            for token, weight in averaged.items():
-                token_map[image, token], weights[image, token] = place, weight
-    return torch.stack(merged).to(tokens), token_map.to(tokens.device), weights.to(tokens.device)
-
-
-kernels.BACKENDS["reference"] = _reference
-
-
 def hierarchical_merge(
     tokens: Tensor,
     k: int,
     regions: Regions | None = None,
     grid: tuple[int, int] | None = None,
-    connectivity: int = 8,
+    connectivity: int | str = 8,
     similarity: str = "cosine",
     linkage: str = "mean",
     backend: str = "auto",
@@ -144,39 +122,41 @@ def hierarchical_merge(
 ) -> tuple[Tensor, Regions]:
     """Merge the most similar pair of adjacent tokens, k times, in every image of a batch (Algorithm 1).
 
-    Similarity is a float32 number whatever the dtype of the tokens, which are averaged in float32 or wider. The new token
+    Similarity is computed in float32 whatever the dtype of the tokens, and averages in float32 or wider. The new token
     takes the place of the lower of the two; all others keep their order. Ties go to the lexicographically smallest pair,
-    so that the result is a function of the image alone, the same in every backend and at every batch size. A
-    similarity that is NaN counts as the lowest there is.
+    so that the result depends on the image alone and is the same in every backend and at every batch size. NaN counts as
+    the lowest similarity.
 
     The gradient with respect to the tokens is that of the averages; the choice of pairs has none.
 
     Args:
         tokens: [B, N, D], any float dtype.
         k: merges in each image, 0 ≤ k < N.
-        regions: which patches the tokens stand for so far.
-        grid: without regions, rows and columns of patches, one patch a token.
-        connectivity: 8 (diagonal neighbours too) or 4.
+        regions: the patches that the tokens stand for so far.
+        grid: rows and columns of patches; without regions each patch is a token.
+        connectivity: 8 (diagonal neighbours too), 4, or "all": every pair of tokens is adjacent, and without regions
+            no grid is needed (it is then one row).
         similarity: "cosine", "euclidean", "manhattan" or "kl"; see the functions of these names.
         linkage: "mean" (Eq. 10 as written: the plain average of the two, at every merge) or "size" (weighted by patches,
             which is Eq. 5 over the whole region).
         backend: "reference" (Algorithm 1, image by image), "torch" (whole batch, any device), "numba" (CPU), "triton"
-            (CUDA), or "auto", the fastest that is there.
-        features: [B, N, F], what similarity is measured on instead of the tokens, and averaged with them.
+            (CUDA), or "auto", the fastest available.
+        features: [B, N, F], measured instead of the tokens and averaged with them.
 
     Returns:
         merged: [B, N - k, D], in the tokens' dtype.
         regions: the regions of the merged tokens.
 
     Raises:
-        ValueError: a shape or an option is wrong, or the regions given run out of adjacent tokens; the message names it.
+        ValueError: a shape or an option is wrong, or the given regions run out of adjacent tokens; the message names it.
     """
     if tokens.dim() != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be floats [B, N, D], not {tokens.dtype} {list(tokens.shape)}")
     batch, n, _ = tokens.shape
     if regions is None:
-        if grid is None:
+        if grid is None and connectivity != "all":
             raise ValueError("give either regions or grid=(rows, columns)")
+        grid = (1, n) if grid is None else grid
         regions = Regions.identity(batch, grid, tokens.device)
     elif grid is not None and tuple(grid) != regions.grid:
         raise ValueError(f"grid={tuple(grid)} contradicts regions.grid={regions.grid}")
@@ -195,7 +175,8 @@ def hierarchical_merge(
     _check_options(connectivity, similarity, linkage, backend)
     if k == 0:
         return tokens, regions
-    if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX does not know the operator, but what is in it
+    connectivity = kernels.ALL_PAIRS if connectivity == "all" else connectivity
+    if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX lacks the operator but has what is in it
         merged, token_map, _ = batched.merge(tokens, features, regions, k, connectivity, similarity, linkage)
         return merged, regions.merged(token_map, n - k)
     merged, token_map, _ = kernels.hierarchical_merge(
@@ -215,7 +196,7 @@ def hierarchical_merge(
 
 def _check_options(connectivity, similarity, linkage, backend):
     options = {
-        "connectivity": (connectivity, (8, 4)),
+        "connectivity": (connectivity, CONNECTIVITIES),
         "similarity": (similarity, tuple(SIMILARITIES)),
         "linkage": (linkage, LINKAGES),
         "backend": (backend, ("auto", *kernels.BACKENDS)),
@@ -226,11 +207,11 @@ def _check_options(connectivity, similarity, linkage, backend):
 
 
 class DHTM(Reducer):
-    """Dynamic Hierarchical Token Merging: k merges of adjacent tokens after attention in each of some layers.
+    """Dynamic Hierarchical Token Merging: k merges of adjacent tokens after attention, in each of the given layers.
 
     Args:
         k: merges in each layer.
-        layers: which layers, from 1, increasing; "all" and (4, 7, 11) are the paper's two schedules.
+        layers: the layers that merge, from 1, increasing; "all" and (4, 7, 11) are the paper's two schedules.
         connectivity, similarity, linkage, backend: see :func:`hierarchical_merge`.
         features: what similarity is measured on: "tokens" (the residual stream after attention), "keys" (all heads side
             by side), or "attention_output" (the attention branch before its residual add).
@@ -244,7 +225,7 @@ class DHTM(Reducer):
         self,
         k: int,
         layers: Sequence[int] | str = (4, 7, 11),
-        connectivity: int = 8,
+        connectivity: int | str = 8,
         similarity: str = "cosine",
         linkage: str = "mean",
         features: str = "tokens",

@@ -8,22 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dhtm.regions import Regions
+from dhtm.regions import Regions, SoftRegions, renumber
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Where a reducer is, and what it may ask of the attention computed last; None where it did not ask.
+    """The layer that reduces, and what the reducer needs of the last attention; None for what it does not need.
 
-    That attention is this layer's for a reducer after attention, and the previous layer's for one before a block. All
-    tensors are of patch tokens only.
+    The last attention is this layer's for a reducer after attention, and the previous layer's for one before a block. All
+    tensors hold patch tokens only.
 
     Attributes:
         layer: the layer that reduces, from 1.
-        keys: [B, heads, N, D / heads], after key normalisation where the model has one; of another layer without a gradient.
+        keys: [B, heads, N, D / heads], after key normalisation if the model has one; detached if of the previous layer.
         output: [B, N, D], the output of the attention branch before LayerScale and the residual add.
         cls: float32 [B, N], the attention that CLS pays each token, mean over heads; in a model without CLS the attention
-            that the token receives, mean over heads and queries. Without a gradient.
+            that the token receives, mean over heads and queries. Detached.
     """
 
     layer: int = 1
@@ -35,19 +35,18 @@ class Attention:
 class Reducer(nn.Module):
     """A method that reduces the patch tokens in some layers of a Vision Transformer.
 
-    It never sees prefix tokens (CLS, distillation, registers) and knows nothing of the model around it.
+    It never sees prefix tokens (CLS, distillation, registers) and is independent of the model around it.
 
     Args:
         layers: the layers that reduce, numbered from 1, increasing; or "all".
 
     Attributes:
-        position: where in the layer: "after_attention" (after its residual add, before the MLP branch) or
-            "before_block".
+        position: "after_attention" (after its residual add, before the MLP branch) or "before_block".
         needs: which of "keys", "output" and "cls" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
-        image_ids: int64 [B] or None, set by whoever runs the model; see :func:`dhtm.vit.image_ids`.
-        schedule: the layers as numbers, also where ``layers`` is "all"; those of the model once it is attached to one.
-        n_prefix: prefix tokens of the model that it is attached to.
+        image_ids: int64 [B] or None, set with :func:`dhtm.vit.image_ids`.
+        schedule: the numbers of the layers that reduce; for "all" they are known once a model is attached.
+        n_prefix: the number of prefix tokens of the attached model.
 
     Raises:
         ValueError: layers are not increasing numbers from 1.
@@ -70,18 +69,18 @@ class Reducer(nn.Module):
         self.schedule: tuple[int, ...] = () if layers == "all" else layers
 
     def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
-        """Get ready for a model, called by :func:`dhtm.patch`; methods that learn make their parameters here.
+        """Prepare for a model; :func:`dhtm.patch` calls this, and learned methods create their parameters here.
 
         Args:
             channels: D of the tokens.
-            n_prefix: how many prefix tokens stand before the patch tokens.
+            n_prefix: the number of prefix tokens, which come before the patch tokens.
             grid: rows and columns of patches at the model's own image size.
-            layers: the layers that reduce, in numbers.
+            layers: the numbers of the layers that reduce.
         """
         self.n_prefix, self.schedule = n_prefix, layers
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
-        """How many of n_tokens patch tokens are left after reducing in this layer, known before any image is seen.
+        """Return how many of n_tokens patch tokens this layer leaves, which depends on no image.
 
         Raises:
             ValueError: the reduction is impossible; the message names the layer and the numbers.
@@ -89,16 +88,16 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
-        """Reduce [B, N, D] patch tokens; return them and the regions that they now stand for."""
+        """Reduce the patch tokens [B, N, D]; return the new tokens and their regions."""
         raise NotImplementedError
 
 
 class KeepRateReducer(Reducer):
-    """A method that leaves ⌊P·κ^i⌋ tokens before the i-th of its layers (Haurum et al. 2023).
+    """A method that leaves ⌊P·κ^i⌋ tokens in the i-th of its layers, by default before the block (Haurum et al. 2023).
 
     Args:
         keep_rate: κ, in (0, 1].
-        layers: which layers, from 1, increasing; or "all".
+        layers: the layers that reduce, from 1, increasing; or "all".
 
     Raises:
         ValueError: the keep rate is outside (0, 1], or layers are not increasing.
@@ -113,7 +112,7 @@ class KeepRateReducer(Reducer):
         self.keep_rate = keep_rate
 
     def n_clusters(self, layer: int, grid: tuple[int, int]) -> int:
-        """M, how many tokens to leave in a layer."""
+        """Return M, the number of tokens to leave in a layer."""
         stage = self.schedule.index(layer) + 1
         return math.floor(grid[0] * grid[1] * self.keep_rate**stage + 1e-9)  # 0.29 · 100 is 29, not 28
 
@@ -130,9 +129,9 @@ class KeepRateReducer(Reducer):
 
 
 class LearnedReducer(KeepRateReducer):
-    """A keep-rate method whose new tokens are weighted sums of all tokens, by a small network in each of its layers.
+    """A keep-rate method whose new tokens are sums of all tokens, weighted by a small network in each of its layers.
 
-    The networks are in ``stages``, under the number of their layer; M is fixed by the model's own grid when they are made.
+    ``stages`` holds the networks by the number of their layer. The model's own grid fixes M when they are created.
     """
 
     def __init__(self, keep_rate: float, layers: Sequence[int] | str = (4, 7, 10)):
@@ -140,7 +139,7 @@ class LearnedReducer(KeepRateReducer):
         self.stages = nn.ModuleDict()
 
     def make_stage(self, channels: int, n_clusters: int) -> nn.Module:
-        """The network of one layer: tokens [B, N, D] → weights [B, M, N] and values [B, N, D]."""
+        """Create the network of one layer: tokens [B, N, D] → weights [B, M, N] and values [B, N, D]."""
         raise NotImplementedError
 
     def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
@@ -148,7 +147,7 @@ class LearnedReducer(KeepRateReducer):
         wanted = {str(layer): (channels, super(LearnedReducer, self).n_clusters(layer, grid)) for layer in layers}
         if not self.stages:
             for layer in layers:
-                self.tokens_after(grid[0] * grid[1], layer, grid)  # no network of zero outputs
+                self.tokens_after(grid[0] * grid[1], layer, grid)  # raises an error where M is 0
             self.stages.update({layer: self.make_stage(*shape) for layer, shape in wanted.items()})
             self.shapes = wanted
         elif self.shapes != wanted:
@@ -159,17 +158,17 @@ class LearnedReducer(KeepRateReducer):
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         weights, values = self.stages[str(attention.layer)](tokens)
-        return weights @ values, regions.merged(weights.argmax(dim=1), weights.shape[1])
+        return weights @ values, SoftRegions(regions, weights)
 
 
 def check_k(k: int) -> None:
-    """Raise a ValueError unless k, the merges a layer, is an integer from 0."""
+    """Raise a ValueError unless k, the number of merges in a layer, is an integer from 0."""
     if not isinstance(k, int) or k < 0:
-        raise ValueError(f"k={k!r}: the number of merges a layer must be an integer from 0")
+        raise ValueError(f"k={k!r}: the number of merges in a layer must be an integer from 0")
 
 
 def after_merges(n_tokens: int, k: int, layer: int) -> int:
-    """Tokens left after k merges of two, or a ValueError that names the layer, N and k."""
+    """Return the number of tokens left after k merges, or raise a ValueError that names the layer, N and k."""
     if k >= n_tokens:
         raise ValueError(
             f"k={k} merges in layer {layer}, but only N={n_tokens} tokens are left there: k must be below N"
@@ -178,10 +177,10 @@ def after_merges(n_tokens: int, k: int, layer: int) -> int:
 
 
 def average(tokens: Tensor, token_map: Tensor, weights: Tensor, n_tokens: int) -> Tensor:
-    """Weighted sums of tokens in float32 or wider: new[m] = Σ weights[n]·tokens[n] over all n with token_map[n] = m.
+    """Sum weighted tokens in float32 or wider: new[m] = Σ weights[n]·tokens[n] over all n with token_map[n] = m.
 
     Args:
-        tokens: [B, N, D], any float dtype, which is the result's dtype too.
+        tokens: [B, N, D], any float dtype, which is also that of the result.
         token_map: int64 [B, N].
         weights: [B, N]; the weights of each new token sum to 1 for an average.
         n_tokens: M, the number of new tokens.
@@ -195,25 +194,53 @@ def average(tokens: Tensor, token_map: Tensor, weights: Tensor, n_tokens: int) -
     return new.scatter_add(1, token_map[..., None].expand_as(weighted), weighted).to(tokens.dtype)
 
 
+def merge_into(tokens: Tensor, regions: Regions, merged: Tensor, into: Tensor) -> tuple[Tensor, Regions]:
+    """Merge some tokens into others, averages weighted by patches; what is left keeps its order.
+
+    Args:
+        tokens: [B, N, D].
+        regions: of these tokens.
+        merged: int64 [B, r], the tokens that go.
+        into: int64 [B, r], the tokens that they merge into, none of which goes.
+
+    Returns:
+        [B, N - r, D] in the tokens' dtype, averaged in float32 or wider, and their regions.
+    """
+    batch, n, _ = tokens.shape
+    owner = torch.arange(n, device=tokens.device).repeat(batch, 1).scatter(1, merged, into)
+    token_map = renumber(owner)
+    new = regions.merged(token_map, n - merged.shape[1])
+    kept = torch.empty_like(new.sizes).scatter(1, token_map, owner)
+    place = token_map.gather(1, merged)
+
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    shares = regions.sizes.to(wide) / new.sizes.gather(1, token_map)
+    moved = rows(tokens, merged) * shares.gather(1, merged)[..., None]
+    result = (rows(tokens, kept) * shares.gather(1, kept)[..., None]).scatter_add(
+        1, place[..., None].expand_as(moved), moved
+    )
+    return result.to(tokens.dtype), new
+
+
 def raise_other_shape(reducer: Reducer) -> None:
-    """For a reducer that is attached to a model which its parameters do not fit."""
-    raise ValueError(f"this {type(reducer).__name__} has learned in a model of another shape: make a new one")
+    """Raise the error for a reducer that is attached to a model which its parameters do not fit."""
+    raise ValueError(f"this {type(reducer).__name__} has parameters for a model of another shape: create a new one")
 
 
 def highest(values: Tensor, m: int) -> Tensor:
-    """Where the m largest of values [B, N] are, int64 [B, m], largest first; among equals the lower index first."""
+    """Return the indices of the m largest of values [B, N], int64 [B, m]: largest first, lower index first among equals."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK puts the lower index of equals first
         return values.topk(m, dim=1).indices
     return values.argsort(dim=1, descending=True, stable=True)[:, :m]
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of x [B, N, D] that index, int64 [B, M], names: [B, M, D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """Select the rows of x [B, N, D] with the numbers in index, int64 [B, M]: [B, M, D]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]  # copies whole rows, unlike gather
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A learned map that starts by adding nothing, so that a trained backbone starts as it is."""
+    """Create a linear map that starts at zero, so that a trained backbone starts unchanged."""
     linear = nn.Linear(inputs, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -221,12 +248,12 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def squared_distances(tokens: Tensor) -> Tensor:
-    """‖a − b‖² between all tokens of an image, in float32 or wider: [B, N, D] → [B, N, N]."""
+    """Compute ‖a − b‖² between all tokens of an image, in float32 or wider: [B, N, D] → [B, N, N]."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    tokens = tokens - tokens.mean(dim=1, keepdim=True)  # less is lost when the squares are subtracted
+    tokens = tokens - tokens.mean(dim=1, keepdim=True)  # reduces cancellation
     squares = tokens.square().sum(-1)
     with torch.autocast(tokens.device.type, enabled=False):
         products = tokens @ tokens.transpose(1, 2)
-    # The sum of both orders is the same to the last bit for (a, b) and (b, a), which one product need not be.
+    # One product may differ in the last bit between (a, b) and (b, a); the sum of both orders does not.
     distances = (squares[:, :, None] + squares[:, None] - (products + products.transpose(1, 2))).clamp(min=0)
     return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))

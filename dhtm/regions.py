@@ -1,4 +1,4 @@
-"""Which patch is in which token: the only state that merging carries from layer to layer."""
+"""The map from patches to tokens: the only state that merging carries from layer to layer."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ _STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, -1), (1, 0), (1, 1))}
 
 
 def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | None = None) -> Tensor:
-    """All pairs of adjacent patches of a grid (Figure 3 of the paper).
+    """List all pairs of adjacent patches of a grid (Figure 3 of the paper).
 
     Args:
         grid: rows and columns of patches, numbered row by row.
         connectivity: 4 (horizontal and vertical neighbours) or 8 (diagonals too).
-        device: where the result goes.
+        device: of the result.
 
     Returns:
         int64 [E, 2], each pair once, lower index first, in lexicographic order.
@@ -32,7 +32,7 @@ def grid_pairs(grid: tuple[int, int], connectivity: int, device: torch.device | 
 
 @functools.lru_cache(maxsize=64)
 def _pairs(height: int, width: int, connectivity: int) -> np.ndarray:
-    """As an array: a tensor that is kept from the tracing of a model would be of no use after it."""
+    """Return an array, because a tensor cached while a model is traced could not be used afterwards."""
     pairs = [
         (row * width + column, (row + down) * width + column + right)
         for row in range(height)
@@ -48,9 +48,9 @@ class Regions:
     """The map from patches to tokens for a batch of images.
 
     Attributes:
-        assignment: int64 [B, P], the token in [0, N) that each patch is in. Methods that spread a patch over
-            several tokens give the one with the largest share.
-        sizes: int64 [B, N], patches in each token.
+        assignment: int64 [B, P], the token in [0, N) that each patch is in. Methods that spread a patch over several
+            tokens give the one with the largest share; see :class:`SoftRegions`.
+        sizes: int64 [B, N], the number of patches in each token.
         grid: rows and columns of patches, with rows · columns = P.
     """
 
@@ -60,7 +60,7 @@ class Regions:
 
     @classmethod
     def identity(cls, batch: int, grid: tuple[int, int], device: torch.device | str | None = None) -> "Regions":
-        """One patch a token: the state before any merge."""
+        """Return the state before any merge: one patch per token."""
         n_patches = grid[0] * grid[1]
         return cls(
             assignment=torch.arange(n_patches, device=device).expand(batch, n_patches),
@@ -74,26 +74,55 @@ class Regions:
         return self.sizes.shape[1]
 
     def merged(self, token_map: Tensor, n_tokens: int) -> "Regions":
-        """The regions after tokens were merged.
+        """Return the regions after tokens were merged.
 
         Args:
             token_map: int64 [B, N], the place of each token among the new ones.
-            n_tokens: how many new ones there are.
+            n_tokens: the number of new tokens.
         """
         sizes = self.sizes.new_zeros(self.sizes.shape[0], n_tokens).scatter_add(1, token_map, self.sizes)
         return Regions(token_map.gather(1, self.assignment), sizes, self.grid)
 
     def adjacent_tokens(self, connectivity: int = 8) -> Tensor:
-        """The tokens on the two sides of every pair of adjacent patches.
+        """Return the two tokens that each pair of adjacent patches is in.
 
-        Two tokens are adjacent when a patch of one touches a patch of the other (Eq. 7), so each adjacent pair of
-        tokens is listed once for every place where they touch, and a token with itself for every pair inside it.
+        Two tokens are adjacent when a patch of one touches a patch of the other (Eq. 7). So a pair of tokens is listed
+        once for every place where they touch, and a token is listed with itself for every pair of patches inside it.
 
         Returns:
             int64 [B, E, 2], the lower token first; E depends on the grid alone.
         """
         pairs = grid_pairs(self.grid, connectivity, self.assignment.device)
         return self.assignment[:, pairs].sort(dim=-1).values
+
+
+class SoftRegions(Regions):
+    """Regions of a method that spreads each token over all new ones, computed only when they are read.
+
+    Args:
+        before: the regions of the tokens before.
+        weights: [B, M, N], the weight of each of these N tokens in each of M new ones.
+    """
+
+    def __init__(self, before: Regions, weights: Tensor):
+        for name, value in (("before", before), ("weights", weights.detach()), ("grid", before.grid)):
+            object.__setattr__(self, name, value)  # Regions is frozen
+
+    @property
+    def n_tokens(self) -> int:
+        return self.weights.shape[1]
+
+    @functools.cached_property
+    def _hard(self) -> Regions:
+        return self.before.merged(self.weights.argmax(dim=1), self.n_tokens)
+
+    @property
+    def assignment(self) -> Tensor:
+        return self._hard.assignment
+
+    @property
+    def sizes(self) -> Tensor:
+        return self._hard.sizes
 
 
 def contract(low: Tensor, high: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +137,6 @@ def contract(low: Tensor, high: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, T
 
 
 def renumber(owner: Tensor) -> Tensor:
-    """Close the gaps: int64 [B, N] names of groups, given to each token, become 0, 1, … in the same order."""
+    """Number the groups of tokens 0, 1, … without gaps, in the order of their given numbers, int64 [B, N]."""
     used = torch.zeros_like(owner, dtype=torch.bool).scatter(1, owner, torch.ones_like(owner, dtype=torch.bool))
     return (used.cumsum(dim=1) - 1).gather(1, owner)

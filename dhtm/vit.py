@@ -1,9 +1,8 @@
-"""Put a reducer into a timm VisionTransformer, and take it out again.
+"""Put a reducer into a timm VisionTransformer, and remove it again.
 
 No attention is rewritten: the blocks keep their attention modules, so fused kernels, LayerScale, DropPath, query and key
 norms, registers and distillation tokens stay as timm has them. A block that reduces after attention runs its two residual
-branches one after the other with the reducer in between, which is all that this module knows about a block; a model whose
-blocks have other parts is refused.
+branches with the reducer in between. This module assumes nothing else about a block, and refuses blocks with other parts.
 """
 
 import contextlib
@@ -21,11 +20,11 @@ _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "dr
 
 
 class ReducingBlock(Block):
-    """A timm Block that reduces its tokens; :func:`patch` turns blocks into this class and :func:`unpatch` back."""
+    """A timm Block that reduces its tokens; :func:`patch` and :func:`unpatch` change the class of a block."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:
         if attn_mask is not None:
-            raise ValueError("attn_mask cannot be used on a patched model: its tokens change from layer to layer")
+            raise ValueError("attn_mask is not supported on a patched model: its tokens change from layer to layer")
         x = self.reduction.reduce(x, self.layer, "before_block")
         attended = self.attn(self.norm1(x), attn_mask=self.reduction.attention_bias(x.dtype, self.layer), **kwargs)
         x = x + self.drop_path1(self.ls1(attended))
@@ -34,17 +33,17 @@ class ReducingBlock(Block):
 
 
 class _Reduction:
-    """What the blocks of one patched model share: the reducer, and the regions after each layer of the last forward."""
+    """The state that the blocks of a patched model share: the reducer, and the regions of the last forward by layer."""
 
     def __init__(self, reducer: Reducer, layers: tuple[int, ...], n_prefix: int):
         self.reducer, self.layers, self.n_prefix = reducer, layers, n_prefix
-        self.regions: dict[int, Regions] = {}  # by layer; 0 is before the first block
+        self.regions: dict[int, Regions] = {}  # after each layer that reduces; 0 is before the first block
         self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
         self.cls: dict[int, Tensor] = {}
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Before the patch embedding: every patch is a token of its own again."""
+        """Start a forward pass, before the patch embedding: every patch is a token."""
         images = args[0]
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
         self.keys.clear()
@@ -52,47 +51,48 @@ class _Reduction:
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
-        # Looked up by layer rather than kept as "the current ones", so that gradient checkpointing may run layers again.
+        # Looked up by layer, because gradient checkpointing may run a layer again after later ones.
         return self.regions[max(done for done in self.regions if done < layer)]
 
     def reduce(self, x: Tensor, layer: int, position: str, attended: Tensor | None = None) -> Tensor:
-        """[B, prefix + N, D] to fewer tokens, if the reducer acts in this layer and position."""
+        """Reduce the tokens of x [B, prefix + N, D] if the reducer acts in this layer and position."""
         if layer not in self.layers or self.reducer.position != position:
             return x
         regions = self.regions_before(layer)
         prefix, tokens = x[:, : self.n_prefix], x[:, self.n_prefix :]
         if tokens.shape[1] != regions.n_tokens:
             raise RuntimeError(
-                f"layer {layer} got {tokens.shape[1]} patch tokens where {regions.n_tokens} were expected: "
+                f"layer {layer} got {tokens.shape[1]} patch tokens, but {regions.n_tokens} were expected: "
                 "a patched model must see every patch (patch_drop_rate=0)"
             )
-        self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # a small image may have too few
+        self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # raises an error for small images
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
         attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
-        if position == "after_attention":  # where they are read anew if the layer runs again, unlike another layer's
+        if position == "after_attention":  # if this layer runs again, its keys are read again
             self.keys.pop(layer, None)
         return torch.cat([prefix, tokens], dim=1)
 
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
-        """Proportional attention: [B, 1, 1, prefix + N], the log of each token's size, 0 for prefix tokens."""
+        """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens."""
         reduced_first = self.reducer.position == "before_block"
-        sizes = self.regions_before(layer + 1 if reduced_first else layer).sizes
-        if not self.reducer.proportional_attention or sizes.shape == self.regions[0].sizes.shape:
+        regions = self.regions_before(layer + 1 if reduced_first else layer)
+        if not self.reducer.proportional_attention or regions.n_tokens == self.regions[0].n_tokens:
             return None
+        sizes = regions.sizes
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
         return bias.to(dtype)[:, None, None]
 
 
 class _AttentionReader:
-    """Forward hooks on the norms of an attention's queries and keys (identities in most models), which all of them pass.
+    """Reads queries and keys by forward hooks on their norms, which every attention has (as identities in most models).
 
     Args:
-        reduction: where to put what was read.
+        reduction: stores what is read.
         source: the layer whose attention is read.
         layer: the layer that reduces with it.
         scale: of the attention logits.
-        has_cls: does a CLS token stand first?
+        has_cls: whether the first token is a CLS token.
     """
 
     def __init__(self, reduction: _Reduction, source: int, layer: int, scale: float, has_cls: bool):
@@ -105,11 +105,11 @@ class _AttentionReader:
         reduction = self.reduction
         if "keys" in reduction.reducer.needs:
             keys_of_patches = keys[:, :, reduction.n_prefix :]
-            # Another layer's keys are kept, so they must not hold that layer's graph.
+            # Keys of another layer are kept, so they must not keep the graph of that layer alive.
             reduction.keys[self.layer] = keys_of_patches if self.source == self.layer else keys_of_patches.detach()
         if "cls" in reduction.reducer.needs:
-            # Kept for the whole forward and without a gradient: gradient checkpointing may run the layer that reduces
-            # again before this one.
+            # Kept for the whole forward, and so without a gradient: gradient checkpointing may run the layer that
+            # reduces again before this one.
             with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
                 logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
                 bias = reduction.attention_bias(logits.dtype, self.source)
@@ -126,14 +126,14 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
 
     Args:
         model: any timm VisionTransformer of plain blocks: DeiT, distilled DeiT, DeiT-III, AugReg, DINOv2, SigLIP, …
-        reducer: the method, :class:`dhtm.DHTM` say.
+        reducer: the method, such as :class:`dhtm.DHTM`.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: the model, or one of its blocks, is of a kind that cannot be patched.
-        ValueError: the model is patched already, a layer is outside it, or fewer tokens than needed are left in a layer.
+        TypeError: the class of the model or of one of its blocks is not supported.
+        ValueError: the model is already patched, a layer is outside it, or a layer has fewer tokens than needed.
     """
     _check_supported(model, reducer)
     depth = len(model.blocks)
@@ -169,7 +169,7 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
 
 
 def unpatch(model: VisionTransformer) -> VisionTransformer:
-    """Take the reducer out again, in place: the model is what it was before :func:`patch`.
+    """Remove the reducer, in place: the model is what it was before :func:`patch`.
 
     Raises:
         ValueError: the model is not patched.
@@ -185,11 +185,11 @@ def unpatch(model: VisionTransformer) -> VisionTransformer:
 
 
 def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
-    """Which patches each token stood for in the last forward pass of a patched model.
+    """Return the regions of the last forward pass of a patched model: the patches that each token stood for.
 
     Args:
         model: a patched model.
-        layer: after this layer, from 1; by default after the last.
+        layer: the layer, from 1, whose output tokens are meant; by default the last.
 
     Raises:
         ValueError: the model is not patched, has not been run, or has no such layer.
@@ -203,7 +203,7 @@ def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
 
 
 def tokens_by_layer(model: VisionTransformer) -> list[int]:
-    """Patch tokens that leave each layer, at the model's own image size; the model may be patched or not."""
+    """Return the number of patch tokens after each layer of a model, patched or not, at its own image size."""
     reduction = getattr(model, "reduction", None)
     depth, grid = len(model.blocks), model.patch_embed.grid_size
     return _plan(reduction.reducer, reduction.layers, depth, grid) if reduction else [grid[0] * grid[1]] * depth
@@ -211,10 +211,10 @@ def tokens_by_layer(model: VisionTransformer) -> list[int]:
 
 @contextlib.contextmanager
 def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
-    """Within this context the images of a batch are known to the reducer by these ids, int64 [B].
+    """Give the reducer the ids of the images in a batch, int64 [B], within this context.
 
-    What a method draws at random depends on the ids, so that it is the same in every batch an image may be in. A model
-    that is not patched has no use for them.
+    Random draws depend on the ids, so that they are the same whatever batch an image is in. A model that is not patched
+    ignores them.
     """
     if not hasattr(model, "reduction"):
         yield
@@ -250,7 +250,7 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
     if reducer.position == "before_block" and "output" in reducer.needs:
         raise ValueError(f"{type(reducer).__name__} acts before a block, where its attention has no output yet")
     if hasattr(model, "reduction"):
-        raise ValueError(f"this {name} is patched already: call dhtm.unpatch(model) first")
+        raise ValueError(f"this {name} is already patched: call dhtm.unpatch(model) first")
     for layer, block in enumerate(model.blocks, start=1):
         parts = {part for part, _ in block.named_children()}
         if type(block) is not Block or parts != _BLOCK_PARTS:

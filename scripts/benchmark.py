@@ -8,53 +8,56 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from dhtm.harness.benchmark import benchmark, check, scaling
+from dhtm.harness import config as door
+from dhtm.harness.benchmark import time_merge, time_methods
+from dhtm.harness.core.command import command, start
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import command, path_given
-from dhtm.harness.models.methods import SHIPPED
-from dhtm.harness.runs.store import environment, require_writable, write_json
+from dhtm.harness.core.files import PROJECT, require_writable, write_json
+from dhtm.harness.models.cost import Target
+from dhtm.harness.runs.provenance import environment
+from dhtm.report.registry import BACKBONES
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
-from dhtm.report.style import BACKBONES, save_figure
+from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-@command(goes_on=False)
+@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
-    check(config)
-    folder = path_given(config.output_dir, "output_dir")
-    require_writable(folder, f"output_dir={config.output_dir}")
-    machine, device = environment(), pick_device(config.device)
+    benchmark = door.benchmark(config)
+    folder, target = benchmark.output_dir, benchmark.target
+    require_writable(folder, f"output_dir={folder}")
+    machine, device = environment(), pick_device(benchmark.device)
     threads = f"{machine['torch_threads']} threads of {machine['processor']}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    backbone = BACKBONES.get(config.backbone.name, config.backbone.name)
-    title = f"{backbone}, {_aim(config.target)}, batch {config.batch_size}, {config.dtype}, {where}"
+    label = BACKBONES.get(benchmark.backbone.name, benchmark.backbone.name)
+    title = f"{label}, {_aim(target)}, batch {benchmark.batch_size}, {benchmark.dtype}, {where}"
 
-    frame = benchmark(config)
-    table = speed_table(frame, f"{title}, {config.rounds} rounds, PyTorch {torch.__version__}")
+    frame = time_methods(benchmark)
+    table = speed_table(frame, f"{title}, {benchmark.rounds} rounds, PyTorch {torch.__version__}")
     table.save(folder / "speed")
-    if config.target.reduction_pct is not None:  # else there is no top-1 at the same reduction
-        runs = pd.read_csv(SHIPPED.parent / "tables" / "runs.csv")
-        save_figure(speed_figure(frame, runs, config.target.reduction_pct, title), folder / "speed")
+    if target.reduction_pct is not None:  # else there is no top-1 at the same reduction
+        runs = pd.read_csv(PROJECT / "results" / "embedded" / "tables" / "runs.csv")
+        save_figure(speed_figure(frame, runs, target.reduction_pct, title), folder / "speed")
     log.info("%s", table.markdown())
 
-    grown = scaling(config)
-    title = f"DHTM's merge by itself, {config.scaling.channels} channels, {config.dtype}, {where}"
-    table = scaling_table(grown, f"{title}, {config.rounds} rounds")
+    scaling = time_merge(benchmark)
+    title = f"DHTM's merge by itself, {benchmark.scaling.channels} channels, {benchmark.dtype}, {where}"
+    table = scaling_table(scaling, f"{title}, {benchmark.rounds} rounds")
     table.save(folder / "merge")
-    save_figure(scaling_figure(grown, title), folder / "merge")
+    save_figure(scaling_figure(scaling, title), folder / "merge")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     write_json(folder / "environment.json", {"device": str(device), "date": date, **machine})
     log.info("%s\n%s", table.markdown(), folder)
 
 
-def _aim(target: DictConfig) -> str:
+def _aim(target: Target) -> str:
     if target.reduction_pct is not None:
         return f"{target.reduction_pct:g}% fewer FLOPs"
     return "knobs as given" if target.flops_g is None else f"{target.flops_g:g} GFLOPs"
 
 
 if __name__ == "__main__":
-    main()
+    start(main, resumes=False)

@@ -1,4 +1,4 @@
-"""Fill the cache of images for a backbone ahead of a sweep: `python scripts/prepare_data.py --help`."""
+"""Fill the cache of images for a backbone ahead of a sweep; the settings are those of scripts/evaluate.py."""
 
 import logging
 
@@ -6,38 +6,37 @@ import hydra
 from omegaconf import DictConfig
 from timm.data import resolve_data_config
 
-from dhtm.harness.core.errors import UserError, command, require_number
-from dhtm.harness.data.cache import Pixels
-from dhtm.harness.data.loading import from_cache, load_data, on_error
-from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness import config as door
+from dhtm.harness.core.command import command, start
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.data.cache import cached
+from dhtm.harness.data.splits import open_split
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command(goes_on=True)
+@command(resumes=True)
 def main(config: DictConfig) -> None:
     """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
-    if config.cache_dir is None:
+    evaluation = door.evaluation(config)
+    data, backbone = evaluation.data, evaluation.backbone
+    if evaluation.cache_dir is None:
         raise UserError("cache_dir=null: there is no cache to fill; give a folder")
-    require_number(config, "num_workers", integer=True, optional=True)
-    preprocessing = resolve_data_config(model=bare_backbone(config.backbone.architecture, config.backbone.num_classes))
-    split = load_data(config.data, config.data.split, preprocessing, config.backbone.num_classes)
-    if split.in_memory:
-        log.info("%s needs no cache", config.data.name)
+    preprocessing = resolve_data_config(model=backbone.bare())
+    split = open_split(data, data.split, preprocessing, backbone.num_classes)
+    found = cached(data, split, data.split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
+    if found is split:
+        log.info("%s needs no cache", data.name)
         return
-    images = from_cache(split, config, preprocessing).dataset
-    if not isinstance(images, Pixels):
-        raise UserError(f"cache_dir={config.cache_dir}: no cache was made; images will be decoded anew for every run")
-    size = images.images.nbytes / 1e9
-    log.info("%s for %s: %d images, %.1f GB", config.data.name, config.backbone.name, len(images), size)
-    for unreadable in images.failed.values():
+    log.info("%s for %s: %d images in %s", data.name, backbone.name, len(split.dataset), found.dataset.folder)
+    for unreadable in found.dataset.failed:
         log.warning("%s", unreadable)
-    if images.failed and on_error(config.data) != "skip":
+    if found.dataset.failed and data.on_error != "skip":
         raise UserError(
-            f"{len(images.failed)} images cannot be read; mend them, or leave them out by data.on_error=skip"
+            f"{len(found.dataset.failed)} images cannot be read; fix them, or skip them by data.on_error=skip"
         )
 
 
 if __name__ == "__main__":
-    main()
+    start(main, resumes=True)

@@ -3,15 +3,16 @@
 import hydra
 from omegaconf import DictConfig
 
-from dhtm.harness.core.errors import command
+from dhtm.harness import config as door
+from dhtm.harness.core.command import command, start
 from dhtm.report.report import report
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="report")
-@command(goes_on=False)
+@command(resumes=False)
 def main(config: DictConfig) -> None:
-    report(config)
+    report(**vars(door.report(config)))
 
 
 if __name__ == "__main__":
-    main()
+    start(main, resumes=False)

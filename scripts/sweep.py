@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT_KEYS = {"results_dir", "output_dir", "tracker"}
-REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.core.errors.REQUEUE
+REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.core.command.REQUEUE
 
 
 def key(override: str) -> str:

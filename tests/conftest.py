@@ -6,8 +6,8 @@ import socket
 import subprocess
 import tempfile
 
-# Of tests side by side each gets its share of the cores: threads that wait for each other's cores take many times as long.
-# Set before PyTorch is imported, and handed on to the processes that tests start.
+# Tests that run side by side share the cores: threads that wait for each other's cores take many times as long. This is set
+# before PyTorch is imported, and the processes that tests start inherit it.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -18,12 +18,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from processes import ROOT, end, start_script
 
-if (
-    not torch.cuda.is_available()
-):  # then Triton's kernels run in its interpreter, which must be said before it is imported
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, if this is set before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# No test may reach for the network, or find what an earlier download left: both must be as on a new machine offline.
+# No test may use the network or find what an earlier download left, as on a new machine that is offline.
 _EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _EMPTY, "TORCH_HOME": _EMPTY, "WANDB_SILENT": "true"}
 
@@ -37,6 +35,19 @@ def composed():
             return compose(config_name, list(overrides))
 
     return compose_config
+
+
+@pytest.fixture
+def evaluated(composed, tmp_path):
+    """Evaluate in this process, by overrides; returns the metrics. Results and cache are in the test's own folder."""
+    from dhtm.harness import config
+    from dhtm.harness.runs.evaluate import evaluate
+
+    def evaluate_with(*overrides):
+        folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "device=cpu"]
+        return evaluate(config.evaluation(composed(*folders, *overrides)))
+
+    return evaluate_with
 
 
 @pytest.fixture

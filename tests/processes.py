@@ -1,7 +1,7 @@
-"""Processes that tests begin, kill and wait for.
+"""Processes that tests start, kill and wait for.
 
-A script needs seconds to start, most of them for imports. Here it runs in a process forked off a server that has imported
-what scripts import, and has done nothing else: no thread, generator or device is in use yet, as in a new process.
+A script takes seconds to start, most of them for imports. Here it runs in a process forked from a server that has imported
+what scripts import and has done nothing else: no thread, generator or device is in use yet, as in a new process.
 """
 
 import atexit
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
-        "dhtm.harness.runs.evaluate", "dhtm.harness.sweeps.callback", "dhtm.harness.training.trainer", "dhtm.kernels.cpu",
-        "dhtm.report.report", "fvcore.nn", "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
+        "dhtm.harness.config", "dhtm.harness.sweeps.callback", "dhtm.kernels.cpu", "dhtm.report.report", "fvcore.nn",
+        "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
     ]
 )  # fmt: skip
 

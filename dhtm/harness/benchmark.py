@@ -1,14 +1,16 @@
-"""Speed: of the methods at equal FLOPs against the backbone as it is, and of DHTM's merge by itself."""
+"""Speed of the methods at equal FLOPs compared with the unmerged backbone, and of DHTM's merge by itself."""
 
 import copy
 import itertools
-import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from scipy.cluster.hierarchy import linkage
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -17,64 +19,82 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from dhtm.flops import count_flops
-from dhtm.harness.core.devices import pick_device, pick_dtype
-from dhtm.harness.core.errors import UserError, require_number
+from dhtm.harness.core.devices import DTYPES, pick_device
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import scenes
-from dhtm.harness.models.backbones import bare_backbone
-from dhtm.harness.models.cost import baseline_flops, solve
-from dhtm.harness.models.methods import patched
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.cost import Target, baseline_flops
+from dhtm.harness.models.methods import Method
 from dhtm.merge import hierarchical_merge
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Scaling:
+    """The settings for which DHTM's merge is timed by itself: one is varied, the others stay at the first of their list.
+
+    Attributes:
+        grids: sides of the square grid of tokens.
+        ks: numbers of merges.
+        batch_sizes: numbers of images.
+        channels: the length of each token.
+    """
+
+    grids: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
+    ks: Annotated[list[PositiveInt], Field(min_length=1)]
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
+    channels: PositiveInt = 384
+
+    def __post_init__(self):
+        if max(self.ks) >= min(self.grids) ** 2:
+            raise UserError(f"scaling.ks={self.ks}: each must be below the tokens of the smallest of scaling.grids")
 
 
-def check(config: DictConfig) -> None:
-    """Raise a UserError where a config asks for something that cannot be had."""
-    pick_device(config.device)
-    pick_dtype(config.dtype, "dtype")
-    for key in ("batch_size", "rounds"):
-        require_number(config, key, 1, integer=True)
-    for key, least in (("grids", 2), ("ks", 1), ("batch_sizes", 1)):
-        values = config.scaling[key]
-        if not values or not all(isinstance(value, int) and value >= least for value in values):
-            raise UserError(f"scaling.{key}={values}: it must be a list of integers from {least}")
-    require_number(config.scaling, "channels", 1, integer=True)
-    if not config.methods:
-        raise UserError("methods: there is none to time; leave one in")
-    if max(config.scaling.ks) >= min(config.scaling.grids) ** 2:
-        raise UserError(
-            f"scaling.ks={config.scaling.ks}: each must be below the tokens of the smallest of scaling.grids"
-        )
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as it is to be carried out; ``configs/benchmark.yaml`` explains the settings.
+
+    Attributes:
+        methods: the methods by the name of their row, with their knobs solved for the target.
+    """
+
+    backbone: Backbone
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    scaling: Scaling
+    target: Target = Target(reduction_pct=30)
+    batch_size: PositiveInt = 32
+    rounds: PositiveInt = 15
+    dtype: Literal[tuple(DTYPES)] = "float32"
+    device: str = "auto"
+    output_dir: Path = Path("results/benchmark")
 
 
-def benchmark(config: DictConfig) -> pd.DataFrame:
+def time_methods(benchmark: Benchmark) -> pd.DataFrame:
     """Time forwards of every method in turn, round after round.
 
-    A round's speed-up is the backbone's time over the method's in the same round, so that what slows the machine for a
-    while slows both. Weights are random, which costs what trained ones cost; images are scenes of digits, not noise, for
-    what merges first depends on them.
+    A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
+    both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
+    because the merges depend on them.
 
     Returns:
-        One row a method: knob, value, layers and trained (has it weights of its own?), what its weights are; flops_g;
-        flops_reduction_pct and ideal_speedup by FLOPs; ms (median), images_per_s, and speedup with its quartiles of a
-        batch; ideal_share_pct, of the ideal's gain; merge_pct, the reduction's share of the forward; peak_memory_mb beside
-        weights and images; latency_ms and latency_speedup with its quartiles, of one image.
+        One row per method: knob, value, layers and trained (whether it has weights of its own); flops_g,
+        flops_reduction_pct, and ideal_speedup by FLOPs; for a batch ms (median), images_per_s, speedup with its quartiles,
+        and ideal_share_pct, the share of the ideal gain; merge_pct, the reduction's share of the forward; peak_memory_mb
+        besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
     """
-    device, dtype = pick_device(config.device), pick_dtype(config.dtype, "dtype")
-    backbone = copy.deepcopy(bare_backbone(config.backbone.architecture, config.backbone.num_classes))
-    backbone = backbone.to(device=device, dtype=dtype)
-    images = _images(backbone, config.batch_size).to(device=device, dtype=dtype)
-    plain = baseline_flops(config.backbone.architecture, config.backbone.num_classes)
+    device, dtype, rounds = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.rounds
+    backbone = copy.deepcopy(benchmark.backbone.bare()).to(device=device, dtype=dtype)
+    images = _images(backbone, benchmark.batch_size).to(device=device, dtype=dtype)
+    plain = baseline_flops(benchmark.backbone)
     models, rows = {"unmerged": backbone}, {"unmerged": {"flops_g": plain / 1e9}}
-    for name, given in config.methods.items():
-        method, _ = solve(config.backbone, given, config.target)
-        models[name] = patched(backbone, config.backbone, method)
-        layers = method.layers if isinstance(method.layers, str) else ",".join(map(str, method.layers))
-        rows[name] = {"knob": method.knob, "value": method[method.knob], "layers": layers}
+    for name, method in benchmark.methods.items():
+        models[name] = method.put_into(backbone, benchmark.backbone.name)
+        layers = method.options["layers"]
+        layers = layers if isinstance(layers, str) else ",".join(map(str, layers))
+        rows[name] = {"knob": method.knob, "value": method.setting, "layers": layers}
         rows[name] |= {"trained": method.weights is not None, "flops_g": count_flops(models[name]).total / 1e9}
 
-    batch = _speedups(_interleaved(_forwards(models, images), config.rounds, device, f"batch {len(images)}"))
-    alone = _speedups(_interleaved(_forwards(models, images[:1]), config.rounds, device, "one image"))
+    batch = _speedups(_interleaved(_forwards(models, images), rounds, device, f"batch {len(images)}"))
+    alone = _speedups(_interleaved(_forwards(models, images[:1]), rounds, device, "one image"))
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
     frame["flops_reduction_pct"] = 100 * (1 - frame.flops_g / frame.flops_g[0])
     frame["ideal_speedup"] = frame.flops_g[0] / frame.flops_g
@@ -89,17 +109,17 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     return frame
 
 
-def scaling(config: DictConfig) -> pd.DataFrame:
-    """Time DHTM's merge by itself over the number of tokens, over k and over the batch, from one setting on.
+def time_merge(benchmark: Benchmark) -> pd.DataFrame:
+    """Time DHTM's merge by itself for different numbers of tokens, merges and images.
 
-    On a CPU also scipy's average-linkage clustering of the same tokens, image by image, for scale; its clusters may be of
-    any shape.
+    On a CPU, scipy's average-linkage clustering of the same tokens, image by image, is timed for comparison. Its clusters
+    may have any shape.
 
     Returns:
-        One row a setting: varied ("n_tokens", "k" or "batch_size"), n_tokens, k, batch_size, channels; merge_ms with its
+        One row per setting: varied ("n_tokens", "k" or "batch_size"), n_tokens, k, batch_size, channels; merge_ms with its
         quartiles, and scipy_ms.
     """
-    device, dtype, given = pick_device(config.device), pick_dtype(config.dtype, "dtype"), config.scaling
+    device, dtype, given = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.scaling
     first = {"grid": given.grids[0], "k": given.ks[0], "batch_size": given.batch_sizes[0]}
     settings = [("n_tokens", first | {"grid": grid}) for grid in given.grids]
     settings += [("k", first | {"k": k}) for k in given.ks]
@@ -108,7 +128,7 @@ def scaling(config: DictConfig) -> pd.DataFrame:
     for varied, setting in settings:
         grid, k, batch_size = key = tuple(setting.values())
         if key not in measured:
-            measured[key] = _merge_ms(*key, given.channels, dtype, config.rounds, device)
+            measured[key] = _merge_ms(*key, given.channels, dtype, benchmark.rounds, device)
         row = {"varied": varied, "n_tokens": grid**2, "k": k, "batch_size": batch_size, "channels": given.channels}
         rows.append(row | measured[key])
     return pd.DataFrame(rows)
@@ -131,14 +151,14 @@ def _merge_ms(
 
 
 def _images(model: nn.Module, n_images: int) -> Tensor:
-    """Scenes of digits in the model's own size and channels: [B, C, H, W], normalised."""
+    """Return scenes of digits in the model's size and channels: [B, C, H, W], normalised."""
     channels, height, width = resolve_data_config(model=model)["input_size"]
     grey = torch.from_numpy(scenes("test", range(n_images))[0])[:, None].float() / 127.5 - 1
     return interpolate(grey, size=(height, width), mode="bicubic").expand(-1, channels, -1, -1).contiguous()
 
 
 def _tokens(n_images: int, grid: int, channels: int) -> Tensor:
-    """Scenes of digits as tokens [B, grid², D]: their patches of 16×16 pixels through one random projection."""
+    """Return scenes of digits as tokens [B, grid², D]: patches of 16×16 pixels after one random projection."""
     grey = torch.from_numpy(scenes("test", range(n_images))[0])[:, None].float() / 127.5 - 1
     patches = interpolate(grey, size=(16 * grid, 16 * grid), mode="bicubic").unfold(2, 16, 16).unfold(3, 16, 16)
     projection = torch.randn(256, channels, generator=torch.Generator().manual_seed(0)) / 16
@@ -151,7 +171,7 @@ def _forwards(models: dict[str, nn.Module], images: Tensor) -> dict[str, Callabl
 
 @torch.inference_mode()
 def _interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, what: str) -> pd.DataFrame:
-    """Seconds of each step: a row a round, a column a step; one more round before them warms up."""
+    """Time every step in turn: return the seconds, one row per round, one column per step. One round before them warms up."""
     measured = []
     for _ in tqdm(range(rounds + 1), desc=what, unit=" rounds", disable=None):
         row = {}
@@ -165,7 +185,7 @@ def _interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, 
 
 
 def _speedups(seconds: pd.DataFrame) -> pd.DataFrame:
-    """By method: the median ms, and the speed-up over the unmerged model in the same round, with its quartiles."""
+    """Return for each method the median ms, and the speed-up over the unmerged model in the same round with its quartiles."""
     speedups = seconds.rdiv(seconds.unmerged, axis=0)
     quartiles = speedups.quantile([0.25, 0.5, 0.75]).T.set_axis(["speedup_q1", "speedup", "speedup_q3"], axis=1)
     return quartiles.assign(ms=1000 * seconds.median())
@@ -173,7 +193,7 @@ def _speedups(seconds: pd.DataFrame) -> pd.DataFrame:
 
 @torch.inference_mode()
 def _merge_pct(model: nn.Module, images: Tensor, rounds: int = 3) -> float:
-    """The reducer's share of a forward, in percent, the median of some; waiting for the device before and after it."""
+    """Return the reducer's share of a forward in percent, the median of some rounds."""
     if not hasattr(model, "reducer"):
         return float("nan")
     began, spent, shares = [], [], []
@@ -200,7 +220,7 @@ def _merge_pct(model: nn.Module, images: Tensor, rounds: int = 3) -> float:
 
 @torch.inference_mode()
 def _peak_memory_mb(model: nn.Module, images: Tensor) -> float:
-    """The most memory that one forward holds at once, beside weights and images, in 10⁶ bytes."""
+    """Return the most memory that one forward holds at once, besides weights and images, in 10⁶ bytes."""
     if images.device.type == "cuda":
         _wait(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)

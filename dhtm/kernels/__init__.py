@@ -1,10 +1,14 @@
-"""The merges of DHTM and those at random behind two PyTorch operators, ``torch.ops.dhtm.*``, with several backends.
+"""The merges of DHTM, of random merging and of agglomerative clustering as PyTorch operators, ``torch.ops.dhtm.*``.
 
-Every backend is a module of two functions, and all make the same merges. ``merge`` takes (tokens, features, regions, k,
-connectivity, similarity, linkage), as they are explained in :func:`dhtm.hierarchical_merge`, and returns merged [B, N - k, D]
-in the tokens' dtype; token_map int64 [B, N], the place of each token among the new ones; and weights float32 [B, N], with
-which it entered its average. ``draw`` takes (regions, image_ids int64 [B], k, connectivity, seed), as they are explained in
-:class:`baselines.RandomMerge`, and returns token_map and weights.
+Each operator has several backends, which all make the same merges. A backend is a module with these functions:
+
+- ``merge(tokens, features, regions, k, connectivity, similarity, linkage)``, whose arguments are those of
+  :func:`dhtm.hierarchical_merge` (with ``connectivity=ALL_PAIRS`` for "all"), returns ``merged`` [B, N - k, D] in the
+  tokens' dtype, ``token_map`` int64 [B, N], the place of each token among the new ones, and ``weights`` float32 [B, N],
+  the weight of each token in its average.
+- ``draw(regions, image_ids, k, connectivity, seed)``, whose arguments are those of :class:`baselines.RandomMerge` with
+  image_ids int64 [B], returns ``token_map`` and ``weights``.
+- ``agglomerate(features, k, linkage)``, whose arguments are those of :func:`agglomerate` below, returns ``token_map``.
 """
 
 import functools
@@ -19,25 +23,33 @@ from torch import Tensor
 
 from dhtm.regions import Regions
 
+KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}  # the numbers of the similarities in compiled code
+CLUSTER_LINKAGES = {"single": 0, "complete": 1, "average": 2}  # the same for the linkages of agglomerative clustering
+ALL_PAIRS = 0  # the number of connectivity="all" in the operators, where 4 and 8 stand for themselves
+
 HAS_NUMBA, HAS_TRITON = find_spec("numba") is not None, find_spec("triton") is not None
 _MODULES = {"torch": "batched", "numba": "cpu", "triton": "gpu"}
 
 
-def _function(name: str, backend: str) -> Callable:
-    """A function of a backend, whose module its first call imports: that takes time, and packages that may not be there."""
-    return lambda *arguments: getattr(import_module(f"dhtm.kernels.{_MODULES[backend]}"), name)(*arguments)
+def _function(name: str, module: str) -> Callable:
+    """Return a backend's function that imports its module when first called: imports take time and optional packages."""
+    return lambda *arguments: getattr(import_module(f"dhtm.kernels.{module}"), name)(*arguments)
 
 
-# dhtm.merge adds "reference".
-BACKENDS: dict[str, Callable] = {backend: _function("merge", backend) for backend in _MODULES}
-DRAWS: dict[str, Callable] = {backend: _function("draw", backend) for backend in _MODULES}
+def _functions(name: str) -> dict[str, Callable]:
+    return {backend: _function(name, module) for backend, module in _MODULES.items()}
+
+
+BACKENDS = {**_functions("merge"), "reference": _function("merge", "reference")}
+DRAWS = _functions("draw")
+CLUSTERINGS = _functions("agglomerate")
 
 
 def pick(backend: str, device: torch.device) -> str:
-    """The backend to use for tensors on a device; "auto" is the fastest that works there.
+    """Return the backend to use for tensors on a device; "auto" is the fastest available there.
 
     Raises:
-        ValueError: the backend is not to be had.
+        ValueError: the backend is not available.
     """
     if backend == "auto":
         if device.type == "cpu":
@@ -51,17 +63,18 @@ def pick(backend: str, device: torch.device) -> str:
         backend == "triton" and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET")
     )
     if wrong:
-        raise ValueError(f"backend={backend!r} is not for tokens on {device.type}: choose backend='auto'")
+        raise ValueError(f"backend={backend!r} does not support tokens on {device.type}: choose backend='auto'")
     return backend
 
 
 def _triton_works(device: torch.device) -> bool:
-    return torch.cuda.is_current_stream_capturing() or _triton_compiles(device)  # a capture is no place to try things
+    # Nothing can be tried while a CUDA graph is captured.
+    return torch.cuda.is_current_stream_capturing() or _triton_compiles(device)
 
 
 @functools.cache
 def _triton_compiles(device: torch.device) -> bool:
-    """Whether Triton makes code for a GPU: one may be too old for it, and it needs a C compiler."""
+    """Check that Triton can compile for a GPU: it needs a C compiler and supports no old GPUs."""
     try:
         two = torch.ones(1, 2, 16, device=device), None, Regions.identity(1, (1, 2), device)
         BACKENDS["triton"](*two, 1, 8, "cosine", "mean")
@@ -70,10 +83,15 @@ def _triton_compiles(device: torch.device) -> bool:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"backend='auto': Triton does not work on {device} ({reason}); the slower 'torch' does", stacklevel=2
+            f"backend='auto': Triton does not work on {device} ({reason}); using the slower 'torch'", stacklevel=2
         )
         return False
     return True
+
+
+def raise_runs_out(k: int, image: int) -> None:
+    """Raise the error for regions that do not all touch: soft methods leave tokens that no patch is in."""
+    raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
 
 
 @torch.library.custom_op("dhtm::hierarchical_merge", mutates_args=())
@@ -90,9 +108,9 @@ def hierarchical_merge(
     linkage: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dhtm.hierarchical_merge`, which checks the arguments; it returns what the backends return."""
+    """Run ``merge`` of a backend; :func:`dhtm.hierarchical_merge` checks the arguments."""
     regions = Regions(assignment, sizes, (height, width))
-    merge = BACKENDS[pick(backend, tokens.device)]  # here, so that an exported model may run on another device
+    merge = BACKENDS[pick(backend, tokens.device)]  # picked here so that an exported model may run on another device
     return merge(tokens.detach(), features, regions, k, connectivity, similarity, linkage)
 
 
@@ -113,7 +131,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_merged, _grad_map, _grad_weights):
-    """The gradient of an average; the choice of what to average has none."""
+    """Return the gradient of the averages; the choice of what to average has none."""
     token_map, weights = ctx.saved_tensors
     grad = grad_merged.gather(1, token_map[..., None].expand(-1, -1, grad_merged.shape[-1]))
     return (grad * weights[..., None].to(grad.dtype), *[None] * 10)
@@ -134,7 +152,7 @@ def random_merge(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """See :class:`baselines.RandomMerge`, which checks the arguments; it returns what the backends return."""
+    """Run ``draw`` of a backend; :class:`baselines.RandomMerge` checks the arguments."""
     draw = DRAWS[pick(backend, assignment.device)]
     return draw(Regions(assignment, sizes, (height, width)), image_ids, k, connectivity, seed)
 
@@ -144,15 +162,43 @@ def _(assignment, sizes, image_ids, k, height, width, connectivity, seed, backen
     return sizes.new_empty(sizes.shape), sizes.new_empty(sizes.shape, dtype=torch.float32)
 
 
-def merge_flops(n_tokens: int, k: int, channels: int, n_pairs: int, n_patches: int, connectivity: int) -> int:
-    """What k merges cost in multiply-adds, by convention, so that it depends on neither image nor backend.
+@torch.library.custom_op("dhtm::agglomerate", mutates_args=())
+def agglomerate(features: Tensor, k: int, linkage: str, backend: str) -> Tensor:
+    """Merge the two nearest clusters of features k times in every image, by cosine distance (:class:`baselines.ATC`).
 
-    Counted are the products of the similarities: one a channel for every adjacent pair of tokens at the start (taken
-    as the grid's pairs in proportion to the tokens left), then, at each merge, for every neighbour of the new token
-    (taken as those of two patches side by side: 10 with 8-connectivity, 6 with 4). Averages, norms and comparisons
-    are not counted, as fvcore counts no element-wise arithmetic.
+    Cosines are summed in float64 and rounded to float32, as in DHTM; distances between clusters are float64. Ties go to
+    the lexicographically smallest pair, where a merged cluster takes the place of the lower one.
+
+    Args:
+        features: [B, N, F], each a cluster of its own at first.
+        k: merges in each image, 0 ≤ k < N.
+        linkage: the distance of two clusters: "single" (of their nearest members), "complete" (of their farthest) or
+            "average" (the mean over all pairs of members).
+        backend: "torch", "numba", "triton" or "auto".
+
+    Returns:
+        token_map: int64 [B, N], the cluster of each feature; clusters are in the order of their lowest members.
+    """
+    return CLUSTERINGS[pick(backend, features.device)](features.detach(), k, linkage)
+
+
+@agglomerate.register_fake
+def _(features, k, linkage, backend):
+    return features.new_empty(features.shape[:2], dtype=torch.int64)
+
+
+def merge_flops(n_tokens: int, k: int, channels: int, n_pairs: int, n_patches: int, connectivity: int) -> int:
+    """Count the multiply-adds of k merges, by a convention that depends on neither image nor backend.
+
+    Counted are the products of the similarities, one per channel: first those of every adjacent pair of tokens, then, at
+    each merge, those of the new token with its neighbours. On a grid the number of adjacent tokens is taken as the grid's
+    pairs in proportion to the tokens left, and a new token has the neighbours of two patches side by side: 10 with
+    8-connectivity, 6 with 4. With all pairs adjacent both numbers are exact. Averages, norms and comparisons are not
+    counted, as fvcore counts no element-wise arithmetic.
     """
     if k == 0:
         return 0
+    if connectivity == ALL_PAIRS:
+        return channels * (n_tokens * (n_tokens - 1) // 2 + sum(n_tokens - step for step in range(2, k + 2)))
     neighbours = {8: 10, 4: 6}[connectivity]
     return round(channels * (n_pairs * n_tokens / n_patches + k * neighbours))

@@ -4,21 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dhtm.kernels import ALL_PAIRS, raise_runs_out
 from dhtm.regions import Regions, contract, renumber
 
-# Similarities below this are not told apart, so that NaN and -inf stay mergeable: only what is not an adjacent pair is -inf.
+# The lowest similarity, so that pairs with NaN or -inf can still be merged: only what is no adjacent pair has -inf.
 _LOWEST = torch.finfo(torch.float32).min
-KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}  # what compiled code calls the similarities
-_CHUNK = 64  # edges of an image whose ends are held at once, in float64, while the first similarities are computed
+_CHUNK = (
+    64  # edges of an image whose two tokens are held at once, in float64, while the first similarities are computed
+)
 
 
 def merge(
     tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k merges in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
-
-    The edges of the region adjacency graph are the pairs of adjacent patches, each end named by the token that the
-    patch is in. A merge renames one end; an edge with both ends in one token is dead.
+    """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
     Raises:
         ValueError: an image runs out of adjacent tokens before k merges are made.
@@ -30,24 +29,20 @@ def merge(
     carried = carried.clone()
     measured = channels if features is None else features.shape[-1]
     described = _describe(carried[..., :measured], similarity)
+    if connectivity == ALL_PAIRS:
+        pairs = _AllPairs(_all_scores(described, similarity), regions.sizes > 0)
+    else:
+        pairs = _GridPairs(regions, connectivity, described, similarity)
 
-    low, high = regions.adjacent_tokens(connectivity).unbind(-1)
-    scores = _edge_scores(described, low, high, similarity)
-    scores.masked_fill_(low == high, -torch.inf)
     sizes = regions.sizes.clone()
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
     stuck = torch.zeros(batch, 1, dtype=torch.bool, device=tokens.device)
-
     for _ in range(k):
-        # The best score; among equals the lexicographically smallest pair.
-        best = scores.amax(dim=1, keepdim=True)
-        pair = torch.where(scores == best, low * n + high, n * n).amin(dim=1, keepdim=True)
+        best, i, j = pairs.best()
         stuck = stuck | best.isneginf()
-        i, j = pair // n, pair % n
         at_i, at_j = (image, i[:, 0]), (image, j[:, 0])
-
         n_i, n_j = (1, 1) if linkage == "mean" else (sizes[at_i][:, None], sizes[at_j][:, None])
         # Products of float32 and small integers are exact in float64: every backend rounds alike, fused or not.
         new = ((carried[at_i].double() * n_i + carried[at_j].double() * n_j) / (n_i + n_j)).to(wide)
@@ -57,13 +52,8 @@ def merge(
         owner = torch.where(joined, i, owner)
         if linkage == "mean":
             weights = torch.where(joined, weights / 2, weights)
-
-        low, high = contract(low, high, i, j)
         described[at_i] = _describe(new[:, :measured], similarity)
-        to_new = _scores_to(described[at_i], described, similarity)
-        touched = (low == i) | (high == i)
-        scores = torch.where(touched, to_new.gather(1, torch.where(touched, low + high - i, low)), scores)
-        scores.masked_fill_(low == high, -torch.inf)
+        pairs.contract(i, j, _scores_to(described[at_i], described, similarity))
 
     if not torch.onnx.is_in_onnx_export() and stuck.any():
         raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
@@ -71,17 +61,38 @@ def merge(
     slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
     merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
     if linkage == "size":
-        weights = torch.where(
-            regions.sizes > 0, regions.sizes / sizes.gather(1, owner), 1
-        )  # a token without a patch is alone
+        shares = regions.sizes / sizes.gather(1, owner)
+        weights = torch.where(regions.sizes > 0, shares, 1)  # a token without a patch is never merged
     return merged.to(tokens.dtype), token_map, weights.to(torch.float32)
 
 
-def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
-    """k merges at random in each image of a batch; arguments and results as of every backend, see :mod:`dhtm.kernels`.
+def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
+    """Merge clusters k times in each image; arguments and result are those of every backend, see :mod:`dhtm.kernels`."""
+    batch, n, _ = features.shape
+    owner = torch.arange(n, device=features.device).repeat(batch, 1)
+    counts = torch.ones_like(owner)
+    pairs = _AllPairs(all_similarities(features, "cosine").double() - 1, torch.ones_like(owner, dtype=torch.bool))
+    for _ in range(k):
+        _, i, j = pairs.best()
+        to_i, to_j = pairs.scores_of(i), pairs.scores_of(j)
+        if linkage == "single":
+            new = torch.maximum(to_i, to_j)
+        elif linkage == "complete":
+            new = torch.minimum(to_i, to_j)
+        else:
+            n_i, n_j = counts.gather(1, i), counts.gather(1, j)
+            new = (n_i * to_i + n_j * to_j) / (n_i + n_j)
+        counts = counts.scatter_add(1, i, counts.gather(1, j))
+        owner = torch.where(owner == j, i, owner)
+        pairs.contract(i, j, new)
+    return renumber(owner)
 
-    Every adjacent pair of tokens draws a lot at every merge, and the highest wins. Where two tokens touch in several places
-    their pair is listed as often, but always with the same lot: the draw is uniform over pairs.
+
+def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Make k merges at random in each image; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
+
+    Every adjacent pair of tokens draws a lot at every merge, and the highest wins. A pair that touches in several places
+    is listed as often, but always with the same lot: the draw is uniform over pairs.
 
     Raises:
         ValueError: an image runs out of adjacent tokens before k merges are made.
@@ -108,21 +119,89 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     return renumber(owner), weights
 
 
+class _GridPairs:
+    """The adjacent pairs of tokens and their scores, as edges of the region adjacency graph.
+
+    The edges are the pairs of adjacent patches, each end named by the token that the patch is in. A merge renames one
+    end; an edge with both ends in one token is dead.
+    """
+
+    def __init__(self, regions: Regions, connectivity: int, described: Tensor, similarity: str):
+        self.n_tokens = regions.n_tokens
+        self.low, self.high = regions.adjacent_tokens(connectivity).unbind(-1)
+        self.scores = _edge_scores(described, self.low, self.high, similarity)
+        self.scores.masked_fill_(self.low == self.high, -torch.inf)
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best score, [B, 1], and the lexicographically smallest pair i < j that has it."""
+        n = self.n_tokens
+        best = self.scores.amax(dim=1, keepdim=True)
+        pair = torch.where(self.scores == best, self.low * n + self.high, n * n).amin(dim=1, keepdim=True)
+        return best, pair // n, pair % n
+
+    def contract(self, i: Tensor, j: Tensor, to_new: Tensor) -> None:
+        """Merge token j into i, [B, 1] each; to_new [B, N] are the scores of the new token with all others."""
+        self.low, self.high = low, high = contract(self.low, self.high, i, j)
+        touched = (low == i) | (high == i)
+        self.scores = torch.where(touched, to_new.gather(1, torch.where(touched, low + high - i, low)), self.scores)
+        self.scores.masked_fill_(low == high, -torch.inf)
+
+
+class _AllPairs:
+    """All pairs of tokens and their scores.
+
+    Args:
+        scores: [B, N, N], symmetric; only the upper triangle is read.
+        alive: bool [B, N], the tokens that can be merged; changed in place.
+    """
+
+    def __init__(self, scores: Tensor, alive: Tensor):
+        self.places = torch.arange(scores.shape[1], device=scores.device)
+        self.image = torch.arange(scores.shape[0], device=scores.device)
+        self.alive = alive
+        pairs = (self.places[:, None] < self.places) & alive[:, :, None] & alive[:, None]
+        self.scores = torch.where(pairs, scores, -torch.inf)
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best score, [B, 1], and the lexicographically smallest pair i < j that has it."""
+        rows = self.scores.amax(dim=2)
+        best = rows.amax(dim=1, keepdim=True)
+        last = len(self.places) - 1
+        i = torch.where(rows == best, self.places, last).amin(dim=1, keepdim=True)
+        row = self.scores[self.image, i[:, 0]]
+        j = torch.where(row == best, self.places, last).amin(dim=1, keepdim=True)
+        return best, i, j
+
+    def scores_of(self, token: Tensor) -> Tensor:
+        """Return the scores [B, N] of one token per image, [B, 1], with all others; -inf with itself and dead tokens."""
+        return torch.maximum(self.scores[self.image, token[:, 0]], self.scores[self.image, :, token[:, 0]])
+
+    def contract(self, i: Tensor, j: Tensor, to_new: Tensor) -> None:
+        """Merge token j into i, [B, 1] each; to_new [B, N] are the scores of the new token with all others."""
+        at_i, at_j = i[:, 0], j[:, 0]
+        self.alive[self.image, at_j] = False
+        to_new = torch.where(self.alive, to_new, -torch.inf)
+        self.scores[self.image, at_j] = -torch.inf
+        self.scores[self.image, :, at_j] = -torch.inf
+        self.scores[self.image, at_i] = torch.where(self.places > i, to_new, -torch.inf)
+        self.scores[self.image, :, at_i] = torch.where(self.places < i, to_new, -torch.inf)
+
+
 def _hashed(state: Tensor, key: Tensor | int) -> Tensor:
-    """One more key into a hash: SplitMix64's finaliser (Steele et al. 2014) in wrapping int64, logical shifts by masking."""
+    """Hash one more key: SplitMix64's finaliser (Steele et al. 2014) in wrapping int64, logical shifts by masking."""
     state = state + key + -7046029254386353131
     state = (state ^ ((state >> 30) & (2**34 - 1))) * -4658895280553007687
     state = (state ^ ((state >> 27) & (2**37 - 1))) * -7723592293110705685
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
-def raise_runs_out(k: int, image: int) -> None:
-    """For regions of which some touch no other: soft methods leave tokens that no patch is in."""
-    raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
+def all_similarities(features: Tensor, similarity: str) -> Tensor:
+    """Return the similarities of all pairs of features [B, N, F]: float32 [B, N, N], only the upper triangle is exact."""
+    return _all_scores(_describe(features, similarity), similarity)
 
 
 def _describe(features: Tensor, similarity: str) -> Tensor:
-    """What two tokens are compared by: unit vectors, log-probabilities, or the features themselves; float64."""
+    """Return what two tokens are compared by, in float64: unit vectors, log-probabilities, or the features themselves."""
     features = features.double()
     if similarity == "cosine":
         return F.normalize(features, dim=-1, eps=torch.finfo(torch.float64).tiny)
@@ -130,7 +209,7 @@ def _describe(features: Tensor, similarity: str) -> Tensor:
 
 
 def _score(a: Tensor, b: Tensor, similarity: str) -> Tensor:
-    """Similarity of described tokens [..., D] and [..., D], which broadcast: float32 [...].
+    """Compute the similarity of described tokens [..., D] and [..., D], which broadcast: float32 [...].
 
     Sums run in float64 and are rounded to float32 once, so that the order of summation, which differs between backends
     and batch sizes, does not decide which of two nearly equal pairs is merged.
@@ -147,10 +226,18 @@ def _score(a: Tensor, b: Tensor, similarity: str) -> Tensor:
 
 
 def _scores_to(new: Tensor, described: Tensor, similarity: str) -> Tensor:
-    """Similarity of one described token per image, [B, D], to all of them, [B, N, D]: float32 [B, N]."""
+    """Compute the similarity of one described token per image, [B, D], to all of them, [B, N, D]: float32 [B, N]."""
     if similarity == "cosine":  # the same sum as in _score, without a temporary of B·N·D
         return _mergeable((described @ new[..., None]).squeeze(-1))
     return _score(new[:, None], described, similarity)
+
+
+def _all_scores(described: Tensor, similarity: str) -> Tensor:
+    """Compute the similarity of all pairs of described tokens [B, N, D]: float32 [B, N, N]."""
+    if similarity == "cosine":
+        return _mergeable(described @ described.transpose(1, 2))
+    rows = [_scores_to(token, described, similarity) for token in described.unbind(1)]  # so that memory stays bounded
+    return torch.stack(rows, dim=1)
 
 
 def _mergeable(score: Tensor) -> Tensor:
@@ -158,7 +245,7 @@ def _mergeable(score: Tensor) -> Tensor:
 
 
 def _edge_scores(described: Tensor, low: Tensor, high: Tensor, similarity: str) -> Tensor:
-    """Similarity across every edge: float32 [B, E]; a few edges at a time, so that memory stays bounded."""
+    """Compute the similarity across every edge, float32 [B, E], a few edges at a time so that memory stays bounded."""
 
     def ends(tokens):
         return described.gather(1, tokens[..., None].expand(-1, -1, described.shape[2]))

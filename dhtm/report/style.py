@@ -1,4 +1,4 @@
-"""How methods and backbones look: the same name and colour in every table and figure."""
+"""The look of all figures, and how they are saved."""
 
 from pathlib import Path
 
@@ -8,31 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from dhtm.harness.runs.store import write_atomically
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and two dark ones of Tol's; orange and blue as in the
-# paper's Figure 4. A method's variants, trained or in other layers, share its colour.
-METHODS = {
-    "dhtm": ("DHTM", "#E69F00", "o"),
-    "random": ("random merging", "#0072B2", "s"),
-    "tome": ("ToMe", "#009E73", "^"),
-    "lotm": ("LoTM", "#56B4E9", "P"),
-    "dpc_knn": ("DPC-KNN", "#CC79A7", "X"),
-    "k_medoids": ("K-Medoids", "#000000", "h"),
-    "sit": ("SiT", "#D55E00", ">"),
-    "patch_merger": ("PatchMerger", "#882255", "<"),
-    "sinkhorn": ("Sinkhorn", "#332288", "*"),
-    "token_mergence": ("Token mergence", "#F0E442", "d"),
-}
-UNMERGED = "#7F7F7F"
-_NEW = ("#117733", "#AA4499", "#999933", "#661100")  # Tol's, for methods that are not named here
-BACKBONES = {
-    "deit_tiny": "DeiT-Tiny",
-    "deit_small": "DeiT-Small",
-    "deit_base": "DeiT-Base",
-    "deit_micro": "deit_micro (embedded)",
-}
-DATA = {"imagenet": "ImageNet-1K", "digits": "digits"}
+from dhtm.harness.core.files import write_atomically
 
 plt.rcParams.update(
     {
@@ -49,13 +25,8 @@ plt.rcParams.update(
 )
 
 
-def colour_of(method: str) -> str:
-    """A method's colour, also of one that is new: the same in every figure, by its name."""
-    return METHODS[method][1] if method in METHODS else _NEW[sum(method.encode()) % len(_NEW)]
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write ``path`` with the endings .pdf and .png, without dates, and close the figure; return the PNG's path."""
+    """Write ``path`` with the endings .pdf and .png, without dates, and close the figure; return the path of the PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for ending, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         write_atomically(

@@ -1,115 +1,105 @@
 """Table 1: DHTM over k, published and ours side by side."""
 
 import functools
+import itertools
 
 import pandas as pd
 import timm
 from tqdm import tqdm
 
 import dhtm
-from dhtm.report.runs import over_k, published
-from dhtm.report.style import BACKBONES, DATA
-from dhtm.report.tables import Table, interval, number
+from dhtm.report.registry import BACKBONES
+from dhtm.report.runs import over_k, pairs, published
+from dhtm.report.tables import Table, caption_of, number, with_interval
 
 SCHEDULES = ((4, 7, 11), (4, 7, 10))
 
 NOTES = [
-    "FLOPs are multiply-adds counted by fvcore, attention products and merging included; Δ is ours less published.",
-    "The paper's text names layers 4, 7 and 11, our default. The printed FLOPs are nearer to layers 4, 7 and 10 for "
-    "DeiT-Tiny, and for DeiT-Small up to k = 40; for DeiT-Base they fit neither.",
-    "DeiT-Small unmerged is printed as 4.65 G; fvcore counts 4.608 G. Its first step, k = 0 to 10, falls by 0.44 G in "
-    "print, where ten merges a layer save about 0.32 G.",
-    "DeiT-Base: k = 10 to 30 fall by an even 1.06 G in print; k = 40 is off that line (13.97 G, a fall of 0.46 G), and "
-    "k = 48 then falls by 1.63 G.",
+    "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Δ is ours minus published.",
+    "The paper's text names layers 4, 7 and 11, which are our default. The printed FLOPs are closer to layers 4, 7 and 10 for "
+    "DeiT-Tiny, and for DeiT-Small up to k = 40. For DeiT-Base they match neither.",
+    "The paper prints 4.65 G for DeiT-Small unmerged; fvcore counts 4.608 G. The printed FLOPs fall by 0.44 G from k = 0 to "
+    "k = 10, where ten merges per layer save about 0.32 G.",
+    "For DeiT-Base the printed FLOPs fall by an even 1.06 G per step up to k = 30. k = 40 is off that line (13.97 G, a fall "
+    "of 0.46 G), and k = 48 then falls by 1.63 G.",
     "The paper contradicts itself on DeiT-Base: Table 2 gives DHTM 80.68% at 12.34 G and says k = 40, but in Table 1 "
-    "these are the figures of k = 48; k = 40 has 81.11% at 13.97 G there, 21% less than unmerged and not 30%.",
-    "Section 4.4 gives an embedding of 384 to DeiT-Base and of 768 to DeiT-Small; it is the other way round.",
+    "these are the figures of k = 48. There, k = 40 has 81.11% at 13.97 G, which is 21% less than unmerged and not 30%.",
+    "Section 4.4 gives DeiT-Base an embedding of 384 and DeiT-Small one of 768; it is the other way round.",
 ]
 
 
 @functools.cache
-def gflops(architecture: str, k: int, layers: tuple[int, ...]) -> float:
-    """GFLOPs of a timm architecture under DHTM; no weights are needed."""
-    model = _untrained(architecture)
-    dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
-    try:
-        return dhtm.count_flops(model).total / 1e9
-    finally:
+def gflops(backbone: str, ks: tuple[int, ...]) -> dict[tuple[int, ...], list[float]]:
+    """Count the GFLOPs of one of the paper's backbones with DHTM, for each schedule of layers and k; no weights are needed."""
+    model = timm.create_model(f"{backbone}_patch16_224", pretrained=False)
+    counts = {layers: [] for layers in SCHEDULES}
+    settings = list(itertools.product(SCHEDULES, ks))
+    for layers, k in tqdm(settings, f"FLOPs of {BACKBONES[backbone]}", leave=False, disable=None):
+        dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
+        counts[layers].append(dhtm.count_flops(model).total / 1e9)
         dhtm.unpatch(model)
-
-
-@functools.lru_cache(maxsize=1)
-def _untrained(architecture: str):
-    return timm.create_model(architecture, pretrained=False)
+    return counts
 
 
 def table1(runs: pd.DataFrame) -> Table:
-    """Table 1 from the finished runs; a dash where ImageNet was not evaluated."""
-    paper = published("table1")
+    """Make Table 1 from the finished runs; a dash where ImageNet was not evaluated."""
+    first = [(backbone, "imagenet") for backbone in published("table1").backbone.unique()]
     parts, frames = [], []
-    for backbone in paper.backbone.unique():
-        theirs = paper[paper.backbone == backbone].set_index("k")
-        ours = over_k(runs, backbone, "imagenet", "dhtm")
-        frame = (
-            theirs[["top1", "flops_g"]].add_prefix("published_").join(ours[["top1", "ci_low", "ci_high", "n_images"]])
-        )
-        frame["top1_difference"] = frame.top1 - frame.published_top1
-        for layers in SCHEDULES:
-            name = "_".join(map(str, layers))
-            counting = tqdm(frame.index, f"FLOPs of {BACKBONES[backbone]}, layers {layers}", leave=False, disable=None)
-            frame[f"flops_g_{name}"] = [gflops(f"{backbone}_patch16_224", k, layers) for k in counting]
-            frame[f"flops_difference_pct_{name}"] = 100 * (frame[f"flops_g_{name}"] / frame.published_flops_g - 1)
-        frames.append(frame.reset_index().assign(backbone=backbone, data="imagenet"))
-        parts.append((f"{BACKBONES[backbone]} on {DATA['imagenet']}{_how_many(frame)}", _beside_published(frame)))
-    others = runs[(runs.method == "dhtm") & (runs.data != "imagenet")]
-    for backbone, data in others[["backbone", "data"]].drop_duplicates().itertuples(index=False):
+    for backbone, data in dict.fromkeys([*first, *pairs(runs[runs.method == "dhtm"])]):
         frame = over_k(runs, backbone, data, "dhtm")
-        if frame.empty:
+        if (backbone, data) in first:
+            frame = _beside_published(backbone, frame)
+            parts.append((caption_of(backbone, data, frame.n_images), _cells_beside_published(frame)))
+        elif len(frame):
+            frame = frame[["top1", "ci_low", "ci_high", "top5", "n_images", "flops_g", "flops_reduction_pct"]]
+            parts.append((caption_of(backbone, data, frame.n_images, "layers 4, 7, 11"), _cells(frame)))
+            frame = frame.rename(columns={"flops_g": "flops_g_4_7_11"})
+        else:
             continue
-        frame = frame[["top1", "ci_low", "ci_high", "top5", "n_images", "flops_g", "flops_reduction_pct"]]
-        name = BACKBONES.get(backbone, backbone)
-        parts.append(
-            (f"{name} on {DATA.get(data, data)}, {frame.n_images.max():,} images, layers 4, 7, 11", _ours_alone(frame))
-        )
-        frames.append(
-            frame.reset_index().assign(backbone=backbone, data=data).rename(columns={"flops_g": "flops_g_4_7_11"})
-        )
+        frames.append(frame.reset_index().assign(backbone=backbone, data=data))
     data = pd.concat(frames, ignore_index=True)
-    first = ["backbone", "data", "k"]
-    return Table(data[first + [column for column in data if column not in first]], parts, NOTES)
+    keys = ["backbone", "data", "k"]
+    return Table(data[keys + [column for column in data if column not in keys]], parts, NOTES)
 
 
-def _how_many(frame: pd.DataFrame) -> str:
-    counts = frame.n_images.dropna()
-    return "" if counts.empty else f", {int(counts.min()):,} images"
+def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
+    """Return published numbers, ours, and the FLOPs that fvcore counts for each schedule, by k."""
+    theirs = published("table1").query("backbone == @backbone").set_index("k")[["top1", "flops_g"]]
+    frame = theirs.add_prefix("published_").join(ours[["top1", "ci_low", "ci_high", "n_images"]])
+    frame["top1_difference"] = frame.top1 - frame.published_top1
+    for layers, counts in gflops(backbone, tuple(frame.index)).items():
+        name = "_".join(map(str, layers))
+        frame[f"flops_g_{name}"] = counts
+        frame[f"flops_difference_pct_{name}"] = 100 * (frame[f"flops_g_{name}"] / frame.published_flops_g - 1)
+    return frame
 
 
-def _beside_published(frame: pd.DataFrame) -> pd.DataFrame:
+def _cells_beside_published(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for k, row in frame.iterrows():
         cells = {
             "k": str(k),
             "top-1 % published": number(row.published_top1, 2),
-            "top-1 % ours": number(row.top1, 2) + interval(row.ci_low, row.ci_high),
+            "top-1 % ours": with_interval(row.top1, row.ci_low, row.ci_high),
             "Δ points": number(row.top1_difference, 2, signed=True),
             "GFLOPs published": number(row.published_flops_g, 2),
         }
         for layers in SCHEDULES:
-            name = "_".join(map(str, layers))
-            cells[f"ours, layers {', '.join(map(str, layers))}"] = number(row[f"flops_g_{name}"], 3)
-            cells[f"Δ % ({', '.join(map(str, layers))})"] = number(row[f"flops_difference_pct_{name}"], 1, signed=True)
+            name, shown = "_".join(map(str, layers)), ", ".join(map(str, layers))
+            cells[f"ours, layers {shown}"] = number(row[f"flops_g_{name}"], 3)
+            cells[f"Δ % ({shown})"] = number(row[f"flops_difference_pct_{name}"], 1, signed=True)
         rows.append(cells)
     return pd.DataFrame(rows)
 
 
-def _ours_alone(frame: pd.DataFrame) -> pd.DataFrame:
+def _cells(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "k": str(k),
-            "top-1 % [95% interval]": number(row.top1, 2) + interval(row.ci_low, row.ci_high),
+            "k": str(row.Index),
+            "top-1 % [95% interval]": with_interval(row.top1, row.ci_low, row.ci_high),
             "top-5 %": number(row.top5, 2),
             "GFLOPs": number(row.flops_g, 4),
             "reduction %": number(row.flops_reduction_pct, 1),
         }
-        for k, row in frame.iterrows()
+        for row in frame.itertuples()
     )

@@ -1,13 +1,15 @@
-"""Writing a table as CSV for machines, and as Markdown and LaTeX for readers."""
+"""A table as CSV for machines, and as Markdown and LaTeX for readers."""
 
 import dataclasses
 from pathlib import Path
 
 import pandas as pd
 
-from dhtm.harness.runs.store import write_atomically
+from dhtm.harness.core.files import write_atomically
+from dhtm.report.registry import BACKBONES, DATA
 
 DASH = "–"
+_ESCAPES = {"%": r"\%", "_": r"\_", "−": "$-$", DASH: "--", "×": r"$\times$", "Δ": r"$\Delta$", "<": "$<$"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +17,9 @@ class Table:
     """A table of the report.
 
     Attributes:
-        data: all numbers, one row a result; NaN where there is none.
-        parts: what readers see: a caption and a frame of strings each.
-        notes: sentences to stand below.
+        data: all numbers, one row per result; NaN where there is no number.
+        parts: the parts that readers see, each a caption and a frame of strings.
+        notes: sentences below the parts.
     """
 
     data: pd.DataFrame
@@ -42,7 +44,7 @@ class Table:
         return "\n".join([*parts, *(f"- {note}" for note in self.notes)]) + "\n"
 
     def latex(self) -> str:
-        """One booktabs ``table`` a part; needs \\usepackage{booktabs}."""
+        """Return one booktabs ``table`` per part; the document needs \\usepackage{booktabs}."""
         tables = []
         for caption, frame in self.parts:
             escaped = frame.rename(columns=_latex).map(_latex)
@@ -52,25 +54,23 @@ class Table:
         return "\n".join(tables) + (f"\n\\begin{{itemize}}\n{notes}\n\\end{{itemize}}\n" if self.notes else "")
 
 
+def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> str:
+    """Return a part's caption, with the number of images if there are runs."""
+    counts = n_images.dropna()
+    images = [] if counts.empty else [f"{int(counts.max()):,} images"]
+    return ", ".join([f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}", *images, *details])
+
+
 def number(value: float, decimals: int, signed: bool = False) -> str:
-    """A number as readers see it, a dash where there is none; a true minus sign."""
+    """Format a number with a true minus sign; NaN becomes a dash."""
     return DASH if pd.isna(value) else f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
 
 
-def interval(low: float, high: float) -> str:
-    """A 95% interval of a percentage."""
-    return "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+def with_interval(value: float, low: float, high: float, decimals: int = 2, signed: bool = False) -> str:
+    """Format a number and its interval; NaN becomes a dash."""
+    shown, first, last = (number(part, decimals, signed) for part in (value, low, high))
+    return shown if pd.isna(value) else f"{shown} [{first}, {last}]"
 
 
 def _latex(text: str) -> str:
-    for plain, escaped in (
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("−", "$-$"),
-        (DASH, "--"),
-        ("×", r"$\times$"),
-        ("Δ", r"$\Delta$"),
-        ("<", "$<$"),
-    ):
-        text = text.replace(plain, escaped)
-    return text
+    return text.translate(str.maketrans(_ESCAPES))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_vit import SMALL, build, images_for, logits
+from written_out import check_step, forward, sharpen, unequal_regions
 
 import dhtm
 from baselines import ToMe
@@ -33,31 +34,6 @@ def soft_matching(keys, n_prefix, r):
     return [[i] for i in range(n_prefix)] + [[i] for i in a if i not in into] + received
 
 
-def average(x, sizes, groups):
-    """The tokens and sizes after x [S, D] of these sizes were merged."""
-    shares = torch.zeros(len(groups), len(x), dtype=x.dtype)
-    for new, group in enumerate(groups):
-        for old in group:
-            shares[new, old] = sizes[old]
-    sizes = shares.sum(1)
-    return shares @ x / sizes[:, None], sizes
-
-
-def forward(model, image, n_prefix, r_by_layer, proportional):
-    """The logits of one image, ToMe and unfused attention written into timm's own modules."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(image)))[0]
-    sizes = torch.ones(len(x))
-    for block, r in zip(model.blocks, r_by_layer, strict=True):
-        qkv = block.attn.qkv(block.norm1(x)).reshape(len(x), 3, block.attn.num_heads, -1)
-        queries, keys, values = qkv.permute(1, 2, 0, 3)
-        scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
-        scores = scores + sizes.log() if proportional else scores
-        x = x + block.attn.proj((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
-        x, sizes = average(x, sizes, soft_matching(keys.mean(0).double().numpy(), n_prefix, r))
-        x = x + block.mlp(block.norm2(x))
-    return model.forward_head(model.norm(x[None]))
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 15), n_prefix=st.sampled_from([0, 1, 2, 5]), r=st.integers(0, 9), seed=st.integers(0, 2**32 - 1)
@@ -66,21 +42,12 @@ def test_one_step(n, n_prefix, r, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n_prefix + n, 4, generator=rng)
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    assignment = torch.cat([torch.arange(n), torch.randint(n, (6,), generator=rng)])  # tokens of one and more patches
-    assignment = torch.stack([assignment, assignment.flip(0)])
-    sizes = torch.stack([torch.bincount(patches, minlength=n) for patches in assignment])
+    regions = Regions(*unequal_regions(n, seed), (1, n + 6))
     tome = ToMe(r, layers=(1,))
     tome.attach(5, n_prefix, (1, n + 6), (1,))
-    attention = Attention(1, keys=keys[:, :, n_prefix:])
-    new_tokens, new_regions = tome(tokens, Regions(assignment, sizes, (1, n + 6)), attention)
-    for image in range(2):
-        groups = soft_matching(keys[image].double().mean(0).numpy(), n_prefix, r)[n_prefix:]
-        groups = [[position - n_prefix for position in group] for group in groups]
-        expected, expected_sizes = average(tokens[image], sizes[image], groups)
-        torch.testing.assert_close(new_tokens[image], expected)
-        assert new_regions.sizes[image].tolist() == expected_sizes.tolist()
-        place = {token: new for new, group in enumerate(groups) for token in group}
-        assert new_regions.assignment[image].tolist() == [place[token] for token in assignment[image].tolist()]
+    groups = [soft_matching(image.double().mean(0).numpy(), n_prefix, r)[n_prefix:] for image in keys]
+    groups = [[[position - n_prefix for position in group] for group in image] for image in groups]
+    check_step(tome, tokens, regions, Attention(1, keys=keys[:, :, n_prefix:]), groups)
 
 
 @pytest.mark.parametrize("proportional", [True, False])
@@ -95,16 +62,16 @@ def test_one_step(n, n_prefix, r, seed):
 def test_the_whole_model_gives_the_logits_of_the_written_out_one(architecture, options, r, proportional):
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, **options).eval()
-    for block in model.blocks:  # sharp attention, so that its keys and sizes matter
-        torch.nn.init.normal_(block.attn.qkv.weight, std=2 * model.embed_dim**-0.5)
-        torch.nn.init.normal_(block.attn.proj.weight, std=model.embed_dim**-0.5)
+    sharpen(model)
     image = images_for(model, batch=1, seed=2)  # no two similarities that matter are within 1e-5 of each other
     plain = logits(model, image)
     dhtm.patch(model, ToMe(r, proportional_attention=proportional))
     merged = logits(model, image)
     dhtm.unpatch(model)
     with torch.inference_mode():
-        expected = forward(model, image, model.num_prefix_tokens, [r] * 12, proportional)
+        expected = forward(
+            model, image, lambda layer, keys: soft_matching(keys, model.num_prefix_tokens, r), proportional
+        )
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
     assert (merged - plain).abs().max() > 1e-2
 
@@ -130,6 +97,18 @@ def test_the_schedule_runs_over_the_layers_that_reduce():
     assert [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == [196, 176, 166, 166, 166]
 
 
+def test_r_may_be_given_by_layer():
+    """Haurum et al. (2023) at a keep rate of 0.7."""
+    model = timm.create_model("deit_tiny_patch16_224", pretrained=False, **SMALL | {"depth": 12})
+    dhtm.patch(model, ToMe([59, 41, 29], layers=(4, 7, 10)))
+    assert tokens_by_layer(model) == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
+    logits(model, images_for(model))
+    assert dhtm.regions(model).n_tokens == 67
+    dhtm.unpatch(model)
+    with pytest.raises(ValueError, match=r"r=\[59, 41\]: give one number for each of the 3 layers"):
+        dhtm.patch(model, ToMe([59, 41], layers=(4, 7, 10)))
+
+
 def test_r_of_nothing_changes_nothing():
     model = build("deit_tiny")
     images = images_for(model)
@@ -147,7 +126,13 @@ def test_a_layer_merges_at_most_half_of_the_patch_tokens(name):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"r": -1}, "r=-1"), ({"r": 2.5}, "r=2.5"), ({"r": 8, "inflect": 1.5}, "inflect=1.5")],
+    [
+        ({"r": -1}, "r=-1"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"r": [8, -1]}, r"r=\[8, -1\]"),
+        ({"r": 8, "inflect": 1.5}, "inflect=1.5"),
+        ({"r": [8, 8], "inflect": 0.5}, "inflect=0.5: it must be 0 where r is a list"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Writing a few images in every form that ImageNet is kept in."""
+"""Write a few images in every form that ImageNet is kept in."""
 
 import io
 import tarfile
@@ -11,10 +11,10 @@ import webdataset
 from timm.data import ImageNetInfo
 from torchvision.transforms import PILToTensor
 
-from dhtm.harness.data.photographs import photographs
+from dhtm.harness.data.photographs import Photographs
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
-# The hub tells apart the two classes that are called crane.
+# The hub distinguishes the two classes that are called crane.
 WORDS = [f"{ImageNetInfo('imagenet-1k').index_to_description(i)}, {synset}" for i, synset in enumerate(SYNSETS)]
 CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of Imagenette
 
@@ -33,7 +33,7 @@ def flat(root, images):
 
 
 def devkit(root, images):
-    """Ids in an order of their own, as the real one has them, where 1,000 leaves and their ancestors are listed."""
+    """Write a devkit whose ids have an order of their own, as in the real one, which lists 1,000 leaves and their ancestors."""
     folder = root / "ILSVRC2012_devkit_t12" / "data"
     folder.mkdir(parents=True)
     order = [*SYNSETS[500:], *SYNSETS[:500], "n00000001"]
@@ -122,16 +122,12 @@ def table(images, names=WORDS):
 
 
 def parquet(root, images):
-    """Two files of one split, beside one of another, as the hub has them."""
+    """Write two files of one split beside one of another, as on the hub."""
     (root / "data").mkdir()
     for i in range(2):
         table(images).shard(2, i, contiguous=True).to_parquet(root / "data" / f"validation-0000{i}-of-00002.parquet")
     table(dict(list(images.items())[:1])).to_parquet(root / "data" / "train-00000-of-00001.parquet")
     return {}
-
-
-def parquet_streamed(root, images):
-    return parquet(root, images) | {"streaming": True}
 
 
 def arrow_saved(root, images):
@@ -149,10 +145,15 @@ def arrow_files(root, images):
 
 FORMS = [
     in_class_folders, flat_with_devkit, flat_with_packed_devkit, flat_with_kaggles_csv, flat_with_numbers, original_tar,
-    tar_of_class_folders, shards, shards_with_json, parquet, parquet_streamed, arrow_saved, arrow_files,
+    tar_of_class_folders, shards, shards_with_json, parquet, arrow_saved, arrow_files,
 ]  # fmt: skip
 
 
-def opened(form, root, images, **options):
-    arguments = {"root": str(root), "split": "val", "limit": None, "transform": PILToTensor(), "class_map": "synsets"}
-    return photographs(**(arguments | form(root, images) | options))
+def opened(root, transform=None, **options):
+    """Open the validation split of photographs; images are uint8 tensors by default."""
+    return Photographs("photographs", str(root), **options).open("val", transform or PILToTensor())
+
+
+def opened_as(form, root, images, **options):
+    """Write images in a form, and open them as ImageNet's."""
+    return opened(**({"root": root, "class_map": "synsets"} | form(root, images) | options))

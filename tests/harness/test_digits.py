@@ -1,10 +1,11 @@
 """The embedded scenes."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from dhtm.harness.data.scenes import N_TEST_SCENES, scans, scenes
-from dhtm.harness.data.splits import digits
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.data.scenes import N_TEST_SCENES, Digits, scans, scenes
 
 
 def test_scans_of_the_splits_are_disjoint():
@@ -27,20 +28,37 @@ def test_a_seed_fixes_every_pixel_whatever_the_batch():
 
 
 def test_the_test_split():
-    split = digits("test", 0, None, np.asarray)
+    split = Digits().open("test", np.asarray)
     assert len(split.dataset) == N_TEST_SCENES >= 1000
-    labels = [label for _, label in split.dataset]
+    labels = np.array([label for _, label in split.dataset])
     assert np.bincount(labels, minlength=10).min() > 150
-    fewer = digits("test", 0, 10, np.asarray)
-    assert len(fewer.dataset) == 10 and (fewer.dataset.images == split.dataset.images[:10]).all()
-    assert digits("test", 1, 10, np.asarray).fingerprint != fewer.fingerprint
-    image, _ = split.dataset[0]
-    assert isinstance(image, np.ndarray)
-    assert Image.fromarray(image).size == (56, 56)
+    fewer = Digits(limit=10).open("test", np.asarray)
+    assert len(fewer.dataset) == len(fewer.groups) == 10
+    assert (fewer.dataset.images == split.dataset.images[:10]).all()
+    assert Digits(seed=1, limit=10).open("test", np.asarray).fingerprint != fewer.fingerprint
+    assert Image.fromarray(split.dataset[0][0]).size == (56, 56)
+    assert (np.bincount(split.groups) == 4).all(), "every scan is in four scenes"
+    assert all(len(set(labels[split.groups == scan])) == 1 for scan in range(500))
+
+
+def test_every_epoch_of_training_has_new_scenes():
+    split = Digits(limit=3).open("train", np.asarray)
+    epochs = [split.dataset_in(epoch) for epoch in (1, 2)]
+    expected = scenes("train", range(3, 9))[0]
+    assert all(
+        (image == expected[i]).all() for i, (image, _) in enumerate([epoch[j] for epoch in epochs for j in range(3)])
+    )
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"limit": "abc"}, {"seed": -1}, {"on_error": "fail_fast"}])
+def test_settings_are_checked(options):
+    ((key, value),) = options.items()
+    with pytest.raises(UserError, match=rf"data\.{key}={value}: "):
+        Digits(**options)
 
 
 def test_a_scene_has_an_object_a_background_and_distractors():
-    """The digit stands at its centre; elsewhere there is ground, noise, and now and then ink that is not its."""
+    """The digit stands at its centre; elsewhere there is ground, noise, and now and then ink of other digits."""
     plain, _, centres = scenes("test", range(50), difficulty=0)
     hard, *_ = scenes("test", range(50))
     rows, columns = np.mgrid[:56, :56]

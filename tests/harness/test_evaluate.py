@@ -4,34 +4,31 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
+from conftest import ROOT
 from PIL import Image
 from processes import start_script, wait_for
 from safetensors.torch import save_file
 
 import dhtm
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.runs.evaluate import evaluate
+from dhtm.harness.data.scenes import Digits
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.methods import Method
+from dhtm.harness.runs.evaluate import Evaluation, evaluate
+from dhtm.harness.runs.predict import CLASSES
 
 CONTRACT = """run_id experiment backbone method knobs layers data split n_images n_failed top1 top1_ci95 top5 flops_g
     flops_baseline_g flops_reduction_pct merge_flops_g params_m tokens_by_layer images_per_s batch_size dtype device seed
     wall_s weights_sha256 versions git_commit"""
-
-
-@pytest.fixture
-def run(composed, tmp_path):
-    """Evaluate in this process, results in a folder of the test's own."""
-
-    def evaluate_with(*overrides):
-        folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
-        return evaluate(composed(*folders, "device=cpu", *overrides))
-
-    return evaluate_with
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +50,25 @@ def read(metrics, tmp_path):
     return folder, pd.read_parquet(folder / "predictions.parquet")
 
 
-def test_a_run_directory_holds_the_contract(run, tmp_path):
-    metrics = run("method.k=48", "data.limit=100")
+def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
+    metrics = evaluated("method.k=48", "data.limit=100")
     folder, predictions = read(metrics, tmp_path)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert set(CONTRACT.split()) <= set(metrics)
-    assert list(predictions.columns) == ["index", "label", "top5", "correct"]
+    assert list(predictions.columns) == ["index", "label", *CLASSES, "correct", "group"]
     assert predictions["index"].tolist() == list(range(100))
     assert metrics["n_images"] == 100
     assert metrics["top1"] == 100 * predictions.correct.mean()
     assert metrics["tokens_by_layer"] == [196] * 3 + [148] * 3 + [100] * 4 + [52] * 2
-    # Wilson (1927) in closed form.
-    p, n, z = predictions.correct.mean(), 100, 1.959963984540054
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = [100 * (centre - half) / (1 + z**2 / n), 100 * (centre + half) / (1 + z**2 / n)]
-    assert metrics["top1_ci95"] == pytest.approx(expected)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
     assert "k: 48" in (folder / "config.yaml").read_text()
 
 
-def test_photographs_are_evaluated_as_timm_preprocesses_them(run, photos, checkpoint, tmp_path):
+def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, checkpoint, tmp_path):
     """Top-1, top-5 and order against a plain loop with DeiT's published preprocessing written out."""
     overrides = ["data=imagefolder", f"data.root={photos}", "backbone=deit_tiny", "method.k=20"]
-    metrics = run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "batch_size=3")
+    metrics = evaluated(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "batch_size=3")
     _, predictions = read(metrics, tmp_path)
 
     model = timm.create_model("deit_tiny_patch16_224", num_classes=3, checkpoint_path=str(checkpoint)).eval()
@@ -94,34 +86,40 @@ def test_photographs_are_evaluated_as_timm_preprocesses_them(run, photos, checkp
         with torch.inference_mode():
             logits = model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
         expected.append(logits[0].argsort(descending=True).tolist())
-    assert [list(top) for top in predictions.top5] == expected
+    assert predictions[CLASSES[:3]].to_numpy().tolist() == expected
+    assert (predictions[CLASSES[3:]] == -1).all(axis=None), "the model has three outputs"
     assert predictions.label.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert metrics["top5"] == 100
+    # Wilson (1927) in closed form.
+    p, n, z = predictions.correct.mean(), 8, 1.959963984540054
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = [100 * (centre - half) / (1 + z**2 / n), 100 * (centre + half) / (1 + z**2 / n)]
+    assert metrics["top1_ci95"] == pytest.approx(expected)
     assert metrics["flops_g"] == dhtm.count_flops(model).total / 1e9
 
 
-def test_results_depend_neither_on_batch_size_nor_on_what_else_is_evaluated(run, tmp_path):
+def test_results_depend_neither_on_batch_size_nor_on_what_else_is_evaluated(evaluated, tmp_path):
     for method in ("dhtm", "random"):
         parts = []
         for overrides in (["batch_size=1", "data.limit=12"], ["batch_size=7", "data.limit=30"]):
-            metrics = run(f"method={method}", "method.k=56", "force=true", *overrides)
-            parts.append(read(metrics, tmp_path)[1].top5[:12].tolist())
+            metrics = evaluated(f"method={method}", "method.k=56", "force=true", *overrides)
+            parts.append(read(metrics, tmp_path)[1][CLASSES][:12])
         assert np.array_equal(*parts)
 
 
-def test_a_finished_run_is_skipped_and_force_computes_it(run, tmp_path):
-    first = run("data.limit=8", "batch_size=8")
+def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
+    first = evaluated("data.limit=8", "batch_size=8")
     file = tmp_path / "runs" / first["run_id"] / "metrics.json"
     written = file.stat().st_mtime_ns
     # The batch size is no part of what determines the result.
-    assert run("data.limit=8", "batch_size=2") == first
+    assert evaluated("data.limit=8", "batch_size=2") == first
     assert file.stat().st_mtime_ns == written
-    forced = run("data.limit=8", "force=true")
+    forced = evaluated("data.limit=8", "force=true")
     assert file.stat().st_mtime_ns > written
     assert forced["run_id"] == first["run_id"]
 
 
-def test_what_determines_the_result_is_in_the_run_id(run, tmp_path):
+def test_what_determines_the_result_is_in_the_run_id(evaluated, tmp_path):
     changes = [
         [],
         ["method.k=41"],
@@ -132,12 +130,12 @@ def test_what_determines_the_result_is_in_the_run_id(run, tmp_path):
         ["method=random"],
         ["method=random", "seed=1"],
     ]
-    ids = {run("data.limit=4", *change)["run_id"] for change in changes}
+    ids = {evaluated("data.limit=4", *change)["run_id"] for change in changes}
     assert len(ids) == len(changes)
 
 
-def test_a_kill_between_any_two_files_leaves_an_unfinished_run(run, tmp_path, monkeypatch):
-    metrics = run("data.limit=4")
+def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_path, monkeypatch):
+    metrics = evaluated("data.limit=4")
     folder = tmp_path / "runs" / metrics["run_id"]
     for survivors in range(5):  # a shard of predictions, and the four files
         shutil.rmtree(folder / "shards", ignore_errors=True)
@@ -152,10 +150,10 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(run, tmp_path, mo
         with monkeypatch.context() as patched:
             patched.setattr(type(folder), "replace", replace)
             with pytest.raises(KeyboardInterrupt):
-                run("data.limit=4", "force=true")
+                evaluated("data.limit=4", "force=true")
         assert not (folder / "metrics.json").exists()
-        assert {file.name for file in folder.glob(".*")} == {".lock"}
-    assert run("data.limit=4")["top1"] == metrics["top1"]
+        assert not list(folder.glob(".*"))
+    assert evaluated("data.limit=4")["top1"] == metrics["top1"]
 
 
 def test_a_sweep_is_hydras_multirun(script, tmp_path):
@@ -179,7 +177,7 @@ def test_experiments_are_the_papers(script, tmp_path):
         assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
             (method, k) for method in methods for k in ks
         ]
-    assert result.stdout.count("done before") == 7, "figure 4 takes DHTM's runs from table 1"
+    assert result.stdout.count("already finished") == 7, "figure 4 takes DHTM's runs from table 1"
 
 
 @pytest.mark.parametrize(
@@ -195,35 +193,35 @@ def test_experiments_are_the_papers(script, tmp_path):
         (["data=imagenet"], r"data.root is not set: give the folder"),
         (["data=imagenet", "data.root=/no/such/place"], r"data.root=/no/such/place: no such directory"),
         (["method=random", "method.connectivity=6"], r"method=random: connectivity=6: choose one of 8, 4"),
-        (["method=random", "seed=abc"], r"seed=abc: it must be an integer"),
-        (["num_workers=-1"], r"num_workers=-1: it must be"),
-        (["device=null"], r"device=None: not to be had here"),
-        (["device=meta"], r"device=meta: not to be had here"),
-        (["results_dir=null"], r"results_dir=None: it must be a path"),
-        (["results_dir='~nobody.such/x'"], r"results_dir=~nobody.such/x: nobody has such a home"),
-        (["data.seed=-1"], r"data=digits: "),
+        (["method=random", "seed=abc"], r"seed=abc: Input should be a valid integer"),
+        (["num_workers=-1"], r"num_workers=-1: Input should be greater than or equal to 0"),
+        (["device=null"], r"device=None: Input should be a valid string"),
+        (["device=meta"], r"device=meta: not available"),
+        (["results_dir=null"], r"results_dir=None: Input is not a valid path"),
+        (["results_dir='~nobody.such/x'"], r"~nobody.such/x: there is no such home directory"),
+        (["data.seed=-1"], r"data.seed=-1: "),
         (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
         (["data.limit=0"], r"data.limit=0: it must be"),
         (["data.split=valid"], r"data.split=valid: the digits have data.split=test, and train"),
-        (["batch_size=0"], r"batch_size=0: it must be"),
-        (["dtype=int8"], r"dtype=int8: choose one of float32"),
-        (["device=tpu"], r"device=tpu: not to be had here"),
+        (["batch_size=0"], r"batch_size=0: Input should be greater than 0"),
+        (["dtype=int8"], r"dtype=int8: Input should be 'float32', 'bfloat16' or 'float16'"),
+        (["device=tpu"], r"device=tpu: not available"),
         (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
         (
             ["backbone.num_classes=7", "backbone.checkpoint=/no/such/file"],
             r"backbone.checkpoint=/no/such/file: no such file",
         ),
-        (["backbone=deit_small"], r"pretrained weights cannot be had .*backbone.checkpoint=FILE"),
+        (["backbone=deit_small"], r"pretrained weights are not available .*backbone.checkpoint=FILE"),
         (["backbone.architecture=swin_tiny_patch4_window7_224"], r"swin_tiny_patch4_window7_224"),
     ],
 )
-def test_mistakes_get_one_line(run, overrides, message):
+def test_mistakes_get_one_line(evaluated, overrides, message):
     with pytest.raises(UserError, match=message) as error:
-        run("data.limit=2", *overrides)
+        evaluated("data.limit=2", *overrides)
     assert "\n" not in str(error.value)
 
 
-def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
+def test_unsupported_models_are_refused_by_name(evaluated, photos, tmp_path):
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "swin.pth")
     overrides = [
@@ -233,15 +231,15 @@ def test_unsupported_models_are_refused_by_name(run, photos, tmp_path):
         f"data.root={photos}",
     ]
     with pytest.raises(UserError, match="only timm's VisionTransformer and its subclasses are supported"):
-        run("backbone.architecture=swin_tiny_patch4_window7_224", *overrides)
+        evaluated("backbone.architecture=swin_tiny_patch4_window7_224", *overrides)
 
 
-def test_data_that_does_not_fit_is_refused(run, photos, tmp_path):
+def test_data_that_does_not_fit_is_refused(evaluated, photos, tmp_path):
     with pytest.raises(UserError, match="data=imagefolder has 3 classes, the backbone 10: choose a backbone"):
-        run("data=imagefolder", f"data.root={photos}")
+        evaluated("data=imagefolder", f"data.root={photos}")
     torch.save(timm.create_model("deit_micro", num_classes=3).state_dict(), tmp_path / "grey.pth")
     with pytest.raises(UserError, match="data=imagefolder has images of 3 channels, the backbone takes 1"):
-        run(
+        evaluated(
             "data=imagefolder",
             f"data.root={photos}",
             f"backbone.checkpoint={tmp_path}/grey.pth",
@@ -249,29 +247,53 @@ def test_data_that_does_not_fit_is_refused(run, photos, tmp_path):
         )
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
     with pytest.raises(UserError, match="class folder n01440764 is empty"):
-        run("data=imagefolder", f"data.root={tmp_path}")
+        evaluated("data=imagefolder", f"data.root={tmp_path}")
     (tmp_path / "flat").mkdir()
     with pytest.raises(UserError, match="no folders of images"):
-        run("data=imagefolder", f"data.root={tmp_path}/flat")
+        evaluated("data=imagefolder", f"data.root={tmp_path}/flat")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_that_cannot_be_read_is_named(run, photos, checkpoint, tmp_path, num_workers):
+def test_an_image_that_cannot_be_read_is_named(evaluated, photos, checkpoint, tmp_path, num_workers):
     shutil.copytree(photos, tmp_path / "photos")
     file = sorted((tmp_path / "photos").glob("val/*/*.JPEG"))[4]
     file.write_bytes(file.read_bytes()[:500])
     overrides = ["data=imagefolder", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
     with pytest.raises(UserError, match=rf"image 4 cannot be read: {file}: ") as error:
-        run(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
+        evaluated(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
     assert "\n" not in str(error.value)
 
 
-def test_damaged_metrics_are_named(run, tmp_path):
-    folder = tmp_path / "runs" / run("data.limit=2")["run_id"]
+def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
+    run = Evaluation(
+        backbone=Backbone("deit_micro", "deit_micro", num_classes=10),
+        method=Method("dhtm", "dhtm.DHTM", knob="k", options={"k": 40, "layers": (4, 7, 11)}),
+        data=Digits(limit=4),
+        results_dir=tmp_path / "python",
+    )
+    metrics = evaluated("method.k=40", "data.limit=4")
+    assert {key: evaluate(run)[key] for key in ("run_id", "top1")} == {key: metrics[key] for key in ("run_id", "top1")}
+    settings, by_hydra = (
+        yaml.safe_load((tmp_path / folder / metrics["run_id"] / "config.yaml").read_text())
+        for folder in ("python", "runs")
+    )
+    assert settings["method"] == by_hydra["method"] and settings["method"]["layers"] == [4, 7, 11]
+    assert settings["data"]["limit"] == 4
+
+
+def test_a_closed_pipe_ends_a_script_quietly():
+    command = f"{sys.executable} scripts/evaluate.py --help | head -1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("Evaluate one backbone")
+    assert not result.stderr
+
+
+def test_damaged_metrics_are_named(evaluated, tmp_path):
+    folder = tmp_path / "runs" / evaluated("data.limit=2")["run_id"]
     (folder / "metrics.json").write_text('{"top1": 9')
     with pytest.raises(UserError, match=r"metrics.json: damaged .*force=true"):
-        run("data.limit=2")
-    assert run("data.limit=2", "force=true")["n_images"] == 2
+        evaluated("data.limit=2")
+    assert evaluated("data.limit=2", "force=true")["n_images"] == 2
 
 
 @pytest.mark.parametrize(

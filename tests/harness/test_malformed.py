@@ -23,9 +23,8 @@ from timm.data import create_transform, resolve_data_config
 
 import dhtm
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.models.backbones import bare_backbone
-from dhtm.harness.runs.evaluate import evaluate
-from dhtm.harness.runs.store import predictions
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.runs.directory import predictions
 from dhtm.report.runs import load_runs
 
 FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP"]
@@ -67,7 +66,7 @@ def wrong_type(rng):
 
 
 @pytest.mark.parametrize("n_images", sizes(30, 600))
-def test_images(composed, tmp_path, n_images):
+def test_images(evaluated, tmp_path, n_images):
     """Every file that Pillow can read has the prediction that it has by itself, and every other is listed."""
     rng = random.Random(0)
     folder = tmp_path / "photos" / "n01440764"
@@ -78,15 +77,13 @@ def test_images(composed, tmp_path, n_images):
         (folder / f"{i:04d}.jpg").write_bytes(content)
     model = timm.create_model("deit_tiny_patch16_224", num_classes=1000).eval()
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
-    metrics = evaluate(
-        composed(
-            "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagefolder",
-            f"data.root={tmp_path}/photos", "data.class_map=synsets", "data.on_error=skip", "method.k=20",
-            f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "num_workers=2", "batch_size=16",
-        )
+    metrics = evaluated(
+        "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagefolder",
+        f"data.root={tmp_path}/photos", "data.class_map=synsets", "data.on_error=skip", "method.k=20", "num_workers=2",
+        "batch_size=16",
     )  # fmt: skip
     run = tmp_path / "runs" / metrics["run_id"]
-    found = pd.read_parquet(run / "predictions.parquet").set_index("index").top5
+    found = predictions(run).filter(like="class_")
 
     dhtm.patch(model, dhtm.DHTM(k=20, layers=(4, 7, 11)))
     transform = create_transform(**resolve_data_config(model=model))
@@ -101,7 +98,7 @@ def test_images(composed, tmp_path, n_images):
             logits = model(transform(image)[None])[0]
         best = logits.topk(5)
         apart = -best.values.diff().max()  # closer ones may change places between batches
-        assert apart < 1e-4 or found[i].tolist() == best.indices.tolist(), file
+        assert apart < 1e-4 or found.loc[i].tolist() == best.indices.tolist(), file
     assert 0 < len(unreadable) < n_images
     assert pd.read_csv(run / "failed.csv")["index"].tolist() == unreadable
     assert (metrics["n_failed"], metrics["n_images"]) == (len(unreadable), n_images - len(unreadable))
@@ -181,12 +178,11 @@ def test_overrides(composed, tmp_path, n_commands):
 
 
 @pytest.mark.parametrize("n_files", sizes(5, 100))
-def test_checkpoints(composed, tmp_path, n_files):
+def test_checkpoints(evaluated, tmp_path, n_files):
     """A damaged file is refused, or its run is another than that of the whole one."""
     rng = random.Random(2)
-    options = ["data.limit=2", "device=cpu", f"results_dir={tmp_path}/runs"]
-    whole = evaluate(composed(*options))
-    state = bare_backbone("deit_micro", 10).state_dict()
+    whole = evaluated("data.limit=2")
+    state = Backbone("deit_micro", "deit_micro", 10).bare().state_dict()
     torch.save(state, tmp_path / "weights.pth")
     contents = {".pth": (tmp_path / "weights.pth").read_bytes(), ".safetensors": dhtm_weights()}
     refused = 0
@@ -195,7 +191,7 @@ def test_checkpoints(composed, tmp_path, n_files):
         file = tmp_path / f"{i}{suffix}"
         file.write_bytes(damaged(contents[suffix], rng))
         try:
-            metrics = evaluate(composed(*options, f"backbone.checkpoint={file}"))
+            metrics = evaluated("data.limit=2", f"backbone.checkpoint={file}")
         except UserError as error:
             refused += 1
             said = str(error)
@@ -210,11 +206,10 @@ def dhtm_weights():
 
 
 @pytest.mark.parametrize("n_files", sizes(5, 100))
-def test_result_directories(composed, tmp_path, n_files):
-    """What is not as it was written is not believed, by a run, a report, or anything that goes on from it."""
+def test_result_directories(evaluated, tmp_path, n_files):
+    """Predictions that have changed are not believed, by a run, a report, or anything that reads them."""
     rng = random.Random(3)
-    config = composed("data.limit=20", "device=cpu", f"results_dir={tmp_path}/whole")
-    metrics = evaluate(config)
+    metrics = evaluated("data.limit=20", f"results_dir={tmp_path}/whole")
     whole = tmp_path / "whole" / metrics["run_id"]
     expected = predictions(whole)
     for i in range(n_files):
@@ -226,7 +221,7 @@ def test_result_directories(composed, tmp_path, n_files):
         if file.read_bytes() == before:
             continue
         try:
-            runs = load_runs(str(root))
+            runs = load_runs(root)
             found = predictions(root / whole.name)
         except UserError as error:
             said = str(error)
@@ -234,6 +229,6 @@ def test_result_directories(composed, tmp_path, n_files):
         else:
             raise AssertionError(f"{file}: believed, {runs} {found}")
         if i % 5 == 0:
-            again = evaluate(composed("data.limit=20", "device=cpu", f"results_dir={root}", "force=true"))
+            again = evaluated("data.limit=20", f"results_dir={root}", "force=true")
             assert again["top1"] == metrics["top1"]
             pd.testing.assert_frame_equal(predictions(root / whole.name), expected)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from dhtm.harness import config
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.models.backbones import load_backbone
-from dhtm.harness.training.embedded import KeepTokens, SceneBatches, Stage, train_micro
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.training.embedded import KeepTokens, SceneBatches, Stage, train_embedded
 
 SHORT = (
     "stages=[{steps: 3, batch_size: 8, window: 8, difficulty: [0, 0.5]}, "
@@ -14,15 +15,25 @@ SHORT = (
 )
 
 
-def test_training_writes_weights_that_the_runner_loads(composed, tmp_path):
-    options = [SHORT, "data.limit=20", f"output={tmp_path}/new/micro.safetensors"]
-    top1 = train_micro(composed(*options, config_name="train_micro"))
-    assert 0 <= top1 <= 100
-    model = load_backbone("deit_micro", str(tmp_path / "new/micro.safetensors"), 10)
+@pytest.fixture
+def train(composed, tmp_path):
+    """Train for a few steps, in this process; the weights go to a folder of the test's own."""
+
+    def train_with(*overrides):
+        options = [SHORT, "data.limit=20", f"output={tmp_path}/new/micro.safetensors", *overrides]
+        return train_embedded(config.embedded_training(composed(*options, config_name="train_micro")))
+
+    return train_with
+
+
+def test_training_writes_weights_that_the_runner_loads(train, tmp_path):
+    assert 0 <= train() <= 100
+    file = tmp_path / "new/micro.safetensors"
+    model = Backbone("deit_micro", "deit_micro", 10, file).load()
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    first = (tmp_path / "new/micro.safetensors").read_bytes()
-    train_micro(composed(*options, config_name="train_micro"))
-    assert (tmp_path / "new/micro.safetensors").read_bytes() == first, "a seed fixes the training"
+    first = file.read_bytes()
+    train()
+    assert file.read_bytes() == first, "a seed fixes the training"
 
 
 def test_the_window_holds_nearly_all_of_the_digit():
@@ -43,16 +54,11 @@ def test_kept_tokens_are_those_asked_for():
     assert module(x)[..., 0].tolist() == [[0, 3, 1], [4, 6, 6]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(composed, tmp_path):
-    config = composed(
-        SHORT, "lr=1e30", "warmup_steps=0", f"output={tmp_path}/micro.safetensors", config_name="train_micro"
-    )
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(UserError, match=r"the loss is .* nothing is saved; try a smaller lr="),
-    ):
-        train_micro(config)
-    assert not list(tmp_path.iterdir())
+def test_a_loss_that_is_not_finite_stops_the_training(train, tmp_path):
+    message = r"the loss is .* nothing is saved; try a smaller lr="
+    with np.errstate(all="ignore"), pytest.raises(UserError, match=message):
+        train("lr=1e30", "warmup_steps=0")
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -60,13 +66,14 @@ def test_a_loss_that_is_not_finite_stops_the_training(composed, tmp_path):
     [
         ("output=/proc/nowhere/micro.safetensors", "output=/proc/nowhere/micro.safetensors: cannot write there"),
         ("backbone=deit_tiny", "backbone=deit_tiny: it does not take grey images of 56×56; deit_micro does"),
+        ("data=imagenet", "data=imagenet: this training draws its own scenes, which only data=digits has"),
+        ("stages=[]", r"stages=\[\]: List should have at least 1 item"),
+        (
+            "stages=[{steps: 0, batch_size: 8, window: 8, difficulty: [0, 1]}]",
+            "stages.steps=0: Input should be greater",
+        ),
     ],
 )
-def test_what_cannot_end_well_is_not_begun(composed, tmp_path, override, message):
+def test_what_cannot_end_well_is_refused_at_once(train, override, message):
     with pytest.raises(UserError, match=message):
-        train_micro(composed(f"output={tmp_path}/micro.safetensors", override, config_name="train_micro"))
-
-
-def test_only_the_digits_can_be_trained_on(composed):
-    with pytest.raises(UserError, match="data=imagenet: training draws its own scenes"):
-        train_micro(composed("data=imagenet", config_name="train_micro"))
+        train(override)

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,9 +27,9 @@ from forms import (
     flat_with_devkit,
     in_class_folders,
     opened,
+    opened_as,
     original_tar,
     parquet,
-    parquet_streamed,
     shards,
     table,
     write_shards,
@@ -40,10 +41,9 @@ from torchvision.transforms import PILToTensor
 
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data import photographs as module
-from dhtm.harness.data.photographs import photographs
+from dhtm.harness.data.photographs import Photographs
 from dhtm.harness.data.splits import UnreadableError, load
-from dhtm.harness.models.backbones import bare_backbone
-from dhtm.harness.runs.evaluate import evaluate
+from dhtm.harness.runs.directory import predictions
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def images():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_has_the_same_images_in_the_same_classes(form, images, tmp_path):
-    split = opened(form, tmp_path, images)
+    split = opened_as(form, tmp_path, images)
     assert (len(split.dataset), split.n_classes, split.channels) == (12, 1000, 3)
     found = {}
     for batch in load(split.dataset, [range(5), range(5, 7), range(7, 12)], num_workers=2):
@@ -92,29 +92,42 @@ def test_what_identifies_the_data_changes_with_it(form, images, tmp_path):
     renamed["ILSVRC2012_val_00000003.JPEG"] = (images["ILSVRC2012_val_00000003.JPEG"][0], CHOSEN[3])
     for i, version in enumerate([images, images, other, renamed]):
         (tmp_path / str(i)).mkdir()
-        fingerprints.add(opened(form, tmp_path / str(i), version).fingerprint)
+        fingerprints.add(opened_as(form, tmp_path / str(i), version).fingerprint)
     assert len(fingerprints) == 3
 
 
-@pytest.mark.parametrize(
-    "options", [["cache_dir=null"], ["cache_dir=null", "num_workers=2"], ["cache_dir={}/cache"]], ids=str
-)
-@pytest.mark.parametrize("form", [shards, parquet, parquet_streamed])
-def test_an_evaluation_is_the_same_whatever_the_form(composed, images, tmp_path, form, options):
-    save_file(bare_backbone("deit_tiny_patch16_224", 1000).state_dict(), tmp_path / "tiny.safetensors")
-    predictions = []
-    for one in (flat_with_devkit, form):
-        root = tmp_path / one.__name__
-        root.mkdir()
-        given = {"root": root} | one(root, images)
-        config = composed(
-            "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagenet", "batch_size=5",
-            f"results_dir={tmp_path}/runs", "num_workers=0", *[option.format(tmp_path) for option in options],
-        )  # fmt: skip
-        config.data.update({key: value if isinstance(value, bool) else str(value) for key, value in given.items()})
-        metrics = evaluate(config)
-        predictions.append(pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet"))
-    pd.testing.assert_frame_equal(*[one.assign(top5=one.top5.map(tuple)) for one in predictions])
+SMALLEST = "test_vit"  # timm's, for images of 160×160
+
+
+@pytest.fixture
+def run(evaluated, tmp_path):
+    """Evaluate a small ViT on photographs; returns the metrics and the predictions."""
+    save_file(timm.create_model(SMALLEST).state_dict(), tmp_path / "weights.safetensors")
+    options = [
+        "backbone=deit_tiny", f"backbone.architecture={SMALLEST}", f"backbone.checkpoint={tmp_path}/weights.safetensors",
+        "data=imagenet", "batch_size=4", "method.layers=[2,4]", "method.k=20",
+    ]  # fmt: skip
+
+    def run_on(root, *overrides):
+        metrics = evaluated(*options, f"data.root='{root}'", *overrides)
+        return metrics, predictions(tmp_path / "runs" / metrics["run_id"])
+
+    return run_on
+
+
+def test_an_evaluation_is_the_same_whatever_the_form_and_how_it_is_read(run, images, tmp_path):
+    flat_with_devkit(made(tmp_path / "flat"), images)
+    _, direct = run(tmp_path / "flat", "cache_dir=null", "num_workers=0")
+    for form, option in ((shards, "num_workers=0"), (parquet, "cache_dir=null"), (parquet, "num_workers=2")):
+        root = tmp_path / f"{form.__name__} {option}"
+        given = {"root": root} | form(made(root), images)
+        pd.testing.assert_frame_equal(run(given["root"], option, "force=true")[1], direct)
+    assert len(list((tmp_path / "cache").glob("*/00000.npy"))) == 2
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
 
 
 def odd(kind):
@@ -148,13 +161,13 @@ def odd(kind):
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "CMYK", "grey", "PNG named JPEG", "16 bits", "palette with transparency", "grey with alpha", "1 bit",
-        "turned by EXIF", "broken EXIF", "progressive",
-    ],
-)  # fmt: skip
+KINDS = [
+    "CMYK", "grey", "PNG named JPEG", "16 bits", "palette with transparency", "grey with alpha", "1 bit", "turned by EXIF",
+    "broken EXIF", "progressive",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_odd_images_are_read_as_timm_reads_them(kind, tmp_path):
     content = odd(kind)
     (tmp_path / "val" / CHOSEN[0]).mkdir(parents=True)
@@ -164,7 +177,7 @@ def test_odd_images_are_read_as_timm_reads_them(kind, tmp_path):
         timms, _ = create_dataset("", str(tmp_path / "val"))[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours, label = photographs(str(tmp_path), "val", None, lambda image: image, class_map="synsets").dataset[0]
+        ours, label = opened(tmp_path, lambda image: image, class_map="synsets").dataset[0]
     assert label == SYNSETS.index(CHOSEN[0])
     assert ours.mode == timms.mode == "RGB"
     assert np.array_equal(np.asarray(ours), np.asarray(timms))
@@ -187,7 +200,7 @@ def test_decompression_bombs_are_refused(size, tmp_path):
     """PIL would warn of the first, and open the third, of which a resized copy takes gigabytes."""
     (tmp_path / "bomb.png").write_bytes(bomb(*size))
     (tmp_path / "labels.csv").write_text("bomb.png,0\n")
-    split = photographs(str(tmp_path), "val", None, PILToTensor(), labels=str(tmp_path / "labels.csv"))
+    split = opened(tmp_path, labels=f"{tmp_path}/labels.csv")
     with pytest.raises(UnreadableError, match=r"bomb\.png: .* pixels.*decompression bomb"):
         split.dataset[0]
 
@@ -205,87 +218,43 @@ def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
             link.type, link.linkname = kind, target
             tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
-    split = photographs(str(tmp_path / "in"), "val", None, PILToTensor(), class_map="synsets")
+    split = opened(tmp_path / "in", class_map="synsets")
     assert [split.dataset[i][1] for i in range(len(split.dataset))] == [0, 1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.fixture
-def run(composed, tmp_path):
-    """Evaluate DeiT-Tiny on a set of photographs; returns the metrics."""
-    save_file(bare_backbone("deit_tiny_patch16_224", 1000).state_dict(), tmp_path / "tiny.safetensors")
-
-    def evaluate_with(root, *overrides):
-        return evaluate(composed(*arguments(root, tmp_path), *overrides))
-
-    return evaluate_with
-
-
-def arguments(root, tmp_path):
-    return [
-        "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagenet", f"data.root={root}",
-        "batch_size=4", "num_workers=0", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache",
-    ]  # fmt: skip
-
-
-def shard_rows(folder):
-    return sorted(pd.concat(map(pd.read_parquet, (folder / "shards").glob("*.parquet")))["index"])
-
-
-def test_images_that_cannot_be_read_end_a_run_when_the_rest_is_done(run, script, images, tmp_path, caplog):
-    root = tmp_path / "root"
-    root.mkdir()
-    flat_with_devkit(root, images)
-    broken = [root / "val" / f"ILSVRC2012_val_{number:08d}.JPEG" for number in (2, 9)]
+def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images, tmp_path, caplog):
+    flat_with_devkit(made(tmp_path / "root"), images)
+    files = sorted((tmp_path / "root" / "val").iterdir())
+    broken = [files[1], files[8]]
     for file in broken:
         file.write_bytes(file.read_bytes()[:300])
-
-    result = script("evaluate", *arguments(root, tmp_path))
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"image 1 cannot be read: {broken[0]}: " in result.stderr and "and 1 more, listed in" in result.stderr
-    assert str(broken[1]) in result.stdout, "each is named"
-    (folder,) = (tmp_path / "runs").iterdir()
-    for _ in range(2):  # the second time by way of what was stored
+    message = rf"image 1 cannot be read: {broken[0]}: .* and 1 more, listed in .*failed.csv"
+    for options in ([], ["cache_dir=null"]):  # the second time without the predictions that are stored
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "root", "num_workers=0", *options)
+        assert all(str(file) in caplog.text for file in broken), "each is named"
+        caplog.clear()
+        (folder,) = (tmp_path / "runs").glob("[!.]*")
         listed = pd.read_csv(folder / "failed.csv")
         assert listed["index"].tolist() == [1, 8] and listed.file.tolist() == [str(file) for file in broken]
-        assert not (folder / "metrics.json").exists()
-        assert shard_rows(folder) == [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
-        with pytest.raises(UserError, match=r"image 1 cannot be read: .* and 1 more, listed in .*failed.csv"):
-            run(root)
-    assert run(root, "data.on_error=skip")["images_per_s"] is None, "none was predicted this time"
-
-
-def test_images_that_cannot_be_read_are_skipped_if_so_told(run, images, tmp_path):
-    flat_with_devkit(tmp_path, images)
-    for number in (2, 9):
-        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(b"nothing")
-    for cache in ("null", f"{tmp_path}/cache"):
-        metrics = run(tmp_path, "data.on_error=skip", f"cache_dir={cache}", "force=true")
+        stored = pd.concat(map(pd.read_parquet, (folder / "shards").glob("*.parquet")))
+        assert sorted(stored["index"]) == [0, *range(2, 8), 9, 10, 11] and not (folder / "metrics.json").exists()
+    metrics, rows = run(tmp_path / "root", "data.on_error=skip")
+    assert metrics["images_per_s"] is None, "none was predicted this time"
+    for options in ([], ["force=true", "cache_dir=null"], ["force=true", "num_workers=0"]):
+        metrics, again = run(tmp_path / "root", "data.on_error=skip", *options)
         assert (metrics["n_images"], metrics["n_failed"]) == (10, 2)
-        rows = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
-        assert rows["index"].tolist() == [0, 2, 3, 4, 5, 6, 7, 9, 10, 11]
-        assert metrics["top1"] == 10 * sum(row.top5[0] == row.label for row in rows.itertuples())
-    with pytest.raises(UserError, match=r"done before with data\.on_error=skip, without the 2 images"):
-        run(tmp_path)
-    assert run(tmp_path, "data.on_error=skip") == metrics
-
-
-def test_the_first_image_that_cannot_be_read_ends_the_run_if_so_told(run, images, tmp_path):
-    flat_with_devkit(tmp_path, images)
-    (tmp_path / "val" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"nothing")
-    with pytest.raises(UnreadableError, match="image 1 cannot be read"):
-        run(tmp_path, "data.on_error=fail_fast", "cache_dir=null", "batch_size=1")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert shard_rows(folder) == [0]
-    with pytest.raises(UnreadableError, match="image 1 cannot be read"):
-        run(tmp_path, "data.on_error=fail_fast")
-    for file in tmp_path.glob("val/*"):
+        assert metrics["top1"] == pytest.approx(10 * sum(rows.class_1 == rows.label))
+        pd.testing.assert_frame_equal(again, rows)
+    assert rows.index.tolist() == [0, *range(2, 8), 9, 10, 11]
+    with pytest.raises(UserError, match=r"finished with data\.on_error=skip, without the 2 images"):
+        run(tmp_path / "root")
+    for file in files:
         file.write_bytes(b"nothing")
     module._listed.cache_clear()
     with pytest.raises(UserError, match=r"none of its 12 images can be read; image 0 cannot be read"):
-        run(tmp_path, "data.on_error=skip")
-    with pytest.raises(UserError, match=r"data\.on_error=stop: choose one of collect, skip, fail_fast"):
-        run(tmp_path, "data.on_error=stop")
+        run(tmp_path / "root", "data.on_error=skip", "num_workers=0")
 
 
 class Deadly(torch.utils.data.Dataset):
@@ -295,9 +264,9 @@ class Deadly(torch.utils.data.Dataset):
         return torch.zeros(1), 0
 
 
-def test_a_loading_process_that_is_killed_is_told_in_one_line():
+def test_a_loading_process_that_is_killed_is_one_line():
     batches = load(Deadly(), [[0, 1], [2, 3]], num_workers=2)
-    with pytest.raises(UserError, match=r"a process that loads images was killed, .* with num_workers=1, say"):
+    with pytest.raises(UserError, match=r"a process that loads images was killed, .* with num_workers=1"):
         list(batches)
 
 
@@ -311,27 +280,26 @@ def test_an_error_in_a_loading_process_is_not_taken_for_its_end():
         list(load(Faulty(), [[0, 1]], num_workers=1))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(("num_workers", "empty"), [(0, True), (2, False)])
 def test_a_disk_that_goes_away_ends_the_run_at_once(images, tmp_path, num_workers, empty):
     root = tmp_path / "mounted"
     root.mkdir()
     flat_with_devkit(root, images)
-    split = photographs(str(root), "val", None, PILToTensor(), class_map="synsets")
+    split = opened(root, class_map="synsets")
     batches = load(split.dataset, [[index] for index in range(12)], num_workers)
     next(batches)
     (root / "val").rename(tmp_path / "elsewhere")
     if empty:
         (root / "val").mkdir()
-    with pytest.raises(UserError, match=r"data\.root=.*/mounted/val: has gone, or is empty, while images were read"):
+    with pytest.raises(UserError, match=r"data\.root=.*/mounted/val: it disappeared, or is empty now"):
         list(batches)
 
 
-def test_classes_of_a_subset_are_numbered_as_they_are_told(images, tmp_path):
+def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
     in_class_folders(tmp_path, images)
 
     def labels(**options):
-        split = photographs(str(tmp_path), "val", None, PILToTensor(), **options)
+        split = opened(tmp_path, **options)
         return sorted({int(label) for _, label in split.dataset}), split.n_classes
 
     synsets = sorted(CHOSEN)
@@ -345,7 +313,7 @@ def test_classes_of_a_subset_are_numbered_as_they_are_told(images, tmp_path):
         (tmp_path / "val" / synset).rename(tmp_path / "val" / ["0", "2", "10", "999"][i])
     module._listed.cache_clear()
     assert labels(class_map="numbers") == ([0, 2, 10, 999], 1000)
-    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="numbers", among="present")
+    split = opened(tmp_path, class_map="numbers", among="present")
     assert split.among == (0, 2, 10, 999)
 
 
@@ -354,30 +322,33 @@ def test_classes_of_a_subset_are_numbered_as_they_are_told(images, tmp_path):
     [
         ({"class_map": "synsets"}, r"the class zebra \(1 such\) is not one of class_map=synsets"),
         ({"class_map": "numbers"}, r"the class n01440764 \(5 such\) is not one of class_map=numbers"),
-        ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: no such file"),
+        ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: cannot be read \(.*No such file"),
         ({"class_map": "{}/broken.json"}, r"data\.class_map=.*broken\.json: cannot be read"),
         ({"among": "some"}, r"data\.among=some: choose one of all, present"),
         (
             {"real_labels": True},
             r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",
         ),
-        ({"labels": "/no/labels.csv"}, r"data\.labels=/no/labels\.csv: no such file"),
-        ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line has no .*meta\.mat"),
-        ({"labels": "{}/half.csv"}, r"data\.labels=.*half\.csv: it says nothing of the image ILSVRC2012_val_0000000\d"),
-        ({"labels": "{}"}, r"data\.labels=.*: no such file \(.*meta\.mat\)"),
+        ({"labels": "/no/labels.csv"}, r"data\.labels=/no/labels\.csv: cannot be read as labels \(.*No such file"),
+        ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line lacks .*meta\.mat"),
+        (
+            {"labels": "{}/half.csv"},
+            r"data\.labels=.*half\.csv: it has no label for the image ILSVRC2012_val_0000000\d",
+        ),
+        ({"labels": "{}"}, r"data\.labels=.*: cannot be read as labels \(.*No such file.*meta\.mat'\)"),
         ({"labels": "{}/broken.tar.gz"}, r"data\.labels=.*broken\.tar\.gz: cannot be read as labels"),
-        ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or a damaged one"),
-        ({"root": "{}/packed.tar"}, r"data\.root: .*packed\.tar: it is compressed, decompress it first"),
+        ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or damaged"),
+        ({"root": "{}/packed.tar"}, r"data\.root: .*packed\.tar: .* or compressed, then decompress it"),
         ({"root": "{}/empty.tar"}, r"data\.root: .*: there are no images in .*empty\.tar"),
-        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar is not there"),
+        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar does not exist"),
         ({"root": "{}/broken.json"}, r"neither a folder nor a \.tar, \.parquet or \.arrow file"),
         ({"root": "{}/broken.parquet"}, r"data\.root=.*broken\.parquet: cannot be read"),
-        ({"root": "{}/numbers.parquet"}, r"data\.root=.*: of its columns x none has labels"),
-        ({"root": "{}/labels.parquet"}, r"data\.root=.*: of its columns label none has images"),
+        ({"root": "{}/numbers.parquet"}, r"data\.root=.*: none of its columns x has labels"),
+        ({"root": "{}/labels.parquet"}, r"data\.root=.*: none of its columns label has images"),
         ({"root": "hf://datasets/ILSVRC/imagenet-1k"}, r"data\.root=hf://.*: cannot be read \(.*"),
     ],
 )
-def test_what_cannot_be_read_as_data_is_told_in_one_line(options, message, images, tmp_path):
+def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_path):
     in_class_folders(tmp_path, images)
     (tmp_path / "val" / "zebra").mkdir()
     (tmp_path / "val" / "zebra" / "a.JPEG").write_bytes(b"")
@@ -391,18 +362,18 @@ def test_what_cannot_be_read_as_data_is_told_in_one_line(options, message, image
     with tarfile.open(tmp_path / "empty.tar", "w") as tar:
         tar.add(tmp_path / "ids.txt", "ids.txt")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
-    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "numbers.parquet")
+    pd.DataFrame({"x": [{"bytes": b""}]}).to_parquet(tmp_path / "numbers.parquet")
     pd.DataFrame({"label": [1]}).to_parquet(tmp_path / "labels.parquet")
     options = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(UserError, match=message) as error:
-        photographs(**({"root": str(tmp_path), "split": "val", "limit": None, "transform": PILToTensor()} | options))
+        opened(**({"root": tmp_path} | options))
     assert "\n" not in str(error.value)
 
 
 def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
-        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not n01440764 tench"),
+        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not tench"),
         "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
         "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
     }
@@ -410,12 +381,12 @@ def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
         (tmp_path / name).mkdir()
         table(images, names).to_parquet(tmp_path / name / "validation.parquet")
         with pytest.raises(UserError, match=message):
-            photographs(str(tmp_path / name), "val", None, PILToTensor(), class_map="synsets")
+            opened(tmp_path / name, class_map="synsets")
 
 
 def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
     table(images, SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
-    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+    split = opened(tmp_path, class_map="synsets")
     expected = [999 - SYNSETS.index(synset) for _, synset in images.values()]
     assert [label for _, label in split.dataset] == expected
 
@@ -425,11 +396,10 @@ def test_numbers_of_classes_are_checked_and_mapped(images, tmp_path):
         (tmp_path / file).mkdir()
         numbers = {synset: first + i for i, synset in enumerate(CHOSEN)}
         write_shards(tmp_path / file, images, lambda synset, numbers=numbers: {"cls": numbers[synset]})
-    arguments = ("val", None, PILToTensor())
     with pytest.raises(UserError, match="is of class 1000, the last is 999"):
-        photographs(str(tmp_path / "wrong"), *arguments, class_map="synsets")
+        opened(tmp_path / "wrong", class_map="synsets")
     (tmp_path / "map.json").write_text(json.dumps({str(i): 10 * i for i in range(4)}))
-    split = photographs(str(tmp_path / "right"), *arguments, class_map=f"{tmp_path}/map.json")
+    split = opened(tmp_path / "right", class_map=f"{tmp_path}/map.json")
     assert [label for _, label in split.dataset] == [10 * CHOSEN.index(synset) for _, synset in images.values()]
 
 
@@ -445,8 +415,8 @@ def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path, damage):
         content[members[5].offset : members[5].offset + 512] = b"x" * 512
     cut = {"the end": members[-1].offset_data + 1024, "half a file": members[5].offset_data + 9}
     file.write_bytes(content[: cut.get(damage, members[7].offset if damage == "the end of a file" else None)])
-    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or a damaged one"):
-        photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets")
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or damaged"):
+        opened(tmp_path, class_map="synsets")
 
 
 def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
@@ -454,43 +424,46 @@ def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
     lines = [f"{folder}/{name},{synset}" for name, (_, synset) in images.items() for folder in "ab"]
     (tmp_path / "twice.csv").write_text("\n".join(lines))
     arguments = {"labels": f"{tmp_path}/twice.csv", "class_map": "synsets"}
-    assert len(photographs(str(tmp_path), "val", None, PILToTensor(), **arguments).dataset) == 12
+    assert len(opened(tmp_path, **arguments).dataset) == 12
     module._listed.cache_clear()
     (tmp_path / "twice.csv").write_text("\n".join([*lines, "c/ILSVRC2012_val_00000003.JPEG,n01530575"]))
     with pytest.raises(UserError, match="ILSVRC2012_val_00000003 has two classes"):
-        photographs(str(tmp_path), "val", None, PILToTensor(), **arguments)
+        opened(tmp_path, **arguments)
 
 
 def test_a_picture_beside_class_folders_is_no_data(images, tmp_path):
     in_class_folders(tmp_path, images)
     (tmp_path / "val" / "preview.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"preview\.png lies beside folders of images like n01440764"):
-        photographs(str(tmp_path), "val", None, PILToTensor())
+        opened(tmp_path)
 
 
-def test_an_empty_row_of_a_stream_is_one_image_that_cannot_be_read(images, tmp_path):
+def test_an_empty_row_is_one_image_that_cannot_be_read(images, tmp_path):
     rows = {"image": [{"bytes": content, "path": None} for content, _ in images.values()], "label": [0] * 12}
     rows["image"][4] = {"bytes": None, "path": None}
     pd.DataFrame(rows).to_parquet(tmp_path / "validation.parquet")
-    split = photographs(str(tmp_path), "val", None, PILToTensor(), class_map="synsets", streaming=True)
-    (batch,) = load(split.dataset, [range(12)], 0)
-    assert [unreadable.index for unreadable in batch.failed] == [4]
+    (batch,) = load(opened(tmp_path, class_map="synsets").dataset, [range(12)], 0)
+    assert [str(unreadable) for unreadable in batch.failed] == [
+        f"image 4 cannot be read: {tmp_path}/row 4: the row is empty"
+    ]
     assert batch.ids.tolist() == [0, 1, 2, 3, *range(5, 12)]
 
 
-def test_asked_among_the_present_classes_and_by_the_reassessed_labels(composed, images, tmp_path):
+def test_of_the_hub_one_split_is_taken(images, tmp_path, monkeypatch):
+    """A local folder stands for the hub, whose files are listed and read in the same way."""
+    parquet(tmp_path, images)
+    monkeypatch.chdir(tmp_path.parent)
+    split = opened(f"hf://datasets/{tmp_path.name}", class_map="synsets")
+    assert [label for _, label in split.dataset] == [SYNSETS.index(synset) for _, synset in images.values()]
+    with pytest.raises(UserError, match=r"data\.split=test: hf://datasets/.* has train, validation"):
+        Photographs("x", f"hf://datasets/{tmp_path.name}").open("test", None)
+
+
+def test_asked_among_the_present_classes_and_by_the_reassessed_labels(run, images, tmp_path):
     """Both against plain arithmetic on the model's own logits."""
-    in_class_folders(tmp_path / "data", images)
-    model = timm.create_model("deit_tiny_patch16_224").eval()
-    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
-    metrics = evaluate(
-        composed(
-            "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "data=imagefolder",
-            f"data.root={tmp_path}/data", "data.class_map=synsets", "data.among=present", "data.real_labels=true",
-            "method=unmerged", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", "num_workers=0",
-        )
-    )  # fmt: skip
-    rows = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
+    in_class_folders(made(tmp_path / "data"), images)
+    metrics, rows = run(tmp_path / "data", "data.among=present", "data.real_labels=true", "method.k=0", "num_workers=0")
+    model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "weights.safetensors")).eval()
     present = [SYNSETS.index(synset) for synset in CHOSEN]
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     real = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
@@ -499,22 +472,32 @@ def test_asked_among_the_present_classes_and_by_the_reassessed_labels(composed, 
         with torch.inference_mode():
             logits = model(transform(Image.open(file))[None])[0]
         best = max(present, key=lambda output: logits[output])
-        assert row.top5[0] == best and set(row.top5[:4]) == set(present)
+        assert row.class_1 == best and {row.class_1, row.class_2, row.class_3, row.class_4} == set(present)
         labels = real[int(file.stem[-8:]) - 1]
         counted += bool(labels)
         right += best in labels
     assert (metrics["n_images_real"], metrics["top1_real"]) == (counted, 100 * right / counted)
 
 
-def test_a_stream_that_ends_early_is_told(images, tmp_path):
-    split = opened(parquet_streamed, tmp_path, images)
-    split.dataset.n_images = 14
-    with pytest.raises(UserError, match="the data ended before image 12"):
-        list(load(split.dataset, [range(14)], 0))
-
-
-def test_without_datasets_the_remedy_is_told(images, tmp_path, monkeypatch):
+def test_without_datasets_the_remedy_is_named(images, tmp_path, monkeypatch):
     parquet(tmp_path, images)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
-        photographs(str(tmp_path), "val", None, PILToTensor())
+        opened(tmp_path)
+
+
+def test_images_are_kept_out_of_the_training(photos):
+    """Every second image of each class, the same in every run; the validation images are not touched."""
+
+    def names(split, holdout=2):
+        dataset = Photographs("photos", str(photos), holdout=holdout).open(split, PILToTensor()).dataset
+        assert all(dataset[i][1] == dataset.labels[i] for i in range(len(dataset)))
+        return [dataset.source.name(i) for i in range(len(dataset))]
+
+    training, kept_out, everything = names("train"), names("holdout"), names("train", holdout=None)
+    assert sorted(training + kept_out) == everything and not set(training) & set(kept_out)
+    classes = [Path(name).parent.name for name in everything]
+    assert [Path(name).parent.name for name in kept_out] == [
+        name for name in sorted(set(classes)) for _ in range(-(-classes.count(name) // 2))
+    ]
+    assert names("val") == names("val", holdout=None)

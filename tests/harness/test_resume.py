@@ -19,9 +19,10 @@ from conftest import ROOT
 from processes import wait_for
 from safetensors.torch import save_file
 
-from dhtm.harness.core.errors import UserError, command
-from dhtm.harness.data.cache import Pixels
-from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness import config as door
+from dhtm.harness.core.command import command
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.runs import evaluate as evaluation
 from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
@@ -36,27 +37,26 @@ def run(composed, tmp_path):
 
     def evaluate_with(*overrides, results=None):
         results = results or tmp_path / f"runs{next(numbers)}"
-        metrics = evaluate(composed(*RUN, *overrides, f"results_dir={results}"))
+        metrics = evaluate(door.evaluation(composed(*RUN, *overrides, f"results_dir={results}")))
         return read(results), metrics
 
     return evaluate_with
 
 
 def read(results):
-    (folder,) = results.glob("[0-9a-f]*")  # and not sweeps
+    (folder,) = results.glob("[0-9a-f]*")  # and not sweeps or locks
     assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
         "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
     ]  # fmt: skip
-    rows = pd.read_parquet(folder / "predictions.parquet")
-    return rows.assign(top5=rows.top5.map(tuple))
+    return pd.read_parquet(folder / "predictions.parquet")
 
 
-def child(config, slow, carry_out=evaluate):
-    """Evaluate in a process forked off this one, with what the test has changed in it.
+def child(run, slow, carry_out=evaluate):
+    """Carry out a run in a process forked from this one, with what the test has changed in it.
 
     Every batch takes ``slow`` seconds more, and before each the file "predicting", beside the results, grows by a byte.
     """
-    marks = Path(config.results_dir).with_name("predicting")
+    marks = run.results_dir.with_name("predicting")
 
     def slowly(*arguments):
         for part in predict(*arguments):
@@ -69,7 +69,7 @@ def child(config, slow, carry_out=evaluate):
         torch.set_num_threads(1)  # OpenMP's others were not forked
         torch.cuda.is_available = lambda: False  # nor would CUDA work
         prediction.predict = slowly
-        carry_out(config)
+        carry_out(run)
 
     predict = prediction.predict
     marks.unlink(missing_ok=True)
@@ -84,20 +84,20 @@ def killed_until_done(composed, results, n_kills, seed):
     Returns:
         How many shards there were after each kill.
     """
-    moments, config = random.Random(seed), composed(*RUN, f"results_dir={results}")
+    moments, run = random.Random(seed), door.evaluation(composed(*RUN, f"results_dir={results}"))
     stored = []
     while len(stored) < n_kills:
-        process, n_batches = child(config, slow=0.02)
+        process, n_batches = child(run, slow=0.02)
         wait_for(lambda process=process, n=n_batches: n() or process.exitcode is not None)
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.join()
-        if list(results.glob("*/metrics.json")):  # too late: begin again
-            evaluate(config)
+        if list(results.glob("*/metrics.json")):  # too late: start another run
+            evaluate(run)
             read(results)
             results.rename(results.with_name(f"{results.name}.{len(stored)}"))
         stored.append(len(list(results.glob("*/shards/[0-9]*.parquet"))))
-    evaluate(config)
+    evaluate(run)
     return stored
 
 
@@ -133,7 +133,7 @@ def interrupt_the_next(monkeypatch):
     return asked
 
 
-def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     expected, _ = run()
     asked = interrupt_the_next(monkeypatch)
@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_agai
     shards[3].write_bytes(content)
     rows, metrics = run(results=tmp_path / "runs")
     assert asked[1] == [4, 5, 6, 7, 12, 13, 14, 15, *range(20, 40)]
-    assert "going on after 12 of 40 images" in caplog.text
+    assert "resuming after 12 of 40 images" in caplog.text
     assert all(f"{shards[i].name}: damaged" in caplog.text for i in (1, 3))
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["n_images"] == 40
@@ -155,13 +155,13 @@ def test_a_run_goes_on_from_what_is_stored_and_damaged_shards_are_predicted_agai
 
 def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, tmp_path, capfd):
     expected, _ = run()
-    config = composed(*RUN, "store_every_s=1000", f"results_dir={tmp_path}/runs")
-    process, n_batches = child(config, slow=0.5, carry_out=command(goes_on=True)(evaluate))
+    slow = door.evaluation(composed(*RUN, "store_every_s=1000", f"results_dir={tmp_path}/runs"))
+    process, n_batches = child(slow, slow=0.5, carry_out=command(resumes=True)(evaluate))
     wait_for(lambda: n_batches() == 3)
     os.kill(process.pid, signal.SIGUSR1)
     process.join(60)
     assert process.exitcode == 75
-    assert "stopped by SIGUSR1; what is done is kept" in capfd.readouterr().err
+    assert "stopped by SIGUSR1; what is finished is kept" in capfd.readouterr().err
     (shard,) = tmp_path.glob("runs/*/shards/*")
     assert 8 <= len(pd.read_parquet(shard)) < 40
     pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
@@ -193,29 +193,18 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     assert re.search(r" stopped +.* of 2000 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
-def test_a_forced_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
-    results = tmp_path / "runs"
-    run(results=results)
-    asked = interrupt_the_next(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        run("force=true", results=results)
-    run("force=true", results=results)
-    run("force=true", results=results)
-    assert [len(indices) for indices in asked] == [40, 20, 40]
-
-
 def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, monkeypatch):
     expected, _ = run()
-    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_keep
+    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_store
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         with carried_out.open("a") as file:
             file.write("x")
-        return keep(*arguments)
+        return keep(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "predict_and_keep", counted)
-    config = composed(*RUN, f"results_dir={tmp_path}/runs")
-    both = [child(config, slow=0.05)[0] for _ in range(2)]
+    monkeypatch.setattr(evaluation, "predict_and_store", counted)
+    once = door.evaluation(composed(*RUN, f"results_dir={tmp_path}/runs"))
+    both = [child(once, slow=0.05)[0] for _ in range(2)]
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
@@ -223,31 +212,22 @@ def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, t
     pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_it_goes_on_by_way_of_the_cache(composed, photos, tmp_path, monkeypatch, resident):
-    """Images come from the cache, or stay on the device, by their numbers."""
-    save_file(bare_backbone("deit_tiny_patch16_224", 3).state_dict(), tmp_path / "tiny.safetensors")
-    if resident:
-        monkeypatch.setattr(Pixels, "on", lambda self, device: torch.from_numpy(self.images.read(range(len(self)))))
-
-    def evaluate_with(results, *overrides):
-        evaluate(
-            composed(
-                "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "backbone.num_classes=3",
-                "data=imagefolder", f"data.root={photos}", "device=cpu", "num_workers=0", "batch_size=1",
-                "store_every_s=0", f"results_dir={tmp_path}/{results}", *overrides,
-            )
-        )  # fmt: skip
-
-    evaluate_with("direct", "cache_dir=null")
-    predict = prediction.predict
-    stopping = lambda *a: (part if part["index"][0] < 3 else 1 / 0 for part in predict(*a))  # noqa: E731
-    monkeypatch.setattr(prediction, "predict", stopping)
-    with pytest.raises(ZeroDivisionError):
-        evaluate_with("cached", f"cache_dir={tmp_path}/cache")
-    monkeypatch.setattr(prediction, "predict", predict)
-    evaluate_with("cached", f"cache_dir={tmp_path}/cache")
-    pd.testing.assert_frame_equal(read(tmp_path / "cached"), read(tmp_path / "direct"))
+def test_a_run_resumes_by_way_of_the_cache(evaluated, photos, tmp_path, monkeypatch):
+    save_file(Backbone("tiny", "deit_tiny_patch16_224", 3).bare().state_dict(), tmp_path / "tiny.safetensors")
+    overrides = [
+        "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "backbone.num_classes=3",
+        "data=imagefolder", f"data.root={photos}", "num_workers=0", "batch_size=1", "store_every_s=0",
+    ]  # fmt: skip
+    evaluated(*overrides, "cache_dir=null", f"results_dir={tmp_path}/direct")
+    with monkeypatch.context() as stopping:
+        predict = prediction.predict
+        stopping.setattr(
+            prediction, "predict", lambda *a: (part if part["index"][0] < 3 else 1 / 0 for part in predict(*a))
+        )
+        with pytest.raises(ZeroDivisionError):
+            evaluated(*overrides)
+    evaluated(*overrides)
+    pd.testing.assert_frame_equal(read(tmp_path / "runs"), read(tmp_path / "direct"))
 
 
 def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
@@ -266,7 +246,7 @@ def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
     rows, metrics = run("batch_size=16")
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["batch_size"] == 2
-    assert "out of memory: going on with batch_size=2" in caplog.text
+    assert "out of memory: resuming with batch_size=2" in caplog.text
     least = 0
     with pytest.raises(UserError, match="out of memory with one image at a time"):
         run("batch_size=3")

@@ -1,4 +1,4 @@
-"""Sweeps: on every launcher a run that fails does not take the others down, and what becomes of each is told, at any time."""
+"""Sweeps: on every launcher a run that fails does not end the others, and what becomes of each is reported, at any time."""
 
 import atexit
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from dhtm.harness.core import devices
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.models.backbones import bare_backbone
+from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.runs import evaluate
 from dhtm.harness.sweeps import callback as sweep
 
@@ -79,10 +79,10 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
     (log,) = tmp_path.glob("runs/sweeps/evaluate-*/002.log")
     assert f"backbone.checkpoint={weights}: no such file" in rows[4] and rows[4].endswith(f"{os.path.relpath(log)})")
     assert "no such file" in log.read_text()
-    assert rows[6] == "1 done, 2 skipped, 1 failed; the same command carries out what is not done"
+    assert rows[6] == "1 done, 2 skipped, 1 failed; the same command carries out the rest"
     assert status(tmp_path / "runs").stdout == "\n".join(rows[1:]) + "\n"
 
-    save_file(bare_backbone("deit_micro", 10).state_dict(), weights)
+    save_file(Backbone("deit_micro", "deit_micro", 10).bare().state_dict(), weights)
     code, told = swept(*overrides)
     assert code == 0
     assert told.endswith("\n2 done (1 of them before), 2 skipped\n")
@@ -91,7 +91,9 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
 
 def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
     carry_out = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda config, draw: carry_out(config) if config.method.k == 9 else 1 / 0)
+    monkeypatch.setattr(
+        evaluate, "evaluate", lambda run, *a, **k: carry_out(run, *a, **k) if run.method.setting == 9 else 1 / 0
+    )
     code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
     assert code == 1
     assert "method.k=8  failed  ZeroDivisionError: division by zero (log: " in told
@@ -193,7 +195,7 @@ def test_slurm_gets_a_job_array(tmp_path):
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == 75, told
-    assert told.endswith("\n3 waiting; the same command carries out what is not done\n")
+    assert told.endswith("\n3 waiting; the same command carries out the rest\n")
     lines = (tmp_path / "script").read_text().splitlines()
     wanted = [
         "array=0-2%2", "job-name=evaluate", "partition=gpu", "gpus-per-node=1", "cpus-per-task=8", "mem=32GB", "time=240",
@@ -256,7 +258,7 @@ def test_damaged_notes_are_named(tmp_path, damage):
 def test_the_status_of_nothing(tmp_path):
     told = status(tmp_path)
     assert (told.returncode, told.stderr.count("\n")) == (1, 1)
-    assert "no sweep was begun there" in told.stderr
+    assert "no sweep was started there" in told.stderr
 
 
 def test_the_status_is_there_at_once():

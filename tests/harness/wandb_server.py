@@ -1,4 +1,4 @@
-"""A server as W&B's client needs it, artifacts aside."""
+"""A server that does what W&B's client needs to log a run, except for artifacts."""
 
 import contextlib
 import gzip
@@ -8,7 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class WandbServer(ThreadingHTTPServer):
-    """What W&B's client needs of a server to log a run, artifacts aside; ``broken`` from a number of requests on."""
+    """Keeps what is logged: ``lines`` by file, names of ``uploaded`` files and ``views``.
+
+    Args:
+        broken_after: the number of requests after which every answer is an error.
+    """
 
     def __init__(self, broken_after=math.inf):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -54,8 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def begun(self):
-        """The run so far, for who goes on with it."""
+    def run_so_far(self):
+        """Return what a client asks for that continues a run."""
         rows, summary = (self.server.lines.get(f"wandb-{name}", []) for name in ("history.jsonl", "summary.json"))
         counts = {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0}
         tails = {
@@ -72,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             bucket = {"id": "b", "name": variables["name"], "config": "{}", "project": project, "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "RunResumeStatus" in query:
-            return {"data": {"model": {**project, "bucket": self.begun() if self.server.lines else None}}}
+            return {"data": {"model": {**project, "bucket": self.run_so_far() if self.server.lines else None}}}
         if "createRunFiles(" in query:
             files = [{"name": name, "uploadUrl": f"{self.server.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
@@ -82,4 +86,4 @@ class Handler(BaseHTTPRequestHandler):
         if "viewer" in query:
             viewer = {"id": "v", "username": "we", "entity": "us", "flags": "{}", "teams": {"edges": []}}
             return {"data": {"viewer": viewer}}
-        return {"data": None, "errors": [{"message": "this is not known here"}]}
+        return {"data": None, "errors": [{"message": "not supported"}]}

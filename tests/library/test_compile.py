@@ -7,19 +7,28 @@ import torch
 
 import baselines
 import dhtm
-from dhtm.harness.models import backbones  # noqa: F401  timm knows deit_micro by it
 
 METHODS = {
     "dhtm": lambda: dhtm.DHTM(k=30, layers=(1, 3), proportional_attention=True),
+    "dhtm, all pairs": lambda: dhtm.DHTM(k=30, layers=(1, 3), connectivity="all"),
     "tome": lambda: baselines.ToMe(13),
+    "atc": lambda: baselines.ATC(0.7, layers=(1, 3)),
+    "pitome": lambda: baselines.PiToMe(0.9),
+    "patch_merger": lambda: baselines.PatchMerger(0.7, layers=(1, 3)),
 }
 IMAGES = torch.randn(3, 1, 56, 56, generator=torch.Generator().manual_seed(0))
 
 
+def micro(depth):
+    """A small random model for 56×56 grey images, with a grid of 14×14 patches."""
+    torch.manual_seed(0)
+    size = {"img_size": 56, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
+    return timm.create_model("deit_tiny_patch16_224", depth=depth, **size)
+
+
 @pytest.fixture(params=METHODS)
 def model(request):
-    torch.manual_seed(0)
-    return dhtm.patch(timm.create_model("deit_micro", depth=3).eval(), METHODS[request.param]())
+    return dhtm.patch(micro(3).eval(), METHODS[request.param]())
 
 
 @torch.no_grad()
@@ -42,11 +51,16 @@ def test_exported_for_any_batch_size_and_loaded_again(model, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "method", [dhtm.DHTM(k=3, layers=(2,), linkage="size", backend="torch"), baselines.ToMe(13)], ids=["dhtm", "tome"]
+    "method",
+    [
+        dhtm.DHTM(k=3, layers=(2,), linkage="size", backend="torch"),
+        dhtm.DHTM(k=3, layers=(2,), connectivity="all", backend="torch"),
+        baselines.ToMe(13),
+    ],
+    ids=["dhtm", "dhtm, all pairs", "tome"],
 )
 def test_onnx_gives_the_same_in_another_runtime(method, tmp_path):
-    torch.manual_seed(0)
-    model = dhtm.patch(timm.create_model("deit_micro", depth=2).eval(), method)
+    model = dhtm.patch(micro(2).eval(), method)
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.onnx.export(model, (IMAGES,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=({0: batch},))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -56,15 +70,14 @@ def test_onnx_gives_the_same_in_another_runtime(method, tmp_path):
 
 
 def test_onnx_refuses_what_it_has_no_operator_for(tmp_path):
-    model = dhtm.patch(timm.create_model("deit_micro", depth=1).eval(), dhtm.DHTM(k=3, layers=(1,), backend="numba"))
+    model = dhtm.patch(micro(1).eval(), dhtm.DHTM(k=3, layers=(1,), backend="numba"))
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"dhtm\.hierarchical_merge"):
         torch.onnx.export(model, (IMAGES,), tmp_path / "model.onnx", dynamo=True)
     assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_compiled_model_trains():
-    torch.manual_seed(0)
-    model = dhtm.patch(timm.create_model("deit_micro", depth=2), dhtm.DHTM(k=30, layers=(1,)))
+    model = dhtm.patch(micro(2), dhtm.DHTM(k=30, layers=(1,)))
     gradients = []
     for run in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()

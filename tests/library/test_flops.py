@@ -78,6 +78,13 @@ def test_counting_leaves_the_model_as_it_was():
     assert model.training and dhtm.regions(model) is before
 
 
+def test_all_pairs_cost_their_similarities():
+    """In each layer all pairs first, and after each merge the new token with all others."""
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=40, layers=(4, 7), connectivity="all"))
+    pairs = sum(n * (n - 1) // 2 + sum(left - 1 for left in range(n - 40, n)) for n in (196, 156))
+    assert dhtm.count_flops(model).merging == 192 * pairs
+
+
 def test_random_merging_costs_what_dhtm_costs_without_its_similarities():
     model = timm.create_model("deit_tiny_patch16_224")
     ours = dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=40)))

@@ -1,7 +1,10 @@
 """The library by itself, for somebody who only wants the speed-up."""
 
+import inspect
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import sys
@@ -19,3 +22,21 @@ def test_merging_needs_torch_and_timm_alone():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+def test_dhtm_regions_is_the_module_and_the_function():
+    import dhtm
+    import dhtm.regions as module
+    from dhtm.regions import Regions
+
+    assert inspect.ismodule(module) and module.Regions is Regions is dhtm.Regions
+    assert list(inspect.signature(dhtm.regions).parameters) == ["model", "layer"]
+    with pytest.raises(ValueError, match="not patched"):
+        dhtm.regions(None)
+
+
+@pytest.mark.parametrize("module", ["dhtm.kernels", "dhtm.kernels.batched", "dhtm.regions", "dhtm.vit", "baselines"])
+def test_every_backend_is_registered_whatever_is_imported_first(module):
+    code = f"import {module}, torch; print(*__import__('dhtm').kernels.BACKENDS); torch.ops.dhtm.agglomerate"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert set(result.stdout.split()) == {"reference", "torch", "numba", "triton"}

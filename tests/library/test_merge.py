@@ -41,6 +41,8 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage):
     """Contract the best edge of a networkx graph k times; nodes are frozensets of patches, ordered by when they stood."""
     height, width = grid
     graph = nx.grid_2d_graph(height, width)
+    if connectivity == "all":
+        graph = nx.complete_graph(graph.nodes)
     if connectivity == 8:
         for row in range(height - 1):
             graph.add_edges_from(((row, c), (row + 1, c + 1)) for c in range(width - 1))
@@ -77,7 +79,7 @@ def merges(draw):
     else:
         tokens = rng.integers(0, 3, size=(batch, n, channels))
     options = {
-        "connectivity": draw(st.sampled_from((4, 8))),
+        "connectivity": draw(st.sampled_from((4, 8, "all"))),
         "similarity": draw(st.sampled_from(SIMILARITIES)),
         "linkage": draw(st.sampled_from(("mean", "size"))),
     }
@@ -131,7 +133,8 @@ def test_invariants(case, backend):
     merged, regions = hierarchical_merge(tokens, k, grid=grid, backend=backend, **options)
     assert merged.shape == (batch, n - k, tokens.shape[2]) and merged.dtype == tokens.dtype
     assert regions.n_tokens == n - k and (regions.sizes.sum(1) == n).all()
-    adjacent = nx.Graph(grid_pairs(grid, options["connectivity"]).tolist())
+    on_grid = options["connectivity"] != "all"
+    adjacent = nx.Graph(grid_pairs(grid, options["connectivity"]).tolist()) if on_grid else nx.complete_graph(n)
     for image in range(batch):
         assignment = regions.assignment[image].numpy()
         firsts = [np.flatnonzero(assignment == token)[0] for token in range(n - k)]
@@ -161,6 +164,19 @@ def test_a_diagonal_alone_joins_only_with_8_connectivity(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
+def test_all_pairs_need_no_grid(backend):
+    """The first and the last of nine tokens are alike; a given grid and the regions so far stay what they are."""
+    tokens = torch.eye(9)
+    tokens[8] = tokens[0]
+    merged, regions = hierarchical_merge(tokens[None], 1, connectivity="all", backend=backend)
+    assert regions.grid == (1, 9) and regions.assignment.tolist() == [[*range(8), 0]]
+    _, regions = hierarchical_merge(tokens[None], 1, grid=(3, 3), connectivity="all", backend=backend)
+    assert regions.grid == (3, 3)
+    _, regions = hierarchical_merge(merged, 1, regions, connectivity="all", backend=backend)
+    assert regions.assignment.tolist() == [[0, 0, *range(1, 7), 0]] and regions.grid == (3, 3)
+
+
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_ties_go_to_the_first_pair(backend, similarity):
     merged, regions = hierarchical_merge(torch.ones(1, 9, 4), 3, grid=(3, 3), similarity=similarity, backend=backend)
@@ -185,24 +201,35 @@ def smooth(batch, grid, channels, seed):
     return field + 0.1 * torch.randn(field.shape, generator=generator)
 
 
-@pytest.mark.parametrize("backend", [name for name in HERE if name != "reference"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_full_size_tokens_merge_as_in_the_reference(backend, similarity):
+@pytest.mark.parametrize(("connectivity", "k"), [(8, 150), ("all", 3)])
+def test_full_size_tokens_merge_as_in_the_reference(similarity, connectivity, k):
+    options = {"grid": (14, 14), "connectivity": connectivity, "similarity": similarity}
     tokens = smooth(1, (14, 14), 64, seed=1)
-    expected, regions = hierarchical_merge(tokens, 150, grid=(14, 14), similarity=similarity, backend="reference")
-    merged, other = hierarchical_merge(tokens, 150, grid=(14, 14), similarity=similarity, backend=backend)
-    assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+    expected, regions = hierarchical_merge(tokens, k, backend="reference", **options)
+    for backend in ("torch", "numba"):
+        merged, other = hierarchical_merge(tokens, k, backend=backend, **options)
+        assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
 
 
 @pytest.mark.parametrize("linkage", ["mean", "size"])
 @pytest.mark.parametrize(
-    ("grid", "channels", "k"), [((1, 2), 16, 1), ((32, 32), 384, 300), ((7, 9), 1536, 60), ((24, 24), 192, 570)]
+    ("grid", "channels", "k", "connectivity"),
+    [
+        ((1, 2), 16, 1, 8),
+        ((32, 32), 384, 300, 8),
+        ((7, 9), 1536, 60, 8),
+        ((24, 24), 192, 570, 8),
+        ((14, 14), 384, 190, "all"),
+        ((16, 32), 64, 100, "all"),
+    ],
 )
-def test_all_sizes_of_models(grid, channels, k, linkage):
-    """From two tokens to 1,024, and from few channels to many: numba as torch, which the reference takes too long for."""
+def test_all_sizes_of_models(grid, channels, k, connectivity, linkage):
+    """From two tokens to 1,024, and from few channels to many: numba as torch, because the reference is too slow."""
     tokens = smooth(2, grid, channels, seed=6)
-    expected, regions = hierarchical_merge(tokens, k, grid=grid, linkage=linkage, backend="torch")
-    merged, other = hierarchical_merge(tokens, k, grid=grid, linkage=linkage, backend="numba")
+    options = {"grid": grid, "connectivity": connectivity, "linkage": linkage}
+    expected, regions = hierarchical_merge(tokens, k, backend="torch", **options)
+    merged, other = hierarchical_merge(tokens, k, backend="numba", **options)
     assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
 
 
@@ -272,7 +299,7 @@ def test_auto_is_the_fastest_that_works(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend, device in (("numba", "cuda"), ("triton", "cpu")):
         with pytest.raises(
-            ValueError, match=f"backend='{backend}' is not for tokens on {device}: choose backend='auto'"
+            ValueError, match=f"backend='{backend}' does not support tokens on {device}: choose backend='auto'"
         ):
             kernels.pick(backend, torch.device(device))
     for backend, device in (("numba", "cpu"), ("triton", "cuda")):
@@ -289,7 +316,7 @@ def test_triton_that_makes_no_code_is_said_once(monkeypatch):
     monkeypatch.setitem(kernels.BACKENDS, "triton", no_compiler)
     kernels._triton_compiles.cache_clear()
     message = re.escape(
-        "backend='auto': Triton does not work on cpu (Failed to find C compiler.); the slower 'torch' does"
+        "backend='auto': Triton does not work on cpu (Failed to find C compiler.); using the slower 'torch'"
     )
     with pytest.warns(UserWarning, match=message):
         assert not kernels._triton_compiles(torch.device("cpu"))
@@ -299,17 +326,19 @@ def test_triton_that_makes_no_code_is_said_once(monkeypatch):
     kernels._triton_compiles.cache_clear()
 
 
+@pytest.mark.parametrize("connectivity", [8, "all"])
 @pytest.mark.parametrize("backend", HERE)
-def test_tokens_that_touch_none_cannot_be_merged(backend):
-    """Regions may be anybody's: here all patches are in the first two tokens, and the third stands alone."""
+def test_tokens_that_touch_none_cannot_be_merged(backend, connectivity):
+    """Regions may come from any method: here all patches are in the first two tokens, and the third touches no other."""
     regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
     tokens = torch.ones(1, 3, 2, requires_grad=True)
-    merged, new = hierarchical_merge(tokens, 1, regions, linkage="size", backend=backend)
+    options = {"connectivity": connectivity, "backend": backend}
+    merged, new = hierarchical_merge(tokens, 1, regions, linkage="size", **options)
     merged.sum().backward()
     assert tokens.grad.tolist() == [[[0.5, 0.5], [0.5, 0.5], [1, 1]]]
     assert new.sizes.tolist() == [[4, 0]]
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
-        hierarchical_merge(torch.ones(1, 3, 2), 2, regions, backend=backend)
+        hierarchical_merge(torch.ones(1, 3, 2), 2, regions, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -355,8 +384,10 @@ def test_operator_checks(case, backend):
     tokens, grid, k, options = case
     assume(k > 0)
     regions = Regions.identity(len(tokens), grid)
-    arguments = (tokens.requires_grad_(), None, regions.assignment, regions.sizes, k, *grid)
-    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options.values(), backend))
+    connectivity = kernels.ALL_PAIRS if options["connectivity"] == "all" else options["connectivity"]
+    arguments = (tokens.requires_grad_(), None, regions.assignment, regions.sizes, k, *grid, connectivity)
+    options = options["similarity"], options["linkage"], backend
+    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options))
 
 
 @pytest.mark.parametrize(
@@ -408,3 +439,8 @@ def test_counted_similarities_are_near_those_that_a_merge_needs():
         needed += sum(new in pair and pair[0] != pair[1] for pair in pairs)
     counted = merge_flops(196, 40, 16, len(grid_pairs((14, 14), 8)), 196, 8) / 16
     assert 0.8 < counted / needed < 1.25
+
+
+def test_counted_similarities_of_all_pairs_are_exact():
+    needed = 196 * 195 // 2 + sum(n_left - 1 for n_left in range(195, 155, -1))  # 40 merges
+    assert merge_flops(196, 40, 16, 0, 196, kernels.ALL_PAIRS) == 16 * needed

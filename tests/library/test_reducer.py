@@ -12,15 +12,16 @@ from scipy.spatial.distance import cdist
 from test_vit import build, images_for, logits
 
 import dhtm
-from baselines import DPCKNN, KMedoids, LoTM, PatchMerger, Sinkhorn, SiT, TokenMergence, ToMe
+from baselines import ATC, DPCKNN, KMedoids, LoTM, PatchMerger, PiToMe, Sinkhorn, SiT, TokenMergence, ToMe
 from dhtm import Regions
 from dhtm.reducer import Attention, highest, squared_distances
 from dhtm.vit import tokens_by_layer
 
-METHODS = {"ToMe": ToMe, "LoTM": LoTM} | {
-    method.__name__: method for method in (KMedoids, DPCKNN, TokenMergence, PatchMerger, Sinkhorn, SiT)
+METHODS = {
+    method.__name__: method
+    for method in (ToMe, LoTM, PiToMe, ATC, KMedoids, DPCKNN, TokenMergence, PatchMerger, Sinkhorn, SiT)
 }
-MERGING = ("ToMe", "LoTM")  # by a number of merges, the others by a keep rate
+MERGING = {"ToMe": 20, "LoTM": 20, "PiToMe": 0.9}  # knobs; the other methods have a keep rate
 KEEP_RATE = [name for name in METHODS if name not in MERGING]
 LEARNED = ("PatchMerger", "Sinkhorn", "SiT")
 NETWORKS = {  # parameters in the state dict, where reduction is before layers 2 and 4
@@ -36,7 +37,7 @@ NETWORKS = {  # parameters in the state dict, where reduction is before layers 2
 def make(name, knob=None, layers=(2, 4)):
     if name == "DPCKNN, weighted":
         return DPCKNN(knob or 0.3, layers=layers, weighted=True)
-    return METHODS[name](knob or (20 if name in MERGING else 0.3), layers=layers)
+    return METHODS[name](knob or MERGING.get(name, 0.3), layers=layers)
 
 
 def small(**options):
@@ -69,7 +70,10 @@ def test_in_a_model(name, model_name):
     assert (reduced != plain).any(dim=1).all()
 
     n_patches = math.prod(model.patch_embed.grid_size)
-    if name in MERGING:
+    if name == "PiToMe":
+        first = n_patches - math.floor(n_patches - n_patches * 0.9)
+        second = first - math.floor(first - first * 0.9)
+    elif name in MERGING:
         first, second = n_patches - 20, n_patches - 40
     else:
         first, second = (math.floor(n_patches * Fraction(3, 10) ** i) for i in (1, 2))
@@ -105,12 +109,12 @@ def test_half_precision(name):
         assert torch.nn.functional.cosine_similarity(result.float(), full).min() > 0.95
 
 
-@pytest.mark.parametrize("name", ["ToMe", "LoTM", "KMedoids", "DPCKNN", "TokenMergence"])
+@pytest.mark.parametrize("name", ["ToMe", "LoTM", "PiToMe", "ATC", "KMedoids", "DPCKNN", "TokenMergence"])
 def test_autocast_does_not_change_which_tokens_merge(name):
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randn(4, 196, 6, generator=rng)
     attention = Attention(1, keys=torch.randn(4, 3, 196, 2, generator=rng), cls=torch.rand(4, 196, generator=rng))
-    reducer = make(name, 40 if name in MERGING else 0.05, layers=(1,))
+    reducer = make(name, {"ToMe": 40, "LoTM": 40, "PiToMe": 0.8}.get(name, 0.05), layers=(1,))
     reducer.attach(6, 1, (14, 14), (1,))
     arguments = tokens, Regions.identity(4, (14, 14)), attention
     with torch.no_grad():
@@ -139,7 +143,7 @@ def test_every_parameter_and_patch_has_the_same_gradient_with_checkpointing(name
 @pytest.mark.parametrize("name", [*METHODS, "DPCKNN, weighted"])
 def test_gradients_reach_the_tokens(name):
     """Each token that a new one is made of, which for K-Medoids are the medoids alone."""
-    reducer = make(name, layers=(1,), knob=3 if name in MERGING else None)
+    reducer = make(name, layers=(1,), knob={"ToMe": 3, "LoTM": 3}.get(name))
     reducer.attach(6, 1, (3, 4), (1,))
     tokens = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     attention = Attention(1, keys=torch.randn(2, 3, 12, 2), cls=torch.rand(2, 12))
@@ -192,7 +196,7 @@ def test_keep_rates_of_all_or_nothing(name):
     plain = logits(model, images)
     kept = logits(shaken(dhtm.patch(model, make(name, 1))), images)
     assert tokens_by_layer(model) == [49] * 5 and kept.isfinite().all()
-    if name in ("KMedoids", "DPCKNN"):  # each token is its own cluster
+    if name in ("KMedoids", "DPCKNN", "ATC"):  # each token is its own cluster
         torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4)
     dhtm.unpatch(model)
     with pytest.raises(ValueError, match=r"keep_rate=0.05 leaves no token in layer 4"):
@@ -215,7 +219,7 @@ def test_more_clusters_than_tokens_are_refused(name):
         logits(model, torch.randn(1, 3, 160, 96))
 
 
-@pytest.mark.parametrize("name", ["KMedoids", "DPCKNN", "TokenMergence"])
+@pytest.mark.parametrize("name", ["KMedoids", "DPCKNN", "TokenMergence", "ATC"])
 def test_clusters_follow_the_image_size(name):
     model = dhtm.patch(build("dynamic size"), make(name, 0.5))
     logits(model, torch.randn(1, 3, 160, 96))
@@ -229,6 +233,19 @@ def test_attention_of_the_layer_before_the_first_is_not_there(name, layers):
     with pytest.raises(ValueError, match=f"{name} reads the attention of the layer before, so it starts from 2"):
         dhtm.patch(model, make(name, 0.9, layers))
     assert not hasattr(model, "reduction")
+
+
+def test_regions_of_soft_methods_are_computed_when_asked_for(monkeypatch):
+    """The arg-max serves nothing but the regions, and a forward pass computes none of it."""
+    calls = []
+    merged = Regions.merged
+    monkeypatch.setattr(Regions, "merged", lambda *arguments: calls.append(1) or merged(*arguments))
+    model = dhtm.patch(small(), make("PatchMerger"))
+    logits(model, images_for(model))
+    regions = dhtm.regions(model)
+    assert regions.n_tokens == 4 and isinstance(regions, Regions) and not calls
+    assert (regions.sizes.sum(1) == 49).all() and len(calls) == 2  # one for each of the two layers
+    assert regions.assignment.max() < 4 and len(calls) == 2
 
 
 def test_highest_takes_the_first_among_equals():

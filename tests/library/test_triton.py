@@ -9,11 +9,12 @@ import torch
 from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_atc import clusterings
 from test_merge import SIMILARITIES, merges, smooth
 from test_random_merge import check_draws, draws
 
 from baselines import RandomMerge
-from dhtm import Regions, hierarchical_merge
+from dhtm import Regions, hierarchical_merge, kernels
 from dhtm.reducer import Attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,7 @@ def check(tokens, k, regions=None, features=None, **options):
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(merges())
 def test_any_tokens(case):
     tokens, grid, k, options = case
@@ -55,6 +56,15 @@ def test_random_draws(case):
     check_draws(case, "triton", DEVICE)
 
 
+@settings(max_examples=20, deadline=None)
+@given(clusterings())
+def test_agglomeration(case):
+    features, k, linkage = case
+    features = torch.from_numpy(features)
+    expected = kernels.agglomerate(features, k, linkage, "torch")
+    assert torch.equal(kernels.agglomerate(features.to(DEVICE), k, linkage, "triton").cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_and_strides(dtype):
     tokens = smooth(2, (5, 5), 24, seed=0).to(dtype).repeat(1, 2, 1)[:, 25:]
@@ -64,6 +74,10 @@ def test_dtypes_and_strides(dtype):
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_the_grid_of_a_network(similarity):
     check(smooth(1, (14, 14), 192, seed=1), 10, grid=(14, 14), similarity=similarity)
+
+
+def test_all_pairs_of_a_network():
+    check(smooth(1, (14, 14), 192, seed=1), 2, connectivity="all")
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -90,13 +104,14 @@ def test_gradients(linkage):
     assert torch.equal(*gradients)
 
 
-def test_running_out_of_neighbours_is_an_error():
+@pytest.mark.parametrize("connectivity", [8, "all"])
+def test_running_out_of_neighbours_is_an_error(connectivity):
     regions = Regions(torch.tensor([[0, 0, 1, 1]], device=DEVICE), torch.tensor([[2, 2, 0]], device=DEVICE), (2, 2))
     if DEVICE == "cuda":
         pytest.skip("a failed assertion leaves the device unusable for this process")
     message = "k=2 merges, but an image runs out of adjacent tokens"
     with pytest.raises(RuntimeError, match=message):
-        hierarchical_merge(torch.ones(1, 3, 2, device=DEVICE), 2, regions, backend="triton")
+        hierarchical_merge(torch.ones(1, 3, 2, device=DEVICE), 2, regions, None, connectivity, backend="triton")
     with pytest.raises(RuntimeError, match=message):
         RandomMerge(2, backend="triton")(torch.ones(1, 3, 2, device=DEVICE), regions, Attention())
 
@@ -106,14 +121,17 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dhtm.kernels import gpu
+from dhtm.kernels import gpu, gpu_common, gpu_pairs
 
 pointers = {"log_p": "*fp64", "inverse": "*fp64", "weights": "*fp32", "scores": "*fp32", "neighbours": "*i32", "stuck": "*i32"}
 pointers |= {"assignment": "*i64", "sizes": "*i64", "ids": "*i64", "token_map": "*i64", "places": "*i32", "seed": "i64"}
+pointers |= {"to_new": "*fp32", "scratch": "*i32"}
 pointers |= dict.fromkeys(("x", "carried", "measured", "merged"), "*fp32")
 blocks = {"STEPS": 4, "BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D": 128}
-for kernel in (gpu._describe_all, gpu._edge_scores, gpu._merge_image, gpu._draw_image):
-    constants = {"KIND": int(sys.argv[1]), "TWO": True, "BY_SIZE": True, **blocks}
+on_pairs = gpu_pairs.merge_image, gpu_pairs.cluster_image
+for kernel in (gpu_common.describe_all, gpu._edge_scores, gpu._merge_image, gpu._draw_image, *on_pairs):
+    pointers["scores"] = "*fp64" if kernel is gpu_pairs.cluster_image else "*fp32"
+    constants = {"KIND": int(sys.argv[1]), "TWO": True, "BY_SIZE": True, "LINKAGE": 2, **blocks}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
@@ -130,4 +148,4 @@ def test_the_kernels_compile_for_a_gpu_without_one(kind, tmp_path):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 4
+    assert all(int(size) > 1000 for size in result.stdout.split()) and len(result.stdout.split()) == 6

@@ -398,7 +398,7 @@ def test_wrong_use_is_explained():
     dhtm.patch(model, dhtm.DHTM(k=4, layers=(2,)))
     with pytest.raises(ValueError, match="not seen an image"):
         dhtm.regions(model)
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match="already patched"):
         dhtm.patch(model, dhtm.DHTM(k=4, layers=(2,)))
     model(images_for(model))
     with pytest.raises(ValueError, match="layer=6: the model has layers 1 to 5"):

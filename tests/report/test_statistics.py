@@ -1,5 +1,6 @@
 """Tests and intervals against enumeration, closed forms and resampling written out."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,8 +8,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import predictions_frame
+from scipy.stats import binomtest
 
-from dhtm.report.statistics import bootstrap, claim, compare, holm, mcnemar
+from dhtm.report.claims import claim
+from dhtm.report.statistics import compare, holm, mcnemar
 
 
 def by_enumeration(first_only, second_only):
@@ -17,11 +21,11 @@ def by_enumeration(first_only, second_only):
     return min(1, 2 * sum(math.comb(tosses, i) for i in range(rarer + 1)) / 2**tosses)
 
 
-def predictions(correct, order=None):
-    """Predictions of images 0, 1, 2, …, in rows of another order."""
-    index = np.arange(len(correct))
-    frame = pd.DataFrame({"label": index % 10, "correct": np.array(correct, dtype=bool)}, index=index)
-    return frame if order is None else frame.loc[order]
+def two_models(first_only, second_only, both=0, groups=None):
+    """Predictions of two models that disagree so often."""
+    first = [True] * first_only + [False] * second_only + [True] * both
+    second = [False] * first_only + [True] * second_only + [True] * both
+    return predictions_frame(first, groups), predictions_frame(second, groups)
 
 
 @settings(deadline=None)
@@ -31,54 +35,83 @@ def test_mcnemar_is_the_exact_one(first_only, second_only):
     assert mcnemar(first_only, second_only) == mcnemar(second_only, first_only)
 
 
-def test_mcnemar_by_hand():
-    assert mcnemar(0, 0) == 1
-    assert mcnemar(5, 0) == pytest.approx(1 / 16)
-    assert mcnemar(6, 0) == pytest.approx(1 / 32)
-    assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 30))
+def test_without_groups_and_with_groups_of_one_the_test_is_mcnemars(first_only, second_only, both):
+    n_images = first_only + second_only + both
+    disagree = first_only + second_only
+    expected = binomtest(first_only, disagree).pvalue if disagree else 1
+    for groups in (None, np.random.default_rng(0).permutation(n_images)):
+        found = compare(*two_models(first_only, second_only, both, groups))
+        assert found.p == pytest.approx(expected, rel=1e-9)
+        assert (found.first_only, found.second_only) == (first_only, second_only)
 
 
-def test_images_are_paired_by_index_whatever_the_order_of_rows():
-    first, second = [True] * 8 + [False] * 2, [True] * 3 + [False] * 6 + [True]
-    comparison = compare(predictions(first), predictions(second, order=[7, 3, 9, 0, 5, 1, 8, 2, 6, 4]))
-    assert (comparison.first_only, comparison.second_only) == (5, 1)
-    assert comparison.difference == pytest.approx(40)
-    assert comparison.p == pytest.approx(2 * (1 + 6) / 64)
-    assert comparison.low <= comparison.difference <= comparison.high
-    backwards = compare(predictions(second), predictions(first))
-    assert (backwards.difference, backwards.p) == (-comparison.difference, comparison.p)
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 7)), min_size=1, max_size=40))
+def test_with_groups_every_flip_of_their_signs_is_counted(images):
+    first, second, groups = (np.array(column) for column in zip(*images, strict=True))
+    sums = [(first[groups == group].astype(int) - second[groups == group]).sum() for group in set(groups)]
+    flips = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
+    expected = np.mean(np.array(flips) >= abs(sum(sums)))
+    found = compare(predictions_frame(first, groups), predictions_frame(second, groups))
+    assert found.p == pytest.approx(expected, rel=1e-9)
 
 
-def test_different_images_are_not_compared():
-    first = predictions([True, False, True])
-    others = [predictions([True, False]), first.rename(index={2: 3}), first.assign(label=[0, 1, 3])]
-    for other in others:
-        with pytest.raises(ValueError, match="different images"):
-            compare(first, other)
+def test_images_of_one_group_are_no_independent_evidence():
+    assert compare(*two_models(12, 0, 12)).p == pytest.approx(2 / 2**12)
+    grouped = compare(*two_models(12, 0, 12, np.arange(24) // 4))
+    assert grouped.p == pytest.approx(2 / 2**3)
+    alone = compare(*two_models(12, 0, 12))
+    assert grouped.high - grouped.low > alone.high - alone.low
 
 
-def test_the_bootstrap_is_that_of_the_images():
-    first_only, second_only, n_images = 60, 35, 1000
-    outcomes = np.repeat([1, -1, 0], [first_only, second_only, n_images - first_only - second_only])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_interval_is_that_of_a_plain_bootstrap(grouped):
     rng = np.random.default_rng(1)
-    means = [100 * rng.choice(outcomes, n_images).mean() for _ in range(10_000)]
-    low, high = bootstrap(first_only, second_only, n_images)
-    assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.11)  # steps of 0.1 points
-    half_width = 1.96 * 100 * outcomes.std() / math.sqrt(n_images)
-    assert (low, high) == pytest.approx((2.5 - half_width, 2.5 + half_width), abs=0.11)
-    assert (low, high) == bootstrap(first_only, second_only, n_images), "the same each time"
+    n_images, n_groups = 400, 90
+    groups = rng.integers(0, n_groups, n_images) if grouped else np.arange(n_images)
+    easy = rng.random(n_images)[groups if grouped else slice(None)]  # images of one group resemble each other
+    first, second = easy < 0.8, easy + rng.normal(0, 0.2, n_images) < 0.7
+    found = compare(*(predictions_frame(correct, groups if grouped else None) for correct in (first, second)))
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    values, means = 100 * (first.astype(int) - second), []
+    for _ in range(4_000):
+        drawn = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        means.append(values[drawn].mean())
+    assert found.difference == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.4)
+    if not grouped:
+        half_width = 1.96 * values.std() / math.sqrt(n_images)
+        assert (found.low, found.high) == pytest.approx(
+            (values.mean() - half_width, values.mean() + half_width), abs=0.4
+        )
 
 
 def test_models_that_agree_have_an_interval_of_no_width():
-    assert bootstrap(0, 0, 500) == (0, 0)
-    assert bootstrap(500, 0, 500) == (100, 100)
+    for n_agree, n_first in ((500, 0), (0, 500)):
+        found = compare(*two_models(n_first, 0, n_agree))
+        assert (found.low, found.high) == (found.difference, found.difference) == (n_first / 5, n_first / 5)
 
 
-def test_holm_by_hand():
-    p = pd.Series([0.01, 0.04, np.nan, 0.03, 0.005])
-    assert holm(p).tolist() == pytest.approx([0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True)
-    assert holm(pd.Series([np.nan])).isna().all()
-    assert holm(pd.Series([0.9, 0.8])).tolist() == [1, 1]
+def test_images_are_paired_by_index_whatever_the_order_of_rows():
+    first = predictions_frame([True] * 8 + [False] * 2)
+    second = predictions_frame([True] * 3 + [False] * 6 + [True])
+    found = compare(first, second.loc[[7, 3, 9, 0, 5, 1, 8, 2, 6, 4]])
+    assert (found.first_only, found.second_only, found.difference) == (5, 1, pytest.approx(40))
+    assert found.p == pytest.approx(2 * (1 + 6) / 64)
+    assert found.low <= found.difference <= found.high
+    backwards = compare(second, first)
+    assert (backwards.difference, backwards.p) == (-found.difference, found.p)
+    assert compare(first, second) == found, "the same each time"
+
+
+def test_different_images_are_not_compared():
+    first = predictions_frame([True, False, True])
+    others = [predictions_frame([True, False]), first.rename(index={2: 3}), first.assign(label=[0, 1, 3])]
+    for other in others:
+        with pytest.raises(ValueError, match="different images"):
+            compare(first, other)
 
 
 @settings(deadline=None)
@@ -94,6 +127,13 @@ def test_holm_rejects_what_the_stepwise_procedure_does(values):
     assert (corrected >= pd.Series(values)).all()
 
 
+def test_holm_by_hand():
+    p = pd.Series([0.01, 0.04, np.nan, 0.03, 0.005])
+    assert holm(p).tolist() == pytest.approx([0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True)
+    assert holm(pd.Series([np.nan])).isna().all()
+    assert holm(pd.Series([0.9, 0.8])).tolist() == [1, 1]
+
+
 @settings(deadline=None)
 @given(st.integers(1, 120), st.data())
 def test_what_a_claim_allows_is_found_by_trying_all(n_images, data):
@@ -104,21 +144,25 @@ def test_what_a_claim_allows_is_found_by_trying_all(n_images, data):
     possible = [right + other - 2 * both for both in range(max(0, right + other - n_images), min(right, other) + 1)]
     below = [count for count in possible if by_enumeration((count + net) // 2, (count - net) // 2) < 0.05]
     found = claim(100 * right / n_images, 100 * other / n_images, n_images)
-    assert found.most == (max(below) if below else None)
-    assert found.greatest_pct == pytest.approx(100 * max(possible) / n_images)
-    assert found.beyond_chance_always == (bool(below) and max(below) == max(possible))
-    assert not below or below == [count for count in possible if count <= max(below)], "one limit tells them apart"
+    most_pct = 100 * max(below) / n_images if below else math.nan
+    assert found.most_disagreement_pct == pytest.approx(most_pct, nan_ok=True)
+    assert found.greatest_disagreement_pct == pytest.approx(100 * max(possible) / n_images)
+    always = found.beyond_chance == "beyond chance however often the two disagree"
+    assert always == (bool(below) and max(below) == max(possible))
+    assert not below or below == [count for count in possible if count <= max(below)], "one limit separates them"
 
 
 def test_independent_errors():
-    found = claim(80, 75, 1000)
-    assert found.independent_pct == pytest.approx(100 * (0.8 * 0.25 + 0.75 * 0.2))
-    assert found.greatest_pct == 45
-    assert found.beyond_chance_if_independent and not claim(80, 78, 1000).beyond_chance_if_independent
+    found = claim(80, 76, 1000)
+    assert found.independent_disagreement_pct == pytest.approx(100 * (0.8 * 0.24 + 0.76 * 0.2))
+    assert found.greatest_disagreement_pct == 44
+    assert found.beyond_chance == "beyond chance even if the two err independently"
+    assert claim(80, 78, 1000).beyond_chance.startswith("beyond chance only if the two disagree on at most")
+    assert claim(80, 80, 1000).beyond_chance == "within chance however seldom the two disagree"
 
 
 @pytest.mark.parametrize(("first", "second"), [(71.66, 71.74), (79.46, 79.18), (80.68, 81.05)])
 def test_the_limit_is_near_the_normal_one(first, second):
-    """p is below 0.05 where the net difference is beyond 1.96 √disagreements, less the step between counts."""
+    """p is below 0.05 where the net difference is beyond 1.96 √disagreements, minus the step between counts."""
     net = round(abs(first - second) * 500)
-    assert claim(first, second, 50_000).most == pytest.approx(((net - 1) / 1.96) ** 2, rel=0.01)
+    assert claim(first, second, 50_000).most_disagreement_pct == pytest.approx(((net - 1) / 1.96) ** 2 / 500, rel=0.01)

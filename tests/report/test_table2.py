@@ -3,26 +3,26 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import aimed_run
+from made_up import write_solved_run
 
 from dhtm.harness.core.errors import UserError
 from dhtm.report.runs import load_runs, published
 from dhtm.report.statistics import holm, mcnemar
-from dhtm.report.table2 import table2
+from dhtm.report.table2 import ADDED, table2
 
-RIGHT = 1200 * [True]
-
-
-def with_errors(*wrong):
-    """1,200 predictions, false in these ranges."""
-    correct = np.array(RIGHT)
-    for first, last in wrong:
-        correct[first:last] = False
-    return correct
+RIGHT = np.ones(1200, dtype=bool)
 
 
-def made(folder):
-    return table2(load_runs(str(folder)), str(folder))
+def wrong(first, last):
+    """Return 1,200 predictions, wrong in this range."""
+    return (np.arange(1200) < first) | (np.arange(1200) >= last)
+
+
+def made(folder, *runs):
+    """Make Table 2 after writing runs: a method, its predictions, and what else it differs in."""
+    for method, correct, changes in runs:
+        write_solved_run(folder, len(list(folder.iterdir())), method, correct=correct, **changes)
+    return table2(load_runs(folder), folder)
 
 
 def rows_of(table, backbone="deit_micro"):
@@ -34,12 +34,6 @@ def cells_of(table, start):
     return frame.set_index("method")
 
 
-def shuffled(folder, number):
-    """Put a run's predictions into another order of rows."""
-    file = folder / f"{number:016x}" / "predictions.parquet"
-    pd.read_parquet(file).sample(frac=1, random_state=0).to_parquet(file, index=False)
-
-
 def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_path):
     table = made(tmp_path)
     assert len(table.parts) == 4
@@ -48,8 +42,8 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
     printed = published("table2").query("backbone == 'deit_small'").set_index("method")
     for name, top1 in printed.top1.items():
         assert cells.loc[name, "top-1 % published"] == f"{top1:.2f}"
-    assert (cells[["top-1 % ours", "GFLOPs", "reduction %", "DHTM − this, points", "McNemar p"]] == "–").all(axis=None)
-    assert (cells.loc[["Token mergence", "DPC-KNN OTS", "K-Medoids OTS"], "top-1 % published"] == "–").all()
+    assert (cells[["top-1 % ours", "GFLOPs", "reduction %", "DHTM − this, points", "p"]] == "–").all(axis=None)
+    assert (cells.loc[list(ADDED), "top-1 % published"] == "–").all()
     assert [name for name in cells.index if name in printed.index] == printed.index.tolist(), "the paper's order"
     table.save(tmp_path / "table2")
     latex = (tmp_path / "table2.tex").read_text()
@@ -58,25 +52,23 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
 
 def test_methods_are_compared_under_one_version_of_the_library(tmp_path):
     """A method that ran again after a change of what all methods share is not put beside the others' older runs."""
-    for number, method in enumerate(("dhtm", "tome", "lotm")):
-        aimed_run(tmp_path, number, method, correct=RIGHT)
-    aimed_run(tmp_path, 10, "dhtm", correct=with_errors((0, 600)), library_version="6" * 64)
-    rows = rows_of(made(tmp_path))
+    changed = {"library_version": "6" * 64}
+    runs = [(method, RIGHT, {}) for method in ("dhtm", "tome", "lotm")]
+    rows = rows_of(made(tmp_path, *runs, ("dhtm", wrong(0, 600), changed)))
     assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [100, 100, 100]
-    for number, method in enumerate(("tome", "lotm")):
-        aimed_run(tmp_path, 20 + number, method, correct=RIGHT, library_version="6" * 64)
-    rows = rows_of(made(tmp_path))
+    rows = rows_of(made(tmp_path, ("tome", RIGHT, changed), ("lotm", RIGHT, changed)))
     assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [50, 100, 100], "of the complete ones the newest"
 
 
 def test_methods_are_compared_image_by_image(tmp_path):
-    aimed_run(tmp_path, 1, "dhtm", correct=with_errors((0, 100)))
-    aimed_run(tmp_path, 2, "lotm", correct=with_errors((70, 200)))
-    aimed_run(tmp_path, 3, "unmerged", correct=with_errors((0, 96)))
-    aimed_run(tmp_path, 4, "k_medoids", correct=with_errors((0, 180)), trained=True)
-    aimed_run(tmp_path, 5, "k_medoids", correct=with_errors((0, 400)))
-    shuffled(tmp_path, 2)
-    table = made(tmp_path)
+    table = made(
+        tmp_path,
+        ("dhtm", wrong(0, 100), {}),
+        ("lotm", wrong(70, 200), {}),
+        ("unmerged", wrong(0, 96), {}),
+        ("k_medoids", wrong(0, 180), {"trained": True}),
+        ("k_medoids", wrong(0, 400), {}),
+    )
     rows = rows_of(table)
     lotm = rows.loc["LoTM"]
     assert (lotm.dhtm_only, lotm.other_only) == (100, 70)
@@ -89,47 +81,49 @@ def test_methods_are_compared_image_by_image(tmp_path):
     cells = cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 30% fewer FLOPs")
     assert cells.index.tolist()[0] == "unmerged" and cells.index.tolist()[-1] == "DHTM"
     assert cells.loc["LoTM", "DHTM − this, points"].startswith("+2.50 [")
-    assert cells.loc["LoTM", "McNemar p"] == "0.0258", "not below 0.05 after Holm's correction"
+    assert cells.loc["LoTM", "p"] == "0.0258", "not below 0.05 after Holm's correction"
     assert cells.loc["unmerged", "DHTM − this, points"].startswith("−0.33 [")
-    assert cells.loc["K-Medoids", "McNemar p"] == "<0.0001*"
+    assert cells.loc["K-Medoids", "p"] == "<0.0001*"
     assert cells.loc["DHTM", "reduction %"] == "30.2"
     assert cells.loc["ToMe OTS", "top-1 % ours"] == "–"
     assert "top-1 % published" not in cells
 
 
+def test_groups_of_images_are_respected(tmp_path):
+    groups = {"groups": np.arange(1200) // 4}
+    rows = rows_of(made(tmp_path, ("dhtm", RIGHT, groups), ("lotm", wrong(0, 24), groups)))
+    assert rows.p["LoTM"] == pytest.approx(2 / 2**6), "24 images in 6 groups"
+
+
 def test_the_correction_counts_every_test_of_the_table(tmp_path):
-    for backbone, start in (("deit_micro", 0), ("deit_tiny", 100)):
-        aimed_run(tmp_path, start + 1, "dhtm", correct=RIGHT, backbone=backbone)
-        for number, (method, n_wrong) in enumerate({"tome": 7, "lotm": 8, "unmerged": 3}.items(), start=start + 2):
-            aimed_run(tmp_path, number, method, correct=with_errors((0, n_wrong)), backbone=backbone)
-    table = made(tmp_path)
+    wrongs = {"dhtm": 0, "tome": 7, "lotm": 8, "unmerged": 3}
+    backbones = ("deit_micro", "deit_tiny")
+    table = made(tmp_path, *[(m, wrong(0, n), {"backbone": of}) for of in backbones for m, n in wrongs.items()])
     assert table.data.p.count() == 6
     assert table.data.p_holm.tolist() == pytest.approx(holm(table.data.p).tolist(), nan_ok=True)
     rows = rows_of(table)
     assert rows.p[["LoTM", "ToMe OTS"]].tolist() == pytest.approx([2 / 2**8, 2 / 2**7])
     assert rows.p_holm["LoTM"] == pytest.approx(6 * 2 / 2**8)
     cells = cells_of(table, "deit_micro")
-    assert cells.loc["LoTM", "McNemar p"] == "0.0078*"
-    assert cells.loc["ToMe OTS", "McNemar p"] == "0.0156", "0.0625 after the correction"
+    assert cells.loc["LoTM", "p"] == "0.0078*"
+    assert cells.loc["ToMe OTS", "p"] == "0.0156", "0.0625 after the correction"
 
 
 def test_runs_of_other_images_are_not_shown(tmp_path):
-    aimed_run(tmp_path, 1, "dhtm", correct=RIGHT)
-    aimed_run(tmp_path, 2, "tome", correct=RIGHT[:100])
-    aimed_run(tmp_path, 3, "lotm", correct=RIGHT, data_fingerprint="3" * 64)
-    aimed_run(tmp_path, 4, "k_medoids", correct=RIGHT, split="train")
-    aimed_run(tmp_path, 5, "dhtm", 20.0, correct=with_errors((0, 9)))
-    rows = rows_of(made(tmp_path))
-    shown = rows.top1.notna()
-    assert shown.sum() == 1 and rows.difference.isna().all()
+    write_solved_run(tmp_path, 100, "dhtm", 20.0, correct=wrong(0, 9))
+    others = [("tome", RIGHT[:100], {}), ("lotm", RIGHT, {"data_fingerprint": "3" * 64})]
+    rows = rows_of(made(tmp_path, ("dhtm", RIGHT, {}), *others, ("k_medoids", RIGHT, {"split": "train"})))
+    assert rows.top1.notna().sum() == 1 and rows.difference.isna().all()
 
 
-def test_untrained_methods_are_marked_until_trained_ones_are_there(tmp_path):
-    aimed_run(tmp_path, 1, "dhtm", correct=RIGHT)
-    aimed_run(tmp_path, 2, "sit", correct=with_errors((0, 900)), untrained=True, weights_sha256="8" * 64)
-    aimed_run(tmp_path, 3, "sinkhorn", correct=with_errors((0, 900)), untrained=True, weights_sha256="9" * 64)
-    aimed_run(tmp_path, 4, "sinkhorn", correct=with_errors((0, 100)), trained=True)
-    table = made(tmp_path)
+def test_untrained_methods_are_marked_until_trained_ones_exist(tmp_path):
+    table = made(
+        tmp_path,
+        ("dhtm", RIGHT, {}),
+        ("sit", wrong(0, 900), {"untrained": True, "weights_sha256": "8" * 64}),
+        ("sinkhorn", wrong(0, 900), {"untrained": True, "weights_sha256": "9" * 64}),
+        ("sinkhorn", wrong(0, 100), {"trained": True}),
+    )
     cells = cells_of(table, "deit_micro")
     assert cells.loc["SiT (untrained)", "top-1 % ours"].startswith("25.00")
     assert cells.loc["Sinkhorn", "top-1 % ours"].startswith("91.67")
@@ -138,18 +132,15 @@ def test_untrained_methods_are_marked_until_trained_ones_are_there(tmp_path):
 
 
 def test_off_the_shelf_runs_take_no_trained_row(tmp_path):
-    aimed_run(tmp_path, 1, "tome", correct=RIGHT)
-    aimed_run(tmp_path, 2, "dpc_knn", correct=RIGHT)
-    aimed_run(tmp_path, 3, "dhtm", correct=RIGHT, layers=[4, 7, 10])
-    rows = rows_of(made(tmp_path))
-    assert rows.index[rows.top1.notna()].tolist() == ["DPC-KNN OTS", "ToMe OTS", "DHTM, layers 4,7,10"]
+    other = ("dhtm", RIGHT, {"layers": [4, 7, 10]})
+    rows = rows_of(made(tmp_path, ("tome", RIGHT, {}), ("dpc_knn", RIGHT, {}), other, ("own", RIGHT, {})))
+    assert rows.index[rows.top1.notna()].tolist() == ["DPC-KNN OTS", "ToMe OTS", "DHTM, layers 4,7,10", "own"]
     assert rows.group["DHTM, layers 4,7,10"] == "others, w/o train" and pd.isna(rows.top1["DHTM"])
 
 
 def test_imagenet_runs_stand_beside_the_published_numbers(tmp_path):
-    aimed_run(tmp_path, 1, "dhtm", correct=with_errors((0, 250)), backbone="deit_tiny", data="imagenet")
-    aimed_run(tmp_path, 2, "tome", correct=with_errors((0, 300)), backbone="deit_tiny", data="imagenet")
-    table = made(tmp_path)
+    tiny = {"backbone": "deit_tiny", "data": "imagenet"}
+    table = made(tmp_path, ("dhtm", wrong(0, 250), tiny), ("tome", wrong(0, 300), tiny))
     cells = cells_of(table, "DeiT-Tiny on ImageNet-1K, 1,200 images")
     assert cells.loc["ToMe OTS", "top-1 % published"] == "70.94"
     assert cells.loc["ToMe OTS", "top-1 % ours"].startswith("75.00")
@@ -158,10 +149,8 @@ def test_imagenet_runs_stand_beside_the_published_numbers(tmp_path):
 
 
 def test_lost_predictions_are_named(tmp_path):
-    aimed_run(tmp_path, 1, "dhtm", correct=RIGHT)
-    aimed_run(tmp_path, 2, "tome", n_images=1200)
-    with pytest.raises(UserError, match=r"0002/predictions.parquet: missing or damaged"):
-        made(tmp_path)
+    with pytest.raises(UserError, match=r"0001/predictions.parquet: missing or damaged"):
+        made(tmp_path, ("dhtm", RIGHT, {}), ("tome", None, {"n_images": 1200}))
 
 
 def test_the_papers_claims(tmp_path):

@@ -6,23 +6,109 @@ distractor strokes cut from other digits. With patches of 4×4 pixels the grid i
 as in DeiT at 224 pixels, so k means the same number of merges on both.
 """
 
+import dataclasses
 import functools
+import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dhtm.harness.core.errors import UserError, require_choice, require_number
+from dhtm.harness.data.splits import Split
 
 CANVAS = 56
 N_TEST_SCANS = 500
 N_TEST_SCENES = 4 * N_TEST_SCANS  # the test split: every scan in four scenes
+N_TRAIN_SCENES = 6_400  # in one epoch of training
 MAX_DISTRACTORS = 6
 _SPLITS = {"train": 0, "test": 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """The embedded data set: the config group ``data=digits``.
+
+    Attributes:
+        name: for tables and messages.
+        split: what an evaluation takes.
+        train_split: what a training takes; every epoch has new scenes.
+        seed: fixes every pixel.
+        limit: the first so many scenes only; in training, of each epoch.
+        on_error: as for photographs; scenes can always be read.
+    """
+
+    name: str = "digits"
+    split: str = "test"
+    train_split: str = "train"
+    seed: int = 0
+    limit: int | None = None
+    on_error: str = "collect"
+
+    def __post_init__(self):
+        require_number("data.seed", self.seed, integer=True)
+        require_number("data.limit", self.limit, 1, integer=True, optional=True)
+        require_choice("data.on_error", self.on_error, ("collect", "skip"))
+
+    def open(self, split: str, transform: Callable) -> Split:
+        """Open the split "test" or "train".
+
+        Args:
+            transform: of a grey PIL image.
+        """
+        if split not in _SPLITS:
+            raise UserError(f"data.split={split}: the digits have data.split=test, and train")
+        options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}
+        if split == "train":
+            n_scenes = min(self.limit or N_TRAIN_SCENES, N_TRAIN_SCENES)
+            in_epoch = functools.partial(NewScenes, n_scenes, self.seed, transform)
+            fingerprint = f"digits {self.seed}"
+            return Split(in_epoch(0), fingerprint=fingerprint, in_memory=False, new_each_epoch=in_epoch, **options)
+        images, labels, fingerprint = _test_scenes(self.seed, min(self.limit or N_TEST_SCENES, N_TEST_SCENES))
+        dataset, groups = DrawnScenes(images, labels, transform), np.arange(len(images)) % N_TEST_SCANS
+        return Split(dataset, fingerprint=fingerprint, in_memory=True, groups=groups, **options)
+
+
+@functools.cache
+def _test_scenes(seed: int, n_images: int):
+    images, labels, _ = scenes("test", range(n_images), seed)
+    return images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+
+
+class DrawnScenes(Dataset):
+    """Scenes held as one uint8 array [n, H, W]."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+class NewScenes(Dataset):
+    """The training scenes of one epoch, drawn when they are read."""
+
+    def __init__(self, n_scenes: int, seed: int, transform: Callable, epoch: int):
+        self.n_scenes, self.seed, self.transform, self.first = n_scenes, seed, transform, epoch * n_scenes
+
+    def __len__(self):
+        return self.n_scenes
+
+    def __getitem__(self, index):
+        images, labels, _ = scenes("train", [self.first + index], self.seed)
+        return self.transform(Image.fromarray(images[0])), int(labels[0])
+
+
 @functools.cache
 def scans(split):
-    """The scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both."""
-    # Here, because it takes a second and is needed for the embedded data alone.
+    """Return the scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both."""
+    # Imported here because it takes a second and only the embedded data needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -58,7 +144,7 @@ def scenes(split, indices, seed=0, difficulty=1.0):
 
 
 def _draw(split, index, seed, difficulty):
-    """The random choices behind one scene; object 0 is the digit, the others are distractor strokes."""
+    """Make the random choices behind one scene; object 0 is the digit, the others are distractor strokes."""
     images, labels = scans(split)
     rng = np.random.default_rng([seed, _SPLITS[split], index])
     scan = index % len(images) if split == "test" else rng.integers(len(images))

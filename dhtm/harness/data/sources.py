@@ -1,4 +1,8 @@
-"""Where photographs come from: folders, tar files, and the tables of the Hugging Face hub, each as a list of images."""
+"""Where photographs come from: folders and tar files, each as a list of images.
+
+What the libraries would skip silently is an error here: ``tarfile``, and so WebDataset, takes a damaged header for the end of
+the file; ImageFolder ignores images beside class folders.
+"""
 
 import abc
 import hashlib
@@ -23,16 +27,14 @@ class Source(abc.ABC):
     """Images in an order that never changes.
 
     Attributes:
-        root: what a user knows it by.
-        names: of the images, bytes [n]; an array, because of a list every loading process would copy all of it.
-        given: what is known of the class of each: its name (str [n]) or number (int64 [n]); None if nothing is.
+        root: the file or folder, as messages name it.
+        names: of the images, bytes [n]; an array, because every loading process would copy a list.
+        given: the class of each image, its name (str [n]) or number (int64 [n]); None if the source has no classes.
         class_names: in the order of those numbers, where they are known.
         fingerprint: SHA-256 of names and sizes, of the images or of the files that hold them.
-        streamed: images can be had one after the other only, by a method ``stream``.
     """
 
     class_names: tuple[str, ...] | None = None
-    streamed = False
 
     def __init__(self, root: str, names: Sequence[str], sizes: Sequence, given: Sequence | None):
         self.root = root
@@ -44,11 +46,11 @@ class Source(abc.ABC):
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Of an image, as a user would look for it."""
+        """Return an image's name as a user would look for it."""
         return f"{self.root}/{self.names[index].decode(errors='replace')}"
 
     def is_there(self) -> bool:
-        """Whether there is still anything to read from: a disk may go away, and leave an empty folder where it was."""
+        """Return whether the root still exists; a disk that goes away may leave an empty folder in its place."""
         root = Path(self.root)
         try:
             return any(root.iterdir()) if root.is_dir() else root.exists()
@@ -57,20 +59,36 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> BinaryIO:
-        """An image's file.
+        """Return an image's file.
 
         Raises:
             OSError: it cannot be read.
         """
 
 
+class Part(Source):
+    """Some images of another source, by their numbers in it, int64 [n]."""
+
+    def __init__(self, source: Source, chosen: np.ndarray):
+        self.source, self.chosen = source, chosen
+        self.root, self.names, self.class_names = source.root, source.names[chosen], source.class_names
+        self.given = None if source.given is None else source.given[chosen]
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen.tobytes()).hexdigest()
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.chosen[index])
+
+    def read(self, index: int) -> BinaryIO:
+        return self.source.read(self.chosen[index])
+
+
 class Folder(Source):
-    """A folder of images; or of folders, one a class."""
+    """A folder of images, or of one folder per class."""
 
     def __init__(self, folder: Path):
-        files, classes = _flat(folder), None
+        files, classes = _images_in(folder), None
         if files:
-            _check_no_classes(folder, files[0])
+            _require_no_classes(folder, files[0])
         else:
             files, classes = _by_class(folder)
         names = [str(file.relative_to(folder)) for file in files]
@@ -80,33 +98,31 @@ class Folder(Source):
         return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
 
 
-def _flat(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
 
 
-def _check_no_classes(folder: Path, stray: Path) -> None:
+def _require_no_classes(folder: Path, stray: Path) -> None:
     for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if _flat(inside):
+        if _images_in(inside):
             raise UserError(
-                f"data.root: {folder}: {stray.name} lies beside folders of images like {inside.name}; take it away"
+                f"data.root: {folder}: {stray.name} lies beside folders of images like {inside.name}; remove it"
             )
 
 
 def _by_class(folder: Path) -> tuple[list[Path], list[str]]:
     try:
         listed = ImageFolder(str(folder))
-    except FileNotFoundError:  # no class folders, or empty ones
-        empty = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not any(path.iterdir())]
-        what = f"the class folder {empty[0]} is empty" if empty else "it has no folders of images, one a class"
-        raise UserError(f"data.root: {folder}: {what}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"data.root: {folder}: {one_line(error)}") from None
     return [Path(file) for file, _ in listed.samples], [listed.classes[label] for _, label in listed.samples]
 
 
 class Tars(Source):
-    """Images in tar files, which are read where they are and never unpacked: as ImageNet ships, or WebDataset shards.
+    """Images in tar files, which are never unpacked: as ImageNet ships, or WebDataset shards.
 
-    The class of an image is the number in the .cls or .json (``"label"``) file beside it, as WebDataset has it; else the
-    name of its folder.
+    The class of an image is the number in the .cls or .json (``"label"``) file beside it, as WebDataset writes it; otherwise
+    the name of its folder.
     """
 
     def __init__(self, root: str, files: Sequence[Path]):
@@ -123,9 +139,10 @@ class Tars(Source):
         self.places = np.array([(number, member.offset_data, member.size) for number, member in images])
         names = [f"{files[number].name}/{member.name}" for number, member in images]
         given = [self._label(number, member, beside) for number, member in images]
-        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # which says nothing
-        known = None if None in given or one_folder else given
-        super().__init__(root, names, [member.size for _, member in images], known)
+        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # which is no class
+        super().__init__(
+            root, names, [member.size for _, member in images], None if None in given or one_folder else given
+        )
 
     def name(self, index: int) -> str:
         return f"{self.files[self.places[index, 0]].parent}/{self.names[index].decode(errors='replace')}"
@@ -160,15 +177,16 @@ def _members(file: Path) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(file, "r:") as tar:
             members = [member for member in tar if member.isreg()]
-            _check_end(tar)
+            _require_end(tar)
             return members
     except (tarfile.TarError, EOFError) as error:
-        what = "it is compressed, decompress it first" if _compressed(file) else "not a tar file, or a damaged one"
-        raise UserError(f"data.root: {file}: {what} ({one_line(error)})") from error
+        raise UserError(
+            f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it ({one_line(error)})"
+        ) from error
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    """A header that is damaged looks like the end to ``tarfile``; after the true one there are zeros, a block at least."""
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Raise unless zeros follow the last member, one block or more: ``tarfile`` takes a damaged header for the end."""
     tar.fileobj.seek(tar.offset)
     n_zeros = 0
     while block := tar.fileobj.read(1 << 20):
@@ -179,17 +197,12 @@ def _check_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it is cut off")
 
 
-def _compressed(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-
-
 def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
 
 
 def _sample(name: str) -> tuple[str, str]:
-    """WebDataset's name of a sample, which ends at the first dot of its files' names; and what comes after."""
+    """Return WebDataset's name of a sample, which ends at the first dot of its files' names, and the rest."""
     folder, _, file = name.rpartition("/")
     key, dot, rest = file.partition(".")
     return f"{folder}/{key}", (dot + rest).lower()

@@ -1,23 +1,17 @@
-"""The data sets that a backbone can be evaluated on, as map-style PyTorch data sets with a fingerprint."""
+"""Splits of data sets, and how their images are loaded in batches."""
 
 import dataclasses
-import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from dhtm.harness.core.errors import UserError
-from dhtm.harness.data import scenes
-
-TRAIN_SCENES = 6_400  # in an epoch of training on the digits
-_DIGITS = tuple("0123456789")
+from dhtm.harness.core.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +19,17 @@ class Split:
     """One split of a data set.
 
     Attributes:
-        dataset: item i is (image, label); the image as the transform leaves it.
+        dataset: item i is (image, label); the image as the transform returns it.
         classes: the names of the model's outputs, in their order; None where labels are the numbers of outputs.
         channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
-        in_memory: items cost next to nothing, so that loading them needs no worker processes.
+        in_memory: items cost next to nothing, so they are loaded without worker processes.
         n_classes: outputs that a model needs.
-        among: the only outputs that are asked; None for all.
-        real_labels: of each image all labels that are right, none where nobody knows; None where there is but the one.
-        normalise: what is still to be done to a batch of images, where the data set leaves it to the device.
+        among: the only outputs that count; None for all.
+        real_labels: for each image all labels that are right, none where nobody knows; None where there is only one label.
+        normalise: turns a batch of the dataset's images into the model's input, on the device; None where they are that.
+        groups: int64 [n]; images with the same number belong together; None where all are independent.
+        new_each_epoch: returns the dataset of an epoch, for training sets that change; None for all others.
     """
 
     dataset: Dataset
@@ -44,81 +40,28 @@ class Split:
     n_classes: int
     among: tuple[int, ...] | None = None
     real_labels: list[list[int]] | None = None
-    normalise: Callable | None = None
+    normalise: Callable[[Tensor], Tensor] | None = None
+    groups: np.ndarray | None = None
+    new_each_epoch: Callable[[int], Dataset] | None = None
 
-
-def digits(split: str, seed: int, limit: int | None, transform: Callable) -> Split:
-    """The embedded scenes of handwritten digits; see :mod:`dhtm.harness.data.scenes`.
-
-    Args:
-        split: "test", or "train", of which every epoch has new scenes.
-        seed: fixes every pixel.
-        limit: the first so many scenes only; of each epoch, in training.
-        transform: from a grey PIL image.
-    """
-    if split == "train":
-        dataset = _NewScenes(limited(limit, TRAIN_SCENES), seed, transform)
-        return Split(dataset, _DIGITS, 1, f"digits {seed}", in_memory=False, n_classes=10)
-    if split != "test":
-        raise UserError(f"data.split={split}: the digits have data.split=test, and train")
-    images, labels, fingerprint = _test_scenes(seed, limited(limit, scenes.N_TEST_SCENES))
-    return Split(_Images(images, labels, transform), _DIGITS, 1, fingerprint, in_memory=True, n_classes=10)
-
-
-@functools.cache
-def _test_scenes(seed: int, n_images: int):
-    images, labels, _ = scenes.scenes("test", range(n_images), seed)
-    return images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-
-
-class _Images(Dataset):
-    """Images held as one uint8 array [n, H, W]."""
-
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
-
-
-class _NewScenes(Dataset):
-    """Training scenes, drawn when they are asked for; ``epoch`` says which."""
-
-    epoch = 0
-
-    def __init__(self, n_scenes: int, seed: int, transform: Callable):
-        self.n_scenes, self.seed, self.transform = n_scenes, seed, transform
-
-    def __len__(self):
-        return self.n_scenes
-
-    def __getitem__(self, index):
-        images, labels, _ = scenes.scenes("train", [self.epoch * self.n_scenes + index], self.seed)
-        return self.transform(Image.fromarray(images[0])), int(labels[0])
-
-
-def limited(limit: int | None, n_images: int) -> int:
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise UserError(f"data.limit={limit}: it must be a number of images from 1, or null for all")
-    return n_images if limit is None else min(limit, n_images)
+    def dataset_in(self, epoch: int) -> Dataset:
+        """Return the dataset of an epoch of training."""
+        return self.dataset if self.new_each_epoch is None else self.new_each_epoch(epoch)
 
 
 class UnreadableError(UserError):
-    """An image of a data set that cannot be read."""
+    """An image of a data set cannot be read."""
 
     def __init__(self, index: int, name: str, reason: str):
         super().__init__(f"image {index} cannot be read: {name}: {reason}")
         self.index, self.name, self.reason = index, name, reason
 
-    def __reduce__(self):  # as it goes from one process to another
+    def __reduce__(self):  # loading processes send it
         return type(self), (self.index, self.name, self.reason)
 
 
 class Batch(NamedTuple):
-    """Indices [B], images [B, C, H, W] and labels [B] of those that can be read, and the others."""
+    """Indices [B], images [B, C, H, W] and labels [B] of the images that can be read, and errors for the others."""
 
     ids: Tensor
     images: Tensor | None
@@ -126,49 +69,114 @@ class Batch(NamedTuple):
     failed: list[UnreadableError]
 
 
-def n_cores() -> int:
-    """Cores for this process: of those that a batch system leaves it, its share among torchrun's processes."""
-    n_here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, n_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmentation) -> Split:
+    """Open a split of a data set for a backbone.
+
+    Args:
+        data: has a ``name`` and ``open(split, transform)``, like Digits and Photographs.
+        split: name of the split.
+        preprocessing: the backbone's, as timm resolves it.
+        n_classes: outputs of the backbone.
+        augmentation: more options of timm's create_transform.
+
+    Raises:
+        UserError: the data set cannot be read, or does not fit the backbone.
+    """
+    try:
+        transform = create_transform(**preprocessing, **augmentation)
+    except Exception as error:  # timm checks options by assertions, conversions and look-ups
+        options = " ".join(f"{key}={value}" for key, value in augmentation.items())
+        raise UserError(f"{options}: timm does not support this augmentation ({one_line(error)})") from error
+    opened = data.open(split, transform)
+    if opened.n_classes > n_classes or (opened.classes is not None and opened.n_classes < n_classes):
+        raise UserError(
+            f"data={data.name} has {opened.n_classes} classes, the backbone {n_classes}: choose a backbone for this data "
+            "(backbone=...), or weights trained on it (backbone.checkpoint=FILE backbone.num_classes=...); if the data has "
+            "only some of the backbone's classes, set data.class_map"
+        )
+    if opened.channels != preprocessing["input_size"][0]:
+        raise UserError(
+            f"data={data.name} has images of {opened.channels} channels, the backbone takes "
+            f"{preprocessing['input_size'][0]}: choose a backbone for this data (backbone=...)"
+        )
+    return opened
+
+
+def describe(preprocessing: dict) -> str:
+    """Describe in one line what a backbone's preprocessing does to images."""
+    return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
+
+
+def mask(model_num_classes: int, split: Split, device: torch.device) -> Tensor:
+    """Return what is added to logits, [C], so that only outputs among ``split.among`` win: 0 for them, −inf for others."""
+    added = torch.zeros(model_num_classes, device=device)
+    if split.among is not None:
+        added.fill_(-torch.inf)[list(split.among)] = 0
+    return added
+
+
+def batches(
+    split: Split,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None,
+    on_unreadable: Callable[[UnreadableError], None],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield indices, normalised images on the device, and labels, batch by batch, without images that cannot be read.
+
+    Args:
+        num_workers: as in :func:`load`; not used where images are in memory.
+        on_unreadable: called with the error of every image that cannot be read.
+    """
+    chosen = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    n_workers = 0 if split.in_memory else num_workers
+    for ids, images, labels, failed in load(split.dataset, chosen, n_workers, pin_memory=device.type == "cuda"):
+        for unreadable in failed:
+            on_unreadable(unreadable)
+        if images is not None:
+            images = images.to(device, non_blocking=True)
+            yield ids, split.normalise(images) if split.normalise else images, labels
 
 
 def load(
     dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int | None, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The items of a data set in the batches that are asked for, rising where it is ``streamed``.
+    """Yield the items of a data set in the given batches.
 
     Args:
-        num_workers: processes that load them; None for one a core, up to 16. A stream is read by one, which decodes in as
-            many threads.
+        num_workers: processes that load them; None for one per core, up to 16.
 
     Raises:
-        UserError: there is nothing to be read any more.
+        UserError: the data set as a whole can no longer be read, or a loading process was killed.
     """
-    n_workers = min(16, n_cores()) if num_workers is None else num_workers
-    if getattr(dataset, "streamed", False):
-        stream = _Stream(dataset, batches, n_workers)
-        loader = DataLoader(stream, batch_size=None, num_workers=min(1, n_workers), pin_memory=pin_memory)
-    else:
-        loader = DataLoader(
-            Indexed(dataset), batch_sampler=batches, collate_fn=collate, num_workers=n_workers, pin_memory=pin_memory
-        )
+    n_workers = min(16, _n_cores()) if num_workers is None else num_workers
+    loader = DataLoader(
+        _Indexed(dataset), batch_sampler=batches, collate_fn=_collate, num_workers=n_workers, pin_memory=pin_memory
+    )
     try:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
     except RuntimeError as error:
-        # An error of the data set's own has "in DataLoader worker process".
+        # An error of the data set itself has "in DataLoader worker process".
         if "DataLoader worker (pid" not in str(error):
             raise
         raise UserError(
-            "a process that loads images was killed, for want of memory perhaps; the same command goes on, with "
-            f"num_workers={n_workers // 2}, say"
+            "a process that loads images was killed, perhaps because memory ran out; run the same command again to resume, "
+            f"for example with num_workers={n_workers // 2}"
         ) from error
 
 
-class Indexed(Dataset):
-    """A data set whose items say where they are in it: (index, image, label), or the error that reading it met."""
+def _n_cores() -> int:
+    """Return the cores for this process: those that a batch system allots, shared among torchrun's processes."""
+    n_here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, n_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class _Indexed(Dataset):
+    """A data set whose items are (index, image, label), or the error that reading one raised."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -177,49 +185,21 @@ class Indexed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        return _item(index, lambda: self.dataset[index])
+        try:
+            image, label = self.dataset[index]
+        except UserError as error:  # returned, because what a worker process raises arrives with a traceback
+            return error
+        return index, image, label
 
 
-class _Stream(IterableDataset):
-    """Batches of a data set that is read from its beginning to its end."""
-
-    def __init__(self, dataset: Dataset, batches: Sequence[Sequence[int]], n_threads: int):
-        self.dataset, self.batches, self.n_threads = dataset, batches, n_threads
-
-    def __iter__(self):
-        stream = self.dataset.stream()
-        with ThreadPoolExecutor(max(1, self.n_threads)) as pool:
-            for batch in self.batches:
-                wanted, found = set(batch), []
-                try:
-                    while len(found) < len(batch):
-                        index, get = next(stream)
-                        if index in wanted:
-                            found.append((index, get))
-                except UserError as error:
-                    yield error
-                    return
-                except StopIteration:
-                    yield UserError(f"the data ended before image {batch[len(found)]}; were they changed?")
-                    return
-                yield collate(list(pool.map(_item, *zip(*found, strict=True))))
-
-
-def _item(index: int, get: Callable) -> tuple[Tensor, Tensor, Tensor] | UserError:
-    try:
-        image, label = get()
-    except UserError as error:  # raised in a worker process it would come with a traceback
-        return error
-    return torch.tensor(index), image, torch.tensor(label)
-
-
-def collate(items: list) -> Batch | UserError:
-    """A batch of :class:`Indexed`'s items; or the error among them that is more than an image's."""
+def _collate(items: list) -> Batch | UserError:
+    """Return a batch of :class:`_Indexed`'s items, or the first error that concerns more than one image."""
     failed = [item for item in items if isinstance(item, UserError)]
     for error in failed:
         if not isinstance(error, UnreadableError):
             return error
     readable = [item for item in items if not isinstance(item, UserError)]
-    if not readable:
-        return Batch(torch.empty(0, dtype=torch.int64), None, torch.empty(0, dtype=torch.int64), failed)
-    return Batch(*default_collate(readable), failed)
+    ids, labels = (torch.tensor([item[part] for item in readable], dtype=torch.int64) for part in (0, 2))
+    # NumPy's stack, because the threads of PyTorch's wait for each other where other processes use the cores.
+    images = torch.from_numpy(np.stack([image for _, image, _ in readable])) if readable else None
+    return Batch(ids, images, labels, failed)

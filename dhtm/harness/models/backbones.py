@@ -1,4 +1,4 @@
-"""The Vision Transformers that can be evaluated: any timm architecture, and the embedded ``deit_micro``."""
+"""The Vision Transformers that can be evaluated: any timm architecture, and the two small ones of this project."""
 
 import copy
 import functools
@@ -7,20 +7,26 @@ from pathlib import Path
 
 import timm
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 import dhtm
-from dhtm.harness.core.errors import UserError, one_line, path_given
+from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.files import PROJECT
 
-MICRO_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
+EMBEDDED_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
 
 # timm's register_model looks these up by this name.
 default_cfgs = generate_default_cfgs(
     {
         "deit_micro": {
-            "file": str(MICRO_WEIGHTS),
+            "file": str(EMBEDDED_WEIGHTS),
             "input_size": (1, 56, 56),
             "num_classes": 10,
             "crop_pct": 1.0,
@@ -29,7 +35,18 @@ default_cfgs = generate_default_cfgs(
             "std": (0.5,),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-        }
+        },
+        "deit_mini": {
+            "file": str(PROJECT / "results" / "imagenette" / "weights" / "deit_mini.safetensors"),
+            "input_size": (3, 112, 112),
+            "num_classes": 10,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.backbone.0.conv",
+            "classifier": "head",
+        },
     }
 )
 
@@ -41,73 +58,94 @@ def deit_micro(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "deit_micro", pretrained, **{**size, "num_classes": 10, **kwargs})
 
 
-@functools.lru_cache(maxsize=4)
-def bare_backbone(architecture: str, num_classes: int) -> VisionTransformer:
-    """A timm model without trained weights, in evaluation mode; shared between calls, so to be left as it is.
+@register_model
+def deit_mini(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """A DeiT of 128 channels and a 14×14 grid for 112×112 photographs.
 
-    Raises:
-        UserError: the architecture is unknown.
+    Three strided convolutions come before the patch projection (Xiao et al. 2021, "Early convolutions help transformers see
+    better").
     """
-    check_known(architecture)
+    stem = functools.partial(HybridEmbed, backbone=ConvStem(channels=(32, 64, 128), norm_layer=nn.BatchNorm2d))
+    size = {"img_size": 112, "patch_size": 1, "embed_dim": 128, "depth": 12, "num_heads": 4, "embed_layer": stem}
+    return build_model_with_cfg(VisionTransformer, "deit_mini", pretrained, **{**size, "num_classes": 10, **kwargs})
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm model and where its weights come from.
+
+    Attributes:
+        name: in tables, figures and directories.
+        architecture: as timm names it.
+        num_classes: outputs of the model.
+        checkpoint: a file that ``safetensors`` or ``torch.load(weights_only=True)`` reads, with the parameters at its top
+            or under "model" or "state_dict"; None for timm's pretrained weights.
+    """
+
+    name: str
+    architecture: str
+    num_classes: PositiveInt = 1000
+    checkpoint: Path | None = None
+
+    def __post_init__(self):
+        if not timm.is_model(self.architecture):
+            raise UserError(
+                f"backbone.architecture={self.architecture}: timm has no such model; timm.list_models() names them"
+            )
+
+    def bare(self) -> VisionTransformer:
+        """Return the model without trained weights, in evaluation mode. It is shared: leave it as it is, or copy it."""
+        return _bare(self.architecture, self.num_classes)
+
+    def load(self) -> VisionTransformer:
+        """Return the model with its weights, in evaluation mode. It is shared: leave it as it is, or copy it.
+
+        Raises:
+            UserError: the weights are not available, cannot be read, or do not fit.
+        """
+        return _load(self)
+
+
+@functools.lru_cache(maxsize=4)
+def _bare(architecture: str, num_classes: int) -> VisionTransformer:
     return timm.create_model(architecture, pretrained=False, num_classes=num_classes).eval()
 
 
-# The runs of a sweep follow each other in one process and mostly share their backbone.
-@functools.lru_cache(maxsize=4)
-def load_backbone(architecture: str, checkpoint: str | None, num_classes: int) -> VisionTransformer:
-    """A timm model with its weights, in evaluation mode; shared between calls, so to be copied before it is changed.
-
-    Args:
-        architecture: as timm names it.
-        checkpoint: a file that ``safetensors`` or ``torch.load(weights_only=True)`` reads, with the parameters at its
-            top or under "model" or "state_dict"; None for timm's pretrained weights.
-        num_classes: outputs of the model.
-
-    Raises:
-        UserError: the architecture is unknown, or the weights cannot be had, read, or fitted to it.
-    """
-    check_known(architecture)
-    if checkpoint is None:
-        pretrained = timm.get_pretrained_cfg(architecture)
-        if pretrained and pretrained.num_classes != num_classes:
-            raise UserError(
-                f"backbone.num_classes={num_classes}: the pretrained weights of {architecture} have {pretrained.num_classes} "
-                "outputs; give weights of your own, backbone.checkpoint=FILE"
-            )
-        try:
-            return timm.create_model(architecture, pretrained=True, num_classes=num_classes).eval()
-        except Exception as error:  # the hub's client raises whatever its transport does
-            raise UserError(
-                f"backbone {architecture}: its pretrained weights cannot be had ({type(error).__name__}: {one_line(error)}); "
-                "give a local file, backbone.checkpoint=FILE"
-            ) from error
-    model = copy.deepcopy(bare_backbone(architecture, num_classes))
-    fit(model, _read(checkpoint), f"backbone.checkpoint={checkpoint}", architecture)
-    return model
-
-
-def check_known(architecture: str) -> None:
-    """Raise a UserError unless timm knows an architecture."""
-    if not timm.is_model(architecture):
+@functools.lru_cache(maxsize=4)  # the runs of a sweep follow each other in one process and mostly share their backbone
+def _load(backbone: Backbone) -> VisionTransformer:
+    if backbone.checkpoint is not None:
+        model = copy.deepcopy(backbone.bare())
+        source = f"backbone.checkpoint={backbone.checkpoint}"
+        fit(model, _read(backbone.checkpoint, source), source, backbone.architecture)
+        return model
+    pretrained = timm.get_pretrained_cfg(backbone.architecture)
+    if pretrained and pretrained.num_classes != backbone.num_classes:
         raise UserError(
-            f"backbone.architecture={architecture}: not a model of timm, whose timm.list_models() names them"
+            f"backbone.num_classes={backbone.num_classes}: the pretrained weights of {backbone.architecture} have "
+            f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
         )
-
-
-def _read(checkpoint: str) -> dict[str, torch.Tensor]:
-    file = path_given(checkpoint, "backbone.checkpoint")
     try:
-        state = load_state_dict(str(file), weights_only=True, use_ema=False)
+        return timm.create_model(backbone.architecture, pretrained=True, num_classes=backbone.num_classes).eval()
+    except Exception as error:  # the hub's client raises whatever its transport does
+        raise UserError(
+            f"backbone {backbone.architecture}: its pretrained weights are not available ({type(error).__name__}: "
+            f"{one_line(error)}); give a local file, backbone.checkpoint=FILE"
+        ) from error
+
+
+def _read(checkpoint: Path, source: str) -> dict[str, torch.Tensor]:
+    try:
+        state = load_state_dict(str(checkpoint), weights_only=True, use_ema=False)
     except FileNotFoundError:
-        raise UserError(f"backbone.checkpoint={checkpoint}: no such file") from None
+        raise UserError(f"{source}: no such file") from None
     except Exception as error:  # the file may hold anything, and its readers raise as much
         if "weights_only" in str(error):
             what = "damaged, or holds more than weights, which is not loaded; save model.state_dict() by itself"
         else:
             what = f"cannot be read as weights, it may be damaged ({type(error).__name__}: {one_line(error)})"
-        raise UserError(f"backbone.checkpoint={checkpoint}: {what}") from error
+        raise UserError(f"{source}: {what}") from error
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"backbone.checkpoint={checkpoint}: holds no parameters; save model.state_dict()")
+        raise UserError(f"{source}: holds no parameters; save model.state_dict()")
     return state
 
 
@@ -118,12 +156,15 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str
         UserError: parameters are missing, unknown or of another shape; the message begins with the source.
     """
     wanted = model.state_dict()
-    for kind, keys in (("lacks", wanted.keys() - state.keys()), ("has", state.keys() - wanted.keys())):
-        if keys:
-            whose = "that it needs" if kind == "lacks" else "that it does not know"
-            raise UserError(
-                f"{source}: not the weights of {name}: it {kind} {len(keys)} parameters {whose}, {min(keys)} for one"
-            )
+    missing, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    if missing:
+        raise UserError(
+            f"{source}: not the weights of {name}: {len(missing)} parameters are missing, for example {min(missing)}"
+        )
+    if unknown:
+        raise UserError(
+            f"{source}: not the weights of {name}: {len(unknown)} parameters are unknown, for example {min(unknown)}"
+        )
     for key, value in wanted.items():
         if state[key].shape != value.shape:
             hint = "; set backbone.num_classes" if key.startswith("head") else ""
@@ -134,7 +175,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers, by name, so that it does not depend on the file they came from."""
+    """Return the SHA-256 of all parameters and buffers by name, which does not depend on the file they came from."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())

@@ -3,274 +3,298 @@
 import contextlib
 import dataclasses
 import datetime
+import json
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pandas as pd
-import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from dhtm.harness.core.devices import Ranks, pick_batch_size, pick_dtype
-from dhtm.harness.core.errors import UserError, require_number, require_text
-from dhtm.harness.data.loading import described, from_cache, load_data, on_error
-from dhtm.harness.data.splits import Split, UnreadableError
-from dhtm.harness.models.backbones import weights_sha256
-from dhtm.harness.models.cost import baseline_flops, flops, solve
-from dhtm.harness.models.methods import knobs, load_model, unusual
-from dhtm.harness.runs.predict import predict_and_keep, stop
-from dhtm.harness.runs.store import FAILED, RunDirectory, code_version, git_commit, library_version, run_id, versions
-from dhtm.harness.sweeps.callback import note
-from dhtm.harness.tracking import evaluation_log, log_finished_run
+from dhtm.harness.core.devices import DTYPES, pick_batch_size
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.ranks import Ranks
+from dhtm.harness.core.redaction import redacted_settings
+from dhtm.harness.data.cache import cached
+from dhtm.harness.data.splits import Split, UnreadableError, describe, open_split
+from dhtm.harness.models.backbones import Backbone, weights_sha256
+from dhtm.harness.models.cost import baseline_flops, flops
+from dhtm.harness.models.methods import Method
+from dhtm.harness.models.weights import load_model
+from dhtm.harness.runs.directory import FAILED, RunDirectory
+from dhtm.harness.runs.metrics import accuracy, real_accuracy
+from dhtm.harness.runs.predict import predict_and_store
+from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
+from dhtm.harness.tracking import Tracker, track_evaluation
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
 
+Draw = Callable[[VisionTransformer, Split], list]
 
-@dataclasses.dataclass
-class _Task:
-    """A run before it is carried out: the config with its knob solved, and what was made from it."""
 
-    config: DictConfig
-    target: float | None
-    name: str
-    run: RunDirectory
+@dataclass(frozen=True)
+class Evaluation:
+    """A run as it is to be carried out; ``configs/evaluate.yaml`` explains the settings.
+
+    Attributes:
+        backbone, method, data: what is evaluated; the method's knob is solved.
+        results_dir: where run directories go.
+        target_pct: the FLOPs reduction in percent that the knob was solved for; None if it was given.
+    """
+
+    backbone: Backbone
+    method: Method
+    data: Any
+    results_dir: Path = Path("results/runs")
+    target_pct: float | None = None
+    experiment: str | None = None
+    checkpoints_dir: Path = Path("checkpoints")
+    allow_untrained: bool = False
+    batch_size: PositiveInt | None = None
+    num_workers: NonNegativeInt | None = None
+    device: str = "auto"
+    dtype: Literal[tuple(DTYPES)] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    force: bool = False
+    store_every_s: NonNegativeFloat = 30
+    cache_dir: Path | None = Path("results/cache")
+    tracker: Tracker | None = None
+
+    def settings(self) -> dict:
+        """Return the settings as plain values in the form of Hydra's config, passwords hidden."""
+        values = dataclasses.asdict(self)
+        method = values.pop("method")
+        values["method"] = {**{key: method[key] for key in ("name", "knob", "weights")}, "_target_": method["target"]}
+        values["method"] |= method["options"]
+        values["data"]["_target_"] = f"{type(self.data).__module__}.{type(self.data).__qualname__}"
+        return redacted_settings(json.loads(json.dumps(values, default=str)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A run with everything loaded that it needs."""
+
+    evaluation: Evaluation
+    title: str
+    directory: RunDirectory
     model: VisionTransformer
     trained: bool
     preprocessing: dict
     split: Split
-    dtype: torch.dtype
     determinants: dict
 
 
-def evaluate(config: DictConfig, draw: Callable[[VisionTransformer, Split], list] = lambda model, split: []) -> dict:
-    """Carry out the run that a config describes, go on where it was stopped, or find it done.
+def evaluate(
+    evaluation: Evaluation,
+    draw: Draw | None = None,
+    on_start: Callable[[Path, int], None] = lambda folder, n_images: None,
+) -> dict:
+    """Carry out a run, resume it, or find it finished.
 
-    Under torchrun all its processes carry it out together, each image in one of them.
+    Under torchrun all processes carry it out together, each image in one of them.
 
     Args:
-        config: of the run.
-        draw: pictures of what the model makes of a split, each with a caption; for a tracker.
+        draw: makes pictures of what the model does to a split, each with a caption, for a tracker.
+        on_start: is called with the run's directory and its number of images.
 
     Returns:
         The run's metrics, as in its metrics.json.
 
     Raises:
-        UserError: the config asks for something that cannot be had.
+        UserError: something that was asked for is not available.
     """
-    ranks = Ranks(config.device)
-    task = _prepare(config)
-    run = task.run
-    note(path=str(run.path.absolute()), n_images=len(task.split.dataset))
-    with run.alone() if ranks.first else contextlib.nullcontext():
-        if ranks.first and config.force:
-            run.forget()
-        before = ranks.gather(run.metrics() if ranks.first else None)[0]
-        if before is not None:
-            if before["n_failed"] and on_error(config.data) != "skip":
-                raise UserError(
-                    f"{run.path}: done before with data.on_error=skip, without the {before['n_failed']} images that {FAILED} "
-                    "there lists; mend them, or set data.on_error=skip"
-                )
+    ranks = Ranks(evaluation.device)
+    prepared = _prepare(evaluation)
+    directory, split = prepared.directory, prepared.split
+    pictures = (lambda: draw(prepared.model, split)) if draw else list
+    on_start(directory.path, len(split.dataset))
+    with directory.alone() if ranks.first else contextlib.nullcontext():
+        if ranks.first and evaluation.force:
+            directory.forget()
+        metrics = ranks.gather(directory.metrics() if ranks.first else None)[0]
+        if metrics is not None:
+            return _finished_before(prepared, metrics, pictures, ranks)
+        done = ranks.gather(directory.predictions_so_far() if ranks.first else None)[0]
+        with track_evaluation(
+            evaluation, directory.path.name, prepared.trained, len(split.dataset), done, ranks
+        ) as tracked:
+            failed, measured = _predict_missing(prepared, done, ranks, tracked.progress)
             if ranks.first:
-                log.info("%s: done before, %s", task.name, run.path)
-                before = run.add_target(before, task.target)
-                log_finished_run(task.config, before, run.path, lambda: draw(task.model, task.split))
-            return before
-        cost = _cost(task)
-        done = ranks.gather(run.predictions_so_far() if ranks.first else None)[0]
-        n_images = len(task.split.dataset)
-        with evaluation_log(task.config, run.path.name, task.trained, n_images, done, ranks) as tracked:
-            predictions, failed, how = _predictions(task, done, ranks, tracked.progress)
-            _report_failed(task, failed, ranks)
-            metrics = None
+                directory.list_failed(failed)
+            _require_readable(prepared, failed)
             if ranks.first:
-                metrics = _metrics(task, predictions, len(failed), cost | how)
-                metrics = run.save(task.config, predictions.drop(columns="nonfinite"), metrics)
-                _tell(task, metrics)
-                tracked.result(metrics, run.path, lambda: draw(task.model, task.split))
+                predictions = _all_predictions(prepared, failed)
+                metrics = _metrics(prepared, predictions, len(failed), measured)
+                metrics = directory.save(evaluation.settings(), predictions.drop(columns="nonfinite"), metrics)
+                _report(prepared, metrics)
+                tracked.result(metrics, directory.path, pictures)
     return ranks.gather(metrics)[0]
 
 
-def _prepare(config: DictConfig) -> _Task:
-    require_text(config, "backbone.name", "backbone.architecture", "method.name", "data.name", "data.split")
-    require_number(config, "batch_size", 1, integer=True, optional=True)
-    require_number(config, "num_workers", integer=True, optional=True)
-    require_number(config, "seed", below=2**63, integer=True)
-    require_number(config, "store_every_s")
-    on_error(config.data)  # which must be one that there is
-    dtype = pick_dtype(config.dtype, "dtype")
-    config = config.copy()
-    config.method, target = solve(config.backbone, config.method, config.target)
-    model, trained_weights = load_model(config, config.method)
+def _prepare(evaluation: Evaluation) -> _Prepared:
+    backbone, method, data = evaluation.backbone, evaluation.method, evaluation.data
+    model, trained_weights = load_model(
+        backbone, method, evaluation.checkpoints_dir, evaluation.allow_untrained, evaluation.seed
+    )
     preprocessing = resolve_data_config(model=model)
-    split = load_data(config.data, config.data.split, preprocessing, model.num_classes)
-    method = OmegaConf.to_container(config.method, resolve=True)
-    for key in ("backend", "knob", "weights"):  # all backends make the same merges; weights count by what they are
-        method.pop(key, None)
+    split = open_split(data, data.split, preprocessing, model.num_classes)
     determinants = {
-        "backbone": [config.backbone.name, config.backbone.architecture],
+        "backbone": [backbone.name, backbone.architecture],
         "weights": weights_sha256(model),
-        "method": method,
+        # All backends make the same merges.
+        "method": {"name": method.name, "target": method.target}
+        | {key: value for key, value in method.options.items() if key != "backend"},
         "code": code_version(model.reducer),
         "data": split.fingerprint,
         "n_images": len(split.dataset),
         "preprocessing": {key: str(value) for key, value in preprocessing.items()},
-        "dtype": config.dtype,
+        "dtype": evaluation.dtype,
+        "among": split.among,
+        "real_labels": split.real_labels is not None,
     }
-    if split.among is not None:
-        determinants["among"] = split.among
-    if split.real_labels is not None:
-        determinants["real_labels"] = True
-    options = " ".join(filter(None, (config.method.name, unusual(config.method), "trained" if trained_weights else "")))
-    name = f"{config.backbone.name} · {options} · {config.data.name}"
-    run = RunDirectory(config.results_dir, run_id(**determinants))
+    directory = RunDirectory(evaluation.results_dir, run_id(**determinants))
+    options = [method.name, method.unusual_options(), "trained" if trained_weights else ""]
+    title = f"{backbone.name} · {' '.join(filter(None, options))} · {data.name}"
     if not split.in_memory:
-        log.info("%s: images as %s has them: %s", name, config.backbone.name, described(preprocessing))
+        log.info("%s: images as %s takes them: %s", title, backbone.name, describe(preprocessing))
     trained = trained_weights is not None
-    return _Task(config, target, name, run, model, trained, preprocessing, split, dtype, determinants)
+    return _Prepared(evaluation, title, directory, model, trained, preprocessing, split, determinants)
 
 
-def _predictions(
-    task: _Task, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
-) -> tuple[pd.DataFrame, list[UnreadableError], dict]:
-    """Predictions for all images, in order, each from one rank or from before; those without; and how they were made."""
-    config, n_images = task.config, len(task.split.dataset)
+def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:
+    evaluation, directory = prepared.evaluation, prepared.directory
+    if metrics["n_failed"] and evaluation.data.on_error != "skip":
+        raise UserError(
+            f"{directory.path}: finished with data.on_error=skip, without the {metrics['n_failed']} images that {FAILED} there "
+            "lists; fix them, or set data.on_error=skip"
+        )
+    if ranks.first:
+        log.info("%s: already finished, %s", prepared.title, directory.path)
+        metrics = directory.add_target(metrics, evaluation.target_pct)
+        n_images = metrics["n_images"]
+        with track_evaluation(
+            evaluation, metrics["run_id"], prepared.trained, n_images, pd.DataFrame(), ranks
+        ) as tracked:
+            tracked.result(metrics, directory.path, pictures)
+    return metrics
+
+
+def _predict_missing(
+    prepared: _Prepared, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
+) -> tuple[list[UnreadableError], dict]:
+    """Predict what is not stored yet, each image in one rank; return the images that cannot be read, and measurements."""
+    evaluation, n_images = prepared.evaluation, len(prepared.split.dataset)
     if ranks.first and len(done):
-        log.info("%s: going on after %d of %d images", task.name, len(done), n_images)
-    todo = sorted(set(range(n_images)) - set(done["index"]))
-    split = from_cache(task.split, config, task.preprocessing)
+        log.info("%s: resuming after %d of %d images", prepared.title, len(done), n_images)
+    missing = sorted(set(range(n_images)) - set(done["index"]))
+    split = prepared.split
+    if evaluation.cache_dir is not None and missing:
+        data = evaluation.data
+        split = cached(data, split, data.split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
     failed = {}
 
     def on_unreadable(unreadable: UnreadableError) -> None:
         if unreadable.index not in failed:
-            log.warning("%s: %s", task.name, unreadable)
+            log.warning("%s: %s", prepared.title, unreadable)
         failed[unreadable.index] = unreadable
 
     start = time.perf_counter()
-    found, batch_size = predict_and_keep(
-        task.run, config.store_every_s, progress, task.model, split, todo[ranks.rank :: ranks.world],
-        config.batch_size or pick_batch_size(ranks.device), ranks.device, task.dtype,
-        task.name if ranks.first else None, config.num_workers,
-        stop if on_error(config.data) == "fail_fast" else on_unreadable,
+    batch_size = predict_and_store(
+        prepared.directory, evaluation.store_every_s, progress, prepared.model, split, missing[ranks.rank :: ranks.world],
+        evaluation.batch_size or pick_batch_size(ranks.device), device=ranks.device, dtype=DTYPES[evaluation.dtype],
+        title=prepared.title if ranks.first else None, num_workers=evaluation.num_workers, on_unreadable=on_unreadable,
     )  # fmt: skip
-    everyones = ranks.gather((found, batch_size, failed))
+    everyone = ranks.gather((batch_size, failed))
     seconds = time.perf_counter() - start
-    parts = [part for found, *_ in everyones for part in found]
-    failed = {index: unreadable for *_, failed in everyones for index, unreadable in failed.items()}
-    if not parts and not len(done):
-        raise UserError(f"{task.name}: none of its {n_images} images can be read; {failed[0]}")
-    predictions = pd.concat([*filter(len, [done]), *parts], ignore_index=True).sort_values("index", ignore_index=True)
-    if sorted([*predictions["index"], *failed]) != list(range(n_images)):
-        raise RuntimeError(f"{task.run.path}: images were lost or counted twice; this is a mistake of the program")
-    return predictions, [failed[index] for index in sorted(failed)], {
-        "images_per_s": (len(todo) - len(failed)) / seconds if len(todo) > len(failed) else None,
-        "batch_size": min(size for _, size, _ in everyones),
+    failed = {index: unreadable for _, failed in everyone for index, unreadable in failed.items()}
+    n_predicted = len(missing) - len(failed)
+    return [failed[index] for index in sorted(failed)], {
+        "images_per_s": n_predicted / seconds if n_predicted else None,
+        "batch_size": min(size for size, _ in everyone),
         "world_size": ranks.world,
         "device": ranks.device.type,
         "wall_s": seconds,
-    }  # fmt: skip
+    }
 
 
-def _report_failed(task: _Task, failed: list[UnreadableError], ranks: Ranks) -> None:
-    """List the images that cannot be read, which ends the run unless they are to be skipped."""
-    if ranks.first:
-        task.run.list_failed(failed)
-    if failed and on_error(task.config.data) != "skip":
-        more = f" and {len(failed) - 1} more, listed in {task.run.path / FAILED}" if len(failed) > 1 else ""
+def _require_readable(prepared: _Prepared, failed: list[UnreadableError]) -> None:
+    """Raise a UserError if images cannot be read, unless they are to be skipped or none can."""
+    if len(failed) == len(prepared.split.dataset):
+        raise UserError(f"{prepared.title}: none of its {len(failed)} images can be read; {failed[0]}")
+    if failed and prepared.evaluation.data.on_error != "skip":
+        more = f" and {len(failed) - 1} more, listed in {prepared.directory.path / FAILED}" if len(failed) > 1 else ""
         raise UserError(
-            f"{task.name}: {failed[0]}{more}; the predictions for all others are stored: leave these out by "
-            "data.on_error=skip, or mend them, which makes it another run"
+            f"{prepared.title}: {failed[0]}{more}; the predictions for all others are stored: skip these images by "
+            "data.on_error=skip, or fix them, which makes it another run"
         )
 
 
-def _metrics(task: _Task, predictions: pd.DataFrame, n_failed: int, measured: dict) -> dict:
-    config, reducer = task.config, task.model.reducer
+def _all_predictions(prepared: _Prepared, failed: list[UnreadableError]) -> pd.DataFrame:
+    predictions = prepared.directory.predictions_so_far().sort_values("index", ignore_index=True)
+    everything = sorted([*predictions["index"], *(unreadable.index for unreadable in failed)])
+    if everything != list(range(len(prepared.split.dataset))):
+        raise UserError(
+            f"{prepared.directory.path}: predictions of other processes are missing; results_dir must be on a disk that all "
+            "machines share"
+        )
+    return predictions
+
+
+def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, measured: dict) -> dict:
+    evaluation, model, split = prepared.evaluation, prepared.model, prepared.split
+    reducer, backbone = model.reducer, evaluation.backbone
+    count, plain = flops(backbone, evaluation.method), baseline_flops(backbone)
     return {
-        "run_id": task.run.path.name,
-        "experiment": config.experiment,
-        "backbone": config.backbone.name,
-        "method": config.method.name,
-        "trained": task.trained,
-        "untrained": not task.trained and any(True for _ in reducer.parameters()),
-        "knob": config.method.knob,
-        "knobs": knobs(config.method),
-        "targets_reduction_pct": [] if task.target is None else [task.target],
+        "run_id": prepared.directory.path.name,
+        "experiment": evaluation.experiment,
+        "backbone": backbone.name,
+        "method": evaluation.method.name,
+        "trained": prepared.trained,
+        "untrained": not prepared.trained and any(True for _ in reducer.parameters()),
+        "knob": evaluation.method.knob,
+        "knobs": evaluation.method.knobs,
+        "targets_reduction_pct": [] if evaluation.target_pct is None else [evaluation.target_pct],
         "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
-        "data": config.data.name,
-        "split": config.data.split,
+        "data": evaluation.data.name,
+        "split": evaluation.data.split,
         "n_failed": n_failed,
-        **_accuracy(predictions),
-        **_real_accuracy(predictions, task.split.real_labels),
+        **accuracy(predictions),
+        **(real_accuracy(predictions, split.real_labels) if split.real_labels is not None else {}),
+        "flops_g": count.total / 1e9,
+        "flops_baseline_g": plain / 1e9,
+        "flops_reduction_pct": 100 * (1 - count.total / plain),
+        "merge_flops_g": count.merging / 1e9,
+        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "tokens_by_layer": tokens_by_layer(model),
         **measured,
-        "dtype": config.dtype,
-        "tf32": False,  # dhtm.harness.core.devices.exact
-        "seed": config.seed,
-        "weights_sha256": task.determinants["weights"],
-        "data_fingerprint": task.split.fingerprint,
-        "code_version": task.determinants["code"],
-        "library_version": library_version(),
+        "dtype": evaluation.dtype,
+        "tf32": False,  # see dhtm.harness.core.devices.exact
+        "seed": evaluation.seed,
+        "weights_sha256": prepared.determinants["weights"],
+        "data_fingerprint": split.fingerprint,
+        "code_version": prepared.determinants["code"],
+        "library_version": VERSION,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
     }
 
 
-def _tell(task: _Task, metrics: dict) -> None:
+def _report(prepared: _Prepared, metrics: dict) -> None:
     if metrics["n_nonfinite"]:
         log.warning(
             "%s: %d images have logits that are not finite, the first is image %d",
-            task.name, metrics["n_nonfinite"], metrics["first_nonfinite"],
+            prepared.title, metrics["n_nonfinite"], metrics["first_nonfinite"],
         )  # fmt: skip
     speed = "" if metrics["images_per_s"] is None else f", {metrics['images_per_s']:.0f} images/s"
     log.info(
         "%s: top-1 %.2f%% [%.2f, %.2f], %.4f GFLOPs (%.1f%% fewer)%s, %s",
-        task.name, metrics["top1"], *metrics["top1_ci95"], metrics["flops_g"], metrics["flops_reduction_pct"], speed,
-        task.run.path,
+        prepared.title, metrics["top1"], *metrics["top1_ci95"], metrics["flops_g"], metrics["flops_reduction_pct"], speed,
+        prepared.directory.path,
     )  # fmt: skip
-
-
-def _accuracy(predictions: pd.DataFrame) -> dict:
-    """Top-1 with its 95% Wilson interval and top-5, in percent."""
-    from scipy.stats import binomtest  # here, because it takes a second, which a start need not wait for
-
-    n_images, n_correct = len(predictions), int(predictions.correct.sum())
-    interval = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
-    broken = predictions["index"][predictions.nonfinite]
-    in_top5 = [label in top5 for label, top5 in zip(predictions.label, predictions.top5, strict=True)]
-    return {
-        "n_images": n_images,
-        "n_nonfinite": len(broken),
-        "first_nonfinite": int(broken.min()) if len(broken) else None,
-        "top1": 100 * n_correct / n_images,
-        "top1_ci95": [100 * interval.low, 100 * interval.high],
-        "top5": 100 * sum(in_top5) / n_images,
-    }
-
-
-def _real_accuracy(predictions: pd.DataFrame, labels: list[list[int]] | None) -> dict:
-    """Top-1 by the reassessed labels, in percent: any of them is right, and images without one do not count."""
-    if labels is None:
-        return {}
-    right = [
-        top5[0] in labels[index]
-        for index, top5 in zip(predictions["index"], predictions.top5, strict=True)
-        if labels[index]
-    ]
-    return {"n_images_real": len(right), "top1_real": 100 * sum(right) / len(right) if right else None}
-
-
-def _cost(task: _Task) -> dict:
-    """FLOPs of the patched model and of the plain one, its parameters, and the tokens that leave each layer."""
-    backbone = task.config.backbone
-    count, plain = flops(backbone, task.config.method), baseline_flops(backbone.architecture, backbone.num_classes)
-    return {
-        "flops_g": count.total / 1e9,
-        "flops_baseline_g": plain / 1e9,
-        "flops_reduction_pct": 100 * (1 - count.total / plain),
-        "merge_flops_g": count.merging / 1e9,
-        "params_m": sum(parameter.numel() for parameter in task.model.parameters()) / 1e6,
-        "tokens_by_layer": tokens_by_layer(task.model),
-    }

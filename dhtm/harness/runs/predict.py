@@ -1,4 +1,4 @@
-"""The five best classes for every image of a split, kept as they come."""
+"""The five best classes for every image of a split, stored as they come."""
 
 import logging
 import time
@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.data.loading import batches
-from dhtm.harness.data.splits import Split, UnreadableError
-from dhtm.harness.runs.store import RunDirectory
+from dhtm.harness.data.splits import Split, UnreadableError, batches, mask
+from dhtm.harness.runs.directory import RunDirectory
 from dhtm.vit import image_ids
 
 log = logging.getLogger(__name__)
+
+CLASSES = [f"class_{place}" for place in range(1, 6)]
 
 
 def stop(unreadable: UnreadableError) -> None:
@@ -33,117 +34,100 @@ def predict(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
-    name: str | None,
+    title: str | None,
     num_workers: int | None = None,
     on_unreadable: Callable[[UnreadableError], None] = stop,
 ) -> Iterator[pd.DataFrame]:
-    """Predictions for some images of a split, batch after batch.
+    """Predict images of a split, batch after batch.
 
     Args:
         model: a patched model, which is moved to the device and dtype.
         indices: of the images.
-        name: what to call this on a progress bar; None for no bar.
-        num_workers: processes that load images; None for one a core where images are on disk.
-        on_unreadable: is told of every image that cannot be read, in place of a prediction.
+        title: of the progress bar; None for no bar.
+        num_workers: processes that load images; None for one per core where images are on disk.
+        on_unreadable: is called with every image that cannot be read, which has no prediction.
 
     Yields:
-        index, label, top5 (best first), correct (is the first right) and nonfinite, a row an image in order.
+        index, label, class_1 … class_5 (the best first, −1 where the model has fewer outputs), correct (is the first right),
+        nonfinite (is any logit), and group where the split has groups; one row per image, in order.
     """
     model.to(device=device, dtype=dtype).eval()
-    hidden = True if name is None else None
-    added = mask(model, split, device)
-    with tqdm(total=len(indices), desc=name, unit=" images", disable=hidden) as bar:
+    added = mask(model.num_classes, split, device)
+    n_best = min(5, model.num_classes)
+    with tqdm(total=len(indices), desc=title, unit=" images", disable=True if title is None else None) as bar:
         for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
             with image_ids(model, ids), exact(device):
                 logits = model(images.to(dtype=dtype)).float()
-            finite = logits.isfinite().all(dim=1)
-            logits = logits + added
-            top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()
-            yield pd.DataFrame(
-                {
-                    "index": ids.numpy(),
-                    "label": labels.numpy(),
-                    "top5": list(top5.numpy()),
-                    "correct": (top5[:, 0] == labels).numpy(),
-                    "nonfinite": ~finite.cpu().numpy(),
-                }
-            )
+            best = np.full((len(ids), 5), -1)
+            best[:, :n_best] = (logits + added).topk(n_best).indices.cpu().numpy()
+            frame = pd.DataFrame({"index": ids.numpy(), "label": labels.numpy()})
+            frame[CLASSES] = best
+            frame["correct"] = frame.class_1 == frame.label
+            frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
+            if split.groups is not None:
+                frame["group"] = split.groups[ids.numpy()]
+            yield frame
             bar.update(len(ids))
 
 
-def mask(model: nn.Module, split: Split, device: torch.device) -> Tensor:
-    """What to add to logits, [C], so that only those outputs win that are asked."""
-    if split.among is None:
-        return torch.zeros(model.num_classes, device=device)
-    added = torch.full((model.num_classes,), -torch.inf, device=device)
-    added[list(split.among)] = 0
-    return added
-
-
-class _Packed:
-    """Predictions in a few arrays: small objects by the thousand, kept among a forward's large ones, fragment the heap."""
-
-    def __init__(self, predictions: pd.DataFrame):
-        self.others, self.top5 = predictions.drop(columns="top5"), np.stack(predictions.top5)
-
-    def frame(self) -> pd.DataFrame:
-        frame = self.others.copy()
-        frame.insert(2, "top5", list(self.top5))
-        return frame
-
-
-def predict_and_keep(
-    run: RunDirectory,
+def predict_and_store(
+    directory: RunDirectory,
     every_s: float,
     progress: Callable[[pd.DataFrame], None],
     model: nn.Module,
     split: Split,
     indices: Sequence[int],
     batch_size: int,
-    *arguments,
-) -> tuple[list[pd.DataFrame], int]:
-    """:func:`predict`, but what is predicted is stored with the run every so many seconds, and in the end, whatever ends it.
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    title: str | None,
+    num_workers: int | None,
+    on_unreadable: Callable[[UnreadableError], None],
+) -> int:
+    """Predict images and store the predictions every so many seconds and at the end, also if an error or a signal ends it.
 
-    ``progress`` is called with every batch's predictions. Where a GPU's memory runs out, the rest is predicted in batches
-    of half the size.
+    If a GPU's memory runs out, the rest is predicted in batches of half the size.
+
+    Args:
+        progress: is called with every batch's predictions.
 
     Returns:
-        The predictions, and the batch size that was possible.
+        The batch size that was possible.
 
     Raises:
         UserError: there is no memory for one image.
     """
-    kept, fresh, stored = [], [], time.monotonic()
+    fresh, last_stored = [], time.monotonic()
+    remaining = list(indices)
 
-    def keep():
-        nonlocal stored
+    def store():
+        nonlocal fresh, last_stored, remaining
         if fresh:
             frame = pd.concat(fresh, ignore_index=True)
-            run.append(frame)
-            kept.append(_Packed(frame))
-        fresh.clear()
-        stored = time.monotonic()
+            directory.append(frame)
+            predicted = set(frame["index"])
+            remaining = [index for index in remaining if index not in predicted]
+        fresh, last_stored = [], time.monotonic()
 
-    while indices:
+    while remaining:
         try:
-            for part in predict(model, split, indices, batch_size, *arguments):
+            for part in predict(model, split, remaining, batch_size, device, dtype, title, num_workers, on_unreadable):
                 fresh.append(part)
                 progress(part)
-                if time.monotonic() - stored >= every_s:
-                    keep()
-            keep()  # other ranks may take longer, or die
-            return [packed.frame() for packed in kept], batch_size
+                if time.monotonic() - last_stored >= every_s:
+                    store()
+            store()
+            return batch_size
         except torch.OutOfMemoryError:
-            pass  # and out of this block, which holds on to the tensors of the forward that failed
-        except BaseException:  # an image that cannot be read, a signal, Ctrl-C: the same command goes on from here
-            keep()
+            pass  # handled outside this block, which holds on to the tensors of the forward that failed
+        except BaseException:  # a signal, Ctrl-C, a data set that vanishes: the same command resumes from here
+            store()
             raise
-        keep()
+        store()
         if batch_size == 1:
             raise UserError("out of memory with one image at a time; choose another device=")
         torch.cuda.empty_cache()
         batch_size //= 2
-        log.warning("out of memory: going on with batch_size=%d", batch_size)
-        done = {index for packed in kept for index in packed.others["index"]}
-        indices = [index for index in indices if index not in done]
-    return [packed.frame() for packed in kept], batch_size
+        log.warning("out of memory: resuming with batch_size=%d", batch_size)
+    return batch_size

@@ -1,16 +1,16 @@
-"""Sweeps: what becomes of each run is noted beside the results, and a run that fails does not take the others down.
+"""Sweeps: what becomes of each run is recorded beside the results, and a run that fails does not end the others.
 
-Hydra calls :class:`Sweep`, which the configs name under ``hydra.callbacks``, in the process that the user starts and in those
-that a launcher starts, on this machine or another. ``dhtm.harness.sweeps.status`` tells what it noted, at any time.
+Hydra calls :class:`Sweep`, which the configs name under ``hydra.callbacks``, in the process that the user starts and in
+those that a launcher starts, on this machine or another. :mod:`dhtm.harness.sweeps.status` shows what it recorded.
 """
 
 import atexit
 import contextlib
-import dataclasses
 import datetime
-import fcntl
 import hashlib
 import importlib
+import itertools
+import json
 import logging
 import os
 import re
@@ -18,9 +18,9 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -28,140 +28,145 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dhtm.harness.core.devices import rank, take_gpu
-from dhtm.harness.core.errors import UserError, command, one_line, path_given
-from dhtm.harness.runs.store import require_writable, write_json
+from dhtm.harness.core.command import command, register_resolvers
+from dhtm.harness.core.devices import take_gpu
+from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.files import expanded, require_writable, write_json
+from dhtm.harness.core.ranks import rank, world_size
 from dhtm.harness.sweeps import status
 
 log = logging.getLogger(__name__)
 
+register_resolvers()  # a launcher's processes compose configs before they run anything else of this project
 
-@dataclasses.dataclass
-class _Run:
-    """The run that this process carries out: where it is noted, what is, its log, and what is to be done when it ends."""
-
-    file: Path
-    noted: dict
-    log: IO
-    end: contextlib.ExitStack
-
-
-_run: _Run | None = None
-
-
-def note(**facts: Any) -> None:
-    """Note something of the run that this process carries out; outside a sweep, nothing."""
-    if _run:
-        _run.noted |= facts
-        try:
-            write_json(_run.file, _run.noted)
-        except OSError as error:  # which a run may well survive
-            log.warning("%s: cannot be written (%s)", _run.file, error.strerror)
+_RECORD = "DHTM_RUN_RECORD"  # the environment variable that names the JSON file of the present run
 
 
 class Sweep(Callback):
-    """Notes of a sweep: ``root/sweeps/<name>-<hash>`` holds sweep.json, the runs' overrides, and a JSON and a log for each.
+    """Records of a sweep: ``root/sweeps/<name>-<hash>`` holds sweep.json, and a JSON, a log and a lock for each run.
 
-    The hash is that of the command: given again, it takes the place of what it left before.
+    The hash is that of the command: the same command takes the place of what it left before.
 
     Args:
-        root: where the runs' results go; on a disk that all machines share.
+        root: where the runs' results go, on a disk that all machines share.
     """
 
     def __init__(self, root: str):
         self.root, self.folder, self.process = root, None, None
+        # The log of the run that this process carries out, and what to do when it ends.
+        self.log, self.end = None, None
 
-    @command(goes_on=False)  # Hydra would make a warning of an exception
+    @command(resumes=False)  # Hydra would make a warning of an exception
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note which runs there are to be; refuse what none of them could do with."""
+        """Record which runs there will be; refuse at once what no run could do with."""
         _require_launcher(config.hydra)
         setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
-        root = path_given(self.root, setting)
-        told = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
+        if not isinstance(self.root, str):
+            raise UserError(f"{setting}={self.root}: it must be a path")
+        typed = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
-        name = f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-        self.folder, self.process = root.absolute() / "sweeps" / name, os.getpid()
+        name = f"{name}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
+        self.folder, self.process = expanded(self.root).absolute() / "sweeps" / name, os.getpid()
         if rank() > 0:
             return
         require_writable(self.folder, f"{setting}={self.root}")
         for file in self.folder.glob("[0-9]*.json"):
             file.unlink()
-        write_json(self.folder / "sweep.json", {"command": told, "runs": _overrides(config)})
-        lock = (self.folder / "lock").open("a")
-        _lock(lock)
-        atexit.register(self._tell)  # whatever ends it
-        atexit.register(lock.close)  # before that
+        write_json(self.folder / "sweep.json", {"command": typed, "runs": _runs(config.hydra)})
+        lock = FileLock(self.folder / "lock")
+        lock.acquire()
+        atexit.register(self._print_table)  # whatever ends it
+        atexit.register(lock.release)  # before that: callbacks run in reverse order
 
-    def _tell(self) -> None:
-        if _run:  # stopped half way
-            _run.end.close()
+    def _print_table(self) -> None:
+        if self.end:  # stopped half way
+            self.end.close()
         print(f"\n{status.table(self.folder)}")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note that a run has begun, and keep its log."""
+        """Record that a run has started, and keep its log."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         launched = os.getpid() != self.process
         if launched and config.device in ("auto", "cuda"):
             take_gpu()
-        if rank() == 0:
-            _begin(self.folder, config.hydra.job.num, launched)
+        if rank() > 0:
+            return
+        number = config.hydra.job.num
+        file, log_file, lock_file = (status.run_file(self.folder, number, ending) for ending in ("json", "log", "lock"))
+        self.end, root = contextlib.ExitStack(), logging.getLogger()
+        lock = FileLock(lock_file)
+        lock.acquire()
+        self.end.callback(lock.release)
+        handler = logging.FileHandler(log_file, mode="w")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.log = handler.stream
+        self.end.callback(handler.close)
+        root.addHandler(handler)
+        self.end.callback(root.removeHandler, handler)
+        if launched and sys.stderr.isatty():  # progress bars of several runs would overwrite each other
+            self.end.enter_context(contextlib.redirect_stderr(handler.stream))
+        os.environ[_RECORD] = str(file)
+        file.unlink(missing_ok=True)
+        record(state="running", started=_now())
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note how a run ended. Where it failed, hide that from Hydra, which would end the sweep."""
+        """Record how a run ended. If it failed, hide that from Hydra, which would end the sweep."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         failed = job_return.status == JobStatus.FAILED
-        outcome = job_return._return_value  # without the underscore it would be raised
+        outcome = job_return._return_value  # the property of this name would raise it
         job_return.return_value, job_return.status = None, JobStatus.COMPLETED
         if rank() == 0:
-            _end(outcome, failed)
-        if failed and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            sys.exit(1)  # torchrun's other processes are somewhere else in this run: no going on together
+            self._record_end(outcome)
+        if failed and world_size() > 1:
+            sys.exit(1)  # torchrun's other processes are somewhere else in this run and cannot go on
+
+    def _record_end(self, outcome: Any) -> None:
+        file = Path(os.environ[_RECORD])
+        recorded = json.loads(file.read_text())
+        if isinstance(outcome, BaseException):
+            reason = one_line(outcome)
+            if not isinstance(outcome, UserError):
+                traceback.print_exception(outcome, file=self.log)
+                reason = f"{type(outcome).__name__}: {reason}"
+            log.error("failed: %s", reason)
+            record(state="failed", reason=reason)
+        elif recorded["state"] == "running":
+            before = outcome is not None and outcome["finished"] < recorded["started"]
+            record(state="done", ended=_now(), before=before)
+        del os.environ[_RECORD]
+        self.end.close()
+        self.log, self.end = None, None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with code 1 unless every run is done, or was left out as the config asks."""
+        """Exit with code 1 unless every run is done, or was skipped as the config asks."""
         if rank() == 0 and any(run["state"] not in ("done", "skipped") for run in status.states(self.folder)):
             sys.exit(1)
 
 
-def _begin(folder: Path, number: int, launched: bool) -> None:
-    global _run
-    end, root = contextlib.ExitStack(), logging.getLogger()
-    handler = logging.FileHandler(status.log_file(folder, number), mode="w")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    end.callback(handler.close)
-    root.addHandler(handler)
-    end.callback(root.removeHandler, handler)
-    _lock(handler.stream)
-    if launched and sys.stderr.isatty():  # progress bars of several runs would overwrite each other
-        end.enter_context(contextlib.redirect_stderr(handler.stream))
-    _run = _Run(status.run_file(folder, number), {}, handler.stream, end)
-    note(state="running", started=_now())
+def record(**facts: Any) -> None:
+    """Record facts about the run of a sweep that this process carries out; outside a sweep, do nothing."""
+    if _RECORD not in os.environ:
+        return
+    file = Path(os.environ[_RECORD])
+    try:
+        write_json(file, (json.loads(file.read_text()) if file.exists() else {}) | facts)
+    except OSError as error:  # which a run may well survive
+        log.warning("%s: cannot be written (%s)", file, error.strerror)
 
 
-def _end(outcome: Any, failed: bool) -> None:
-    global _run
-    if failed:
-        reason = one_line(outcome)
-        if not isinstance(outcome, UserError):
-            traceback.print_exception(outcome, file=_run.log)
-            reason = f"{type(outcome).__name__}: {reason}"
-        log.error("failed: %s", reason)
-        note(state="failed", reason=reason)
-    elif _run.noted["state"] == "running":
-        before = outcome is not None and outcome["finished"] < _run.noted["started"]
-        note(state="done", ended=_now(), before=before)
-    _run.end.close()
-    _run = None
-
-
-def _overrides(config: DictConfig) -> list[list[str]]:
-    """Of each run of a sweep its overrides, as Hydra's sweeper will set them."""
-    swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+def _runs(hydra: DictConfig) -> list[list[str]]:
+    """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them."""
+    given = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*swept, *config.hydra.overrides.task]), None)
-    return runs
+    choices = {}  # a later override takes the place of an earlier one of the same key
+    for override in parser.parse_overrides([*given, *hydra.overrides.task]):
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        key = override.get_key_element()
+        choices[key] = [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
 
 
 def _require_launcher(hydra: DictConfig) -> None:
@@ -173,12 +178,6 @@ def _require_launcher(hydra: DictConfig) -> None:
         raise UserError(f"hydra/launcher={name}: {module} is not installed; pip install -e '.[{extra}]'") from None
     if name == "submitit_slurm" and not shutil.which("srun"):
         raise UserError(f"hydra/launcher={name}: there is no srun here; give the command on a machine of the cluster")
-
-
-def _lock(file: IO) -> None:
-    """Lock a file for as long as it is open, beside others that do; for status to see."""
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def _now() -> str:

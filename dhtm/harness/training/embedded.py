@@ -1,20 +1,21 @@
 """Training the embedded model from scratch: a small ViT that learns to read digits in cluttered scenes.
 
-A ViT of this size learns next to nothing from hard scenes in its first thousand steps, and sees 196 tokens at a
-hundred images a second on two cores. So the scenes start plain and become hard, and in the first stage the model is shown
-only the window of tokens around the digit, which costs a third.
+A ViT of this size learns next to nothing from hard scenes in its first thousand steps, and 196 tokens cost it a hundredth of
+a second per image on two cores. So the scenes start plain and become hard, and in the first stage the model sees only the
+window of tokens around the digit, which costs a third.
 """
 
-import copy
-import dataclasses
 import logging
 import time
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import timm
 import torch
-from omegaconf import DictConfig
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm.layers import build_sincos2d_pos_embed
@@ -25,55 +26,86 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import UserError, path_given
-from dhtm.harness.data.scenes import CANVAS, scenes
-from dhtm.harness.data.splits import digits
-from dhtm.harness.models import backbones  # noqa: F401  timm knows deit_micro by it
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.files import require_writable, write_atomically
+from dhtm.harness.data.scenes import CANVAS, Digits, scenes
+from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.runs.predict import predict
-from dhtm.harness.runs.store import require_writable, write_atomically
 
 log = logging.getLogger(__name__)
 
+Difficulty = Annotated[float, Field(ge=0, le=1)]
 
-def train_micro(config: DictConfig) -> float:
-    """Train a backbone on the digits from scratch and write its weights, in half precision, to ``config.output``.
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: scenes in each.
+        window: the model sees window × window patches around the digit.
+        difficulty: of the scenes at the start and at the end, from 0 to 1; the end is reached after two thirds.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    window: PositiveInt
+    difficulty: tuple[Difficulty, Difficulty]
+
+
+@dataclass(frozen=True)
+class EmbeddedTraining:
+    """A training of the embedded model; ``configs/train_micro.yaml`` explains the settings."""
+
+    backbone: Backbone
+    data: Digits
+    output: Path
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    device: str = "auto"
+    seed: NonNegativeInt = 0
+    lr: NonNegativeFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_steps: NonNegativeInt = 300
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+def train_embedded(training: EmbeddedTraining) -> float:
+    """Train a backbone on the digits from scratch and write its weights in half precision.
 
     Returns:
-        Top-1 accuracy in percent on the test scenes, of the weights as they were written.
+        Top-1 accuracy in percent on the test scenes, with the weights as they were written.
 
     Raises:
-        UserError: the config asks for something that cannot be had, or the loss is not finite.
+        UserError: something that was asked for is not available, or the loss is not finite.
     """
-    if config.data.name != "digits":
-        raise UserError(f"data={config.data.name}: training draws its own scenes, which only data=digits has")
-    device = pick_device(config.device)
-    output = path_given(config.output, "output")
+    device, output = pick_device(training.device), training.output
     require_writable(output.parent, f"output={output}")
-    torch.manual_seed(config.seed)
-    model = timm.create_model(config.backbone.architecture, num_classes=config.backbone.num_classes)
-    if tuple(resolve_data_config(model=model)["input_size"]) != (1, CANVAS, CANVAS):
+    torch.manual_seed(training.seed)
+    model = timm.create_model(training.backbone.architecture, num_classes=training.backbone.num_classes)
+    preprocessing = resolve_data_config(model=model)
+    if tuple(preprocessing["input_size"]) != (1, CANVAS, CANVAS):
         raise UserError(
-            f"backbone={config.backbone.name}: it does not take grey images of {CANVAS}×{CANVAS}; deit_micro does"
+            f"backbone={training.backbone.name}: it does not take grey images of {CANVAS}×{CANVAS}; deit_micro does"
         )
     side = model.patch_embed.grid_size[0]
-    with torch.no_grad():  # near where training takes it: a learned position embedding finds the grid slowly
+    with torch.no_grad():  # a learned position embedding finds the grid slowly, so it starts near it
         embedding = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim, dtype=torch.float32)
         model.pos_embed[:, model.num_prefix_tokens :] = embedding / 2
     model.patch_drop = KeepTokens(model.num_prefix_tokens)
     model.to(device).train()
-    optimiser = create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
-    n_steps = sum(stage.steps for stage in config.stages)
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=training.lr, weight_decay=training.weight_decay)
+    n_steps = sum(stage.steps for stage in training.stages)
     schedule = CosineLRScheduler(
-        optimiser, n_steps, lr_min=0, warmup_t=config.warmup_steps, warmup_lr_init=0, t_in_epochs=False
+        optimiser, n_steps, lr_min=0, warmup_t=training.warmup_steps, warmup_lr_init=0, t_in_epochs=False
     )
-    loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    preprocessing = resolve_data_config(model=model)
+    loss_function = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
     mean, std = (torch.tensor(preprocessing[key], device=device) for key in ("mean", "std"))
 
     step, first_scene, start = 0, 0, time.perf_counter()
-    with tqdm(total=n_steps, desc=f"training {config.backbone.name}", unit=" steps", disable=None) as bar:
-        for number, stage in enumerate(config.stages, start=1):
-            batches = SceneBatches(Stage(**stage), first_scene, side, config.seed)
+    with tqdm(total=n_steps, desc=f"training {training.backbone.name}", unit=" steps", disable=None) as bar:
+        for number, stage in enumerate(training.stages, start=1):
+            batches = SceneBatches(stage, first_scene, side, training.seed)
             losses = []
             for images, labels, kept in DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8):
                 schedule.step_update(step)
@@ -87,7 +119,7 @@ def train_micro(config: DictConfig) -> float:
                 losses.append(loss.item())
                 if not np.isfinite(losses[-1]):
                     raise UserError(
-                        f"the loss is {losses[-1]} in step {step}: nothing is saved; try a smaller lr={config.lr}"
+                        f"the loss is {losses[-1]} in step {step}: nothing is saved; try a smaller lr={training.lr}"
                     )
                 step += 1
                 bar.update()
@@ -99,29 +131,11 @@ def train_micro(config: DictConfig) -> float:
     weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(output, lambda path: save_file(weights, path))
     model.load_state_dict(weights)
-    split = digits("test", config.data.seed, config.data.limit, create_transform(**preprocessing))
-    everything = range(len(split.dataset))
-    predictions = pd.concat(predict(copy.deepcopy(model), split, everything, 64, device, torch.float32, "validation"))
+    split = training.data.open("test", create_transform(**preprocessing))
+    predictions = pd.concat(predict(model, split, range(len(split.dataset)), 64, device, torch.float32, "validation"))
     top1 = 100 * predictions.correct.mean()
     log.info("%s: top-1 %.2f%% on %d test scenes, %.0f s", output, top1, len(predictions), time.perf_counter() - start)
     return top1
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of the training.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: scenes in each.
-        window: the model sees window × window patches around the digit.
-        difficulty: of the scenes at the start and at the end, from 0 to 1; the end is reached after two thirds.
-    """
-
-    steps: int
-    batch_size: int
-    window: int
-    difficulty: tuple[float, float]
 
 
 class SceneBatches(Dataset):
@@ -148,7 +162,7 @@ class SceneBatches(Dataset):
 
 
 class KeepTokens(nn.Module):
-    """In the place of timm's patch dropout: shows the blocks the prefix tokens and the given patches only."""
+    """Shows the blocks only the prefix tokens and the given patches; it takes the place of timm's patch dropout."""
 
     kept: Tensor  # int64 [B, n]
 

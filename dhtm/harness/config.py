@@ -1,0 +1,184 @@
+"""The door: from Hydra's composed config to the typed, frozen objects that everything below takes.
+
+Each function takes the config of the script of its name. Types and ranges are checked here, by pydantic; a value that does
+not fit is a :class:`UserError` that names its key.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
+
+from dhtm.harness.benchmark import Benchmark, Scaling
+from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.files import expanded
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.cost import Target, solve
+from dhtm.harness.models.methods import Method
+from dhtm.harness.runs.evaluate import Evaluation
+from dhtm.harness.tracking import Tracker
+from dhtm.harness.training.embedded import EmbeddedTraining, Stage
+from dhtm.harness.training.trainer import Training
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What scripts/report.py is to do; ``configs/report.yaml`` explains the settings."""
+
+    results_dir: Path
+    output_dir: Path
+    tracker: Tracker | None = None
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """What scripts/dashboard.py is to do; ``configs/dashboard.yaml`` explains the settings."""
+
+    tracker: Tracker
+    name: str
+    results_dir: Path
+
+
+def evaluation(config: DictConfig) -> Evaluation:
+    """Return the run that a config of scripts/evaluate.py describes, its method's knob solved for the target.
+
+    Raises:
+        UnavailableError: the target is out of reach.
+        UserError: a value does not fit its key.
+    """
+    values = _values(config)
+    del values["skip_unavailable"]
+    target = _typed(Target, values.pop("target"), "target")
+    run = _run(Evaluation, values)
+    method, target_pct = solve(run.backbone, run.method, target)
+    return dataclasses.replace(run, method=method, target_pct=target_pct)
+
+
+def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
+    """Return the run of a directory, with overrides like "device=cpu".
+
+    Raises:
+        UserError: the directory has no readable config, or an override is not one of its keys.
+    """
+    file = folder / "config.yaml"
+    try:
+        config = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
+        OmegaConf.set_struct(config, True)
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+    except OSError as error:
+        raise UserError(f"{file}: missing or damaged ({error.strerror}); give a finished run's directory") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(
+            f"{' '.join(overrides)}: not of the run's config ({one_line(error)}); give key=value"
+        ) from error
+    return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
+
+
+def training(config: DictConfig) -> Training:
+    """Return the training that a config of scripts/train.py describes."""
+    values = _values(config)
+    target = _typed(Target, values.pop("target"), "target")
+    run = _run(Training, values)
+    return dataclasses.replace(run, method=solve(run.backbone, run.method, target)[0])
+
+
+def embedded_training(config: DictConfig) -> EmbeddedTraining:
+    """Return the training that a config of scripts/train_micro.py describes."""
+    values = _values(config)
+    if config.data.name != "digits":
+        raise UserError(f"data={config.data.name}: this training draws its own scenes, which only data=digits has")
+    stages = [_typed(Stage, stage, "stages") for stage in values["stages"]]
+    backbone = _typed(Backbone, values["backbone"], "backbone")
+    return _typed(EmbeddedTraining, values | {"backbone": backbone, "data": _data(values["data"]), "stages": stages})
+
+
+def benchmark(config: DictConfig) -> Benchmark:
+    """Return the benchmark that a config of scripts/benchmark.py describes."""
+    values = _values(config)
+    del values["seed"]  # of methods that draw at random, which refer to it
+    run = _typed(
+        Benchmark,
+        values
+        | {
+            "backbone": _typed(Backbone, values["backbone"], "backbone"),
+            "target": _typed(Target, values["target"], "target"),
+            "methods": {name: _method(given) for name, given in values["methods"].items()},
+            "scaling": _typed(Scaling, values["scaling"], "scaling"),
+        },
+    )
+    methods = {name: solve(run.backbone, method, run.target)[0] for name, method in run.methods.items()}
+    return dataclasses.replace(run, methods=methods)
+
+
+def report(config: DictConfig) -> Report:
+    """Return the report that a config of scripts/report.py describes."""
+    values = _values(config)
+    return _typed(Report, values | {"tracker": _tracker(values["tracker"])})
+
+
+def dashboard(config: DictConfig) -> Dashboard:
+    """Return the dashboard that a config of scripts/dashboard.py describes."""
+    values = _values(config)
+    return _typed(Dashboard, values | {"tracker": _tracker(values["tracker"])})
+
+
+def _values(config: DictConfig) -> dict[str, Any]:
+    """Return a config as plain values, with ~ resolved in every text that starts with it."""
+    return _map_texts(
+        OmegaConf.to_container(config, resolve=True), lambda text: str(expanded(text)) if text.startswith("~") else text
+    )
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _typed(cls: type[T], values: Any, group: str = "") -> T:
+    if not isinstance(values, dict):
+        raise UserError(f"{group}={values}: it has keys of its own, set {group}.KEY=VALUE")
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, filter(None, [group, *first["loc"]])))
+        raise UserError(f"{key}={first['input']}: {first['msg']}") from error
+
+
+def _run(cls: type[T], values: dict[str, Any]) -> T:
+    """Make an Evaluation or a Training, the knob of its method as it is given."""
+    groups = {
+        "backbone": _typed(Backbone, values["backbone"], "backbone"),
+        "method": _method(values["method"]),
+        "data": _data(values["data"]),
+        "tracker": _tracker(values["tracker"]),
+    }
+    return _typed(cls, values | groups)
+
+
+def _method(values: dict[str, Any]) -> Method:
+    values = dict(values)
+    about = {key: values.pop(key) for key in ("name", "knob", "weights")}
+    return _typed(Method, about | {"target": values.pop("_target_"), "options": values}, "method")
+
+
+def _data(values: dict[str, Any]) -> Any:
+    values = dict(values)
+    return _typed(resolve_name(values.pop("_target_")), values, "data")
+
+
+def _tracker(values: dict[str, Any]) -> Tracker | None:
+    values = dict(values)
+    return None if values.pop("name") == "none" else _typed(Tracker, values, "tracker")

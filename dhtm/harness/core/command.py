@@ -1,0 +1,127 @@
+"""The boundary between a script and the command line: exit codes, one-line errors and signals."""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dhtm.harness.core.errors import Preempted, UserError, one_line
+from dhtm.harness.core.files import PROJECT
+
+REQUEUE = 75  # the exit code after a signal to stop, EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
+
+
+def command(resumes: bool) -> Callable[[Callable], Callable]:
+    """Decorate the function behind a script: errors end it with one line and exit code 1, Ctrl-C with 130.
+
+    In a sweep, errors are left to :class:`dhtm.harness.sweeps.callback.Sweep`.
+
+    Args:
+        resumes: whether the same command resumes where it was stopped. A signal to stop then ends it with ``REQUEUE``.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            if resumes:
+                _expect_preemption()
+            with _boundary(resumes):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def start(main: Callable, resumes: bool) -> None:
+    """Run a script's main function, which Hydra has decorated, with the same boundary around Hydra itself."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
+    logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
+    register_resolvers()
+    command(resumes)(main)()
+
+
+def register_resolvers() -> None:
+    """Register the resolvers that the configs use, ``help_text`` and ``n_gpus``, in every process that composes configs."""
+    # How many runs this machine has a device for; without a GPU, one.
+    OmegaConf.register_new_resolver("n_gpus", lambda: max(1, torch.cuda.device_count()), replace=True)
+    OmegaConf.register_new_resolver("help_text", _help_text, replace=True)
+    # Hydra warns that a file in configs/hydra/launcher has the name of a plugin's own config. It then also has that
+    # config's types, which is what is wanted.
+    warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+def _help_text(config_name: str) -> str:
+    """Return a script's help: the comment at the top of its config, its groups, and its keys with their comments."""
+    lines = (PROJECT / "configs" / f"{config_name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = [line[2:] for line in lines[: lines.index("defaults:")]]
+    keys = lines[lines.index("") + 1 :]
+    groups = "Groups, chosen by group=name (each choice is a file of configs/, which explains its keys):"
+    text = "\n".join(
+        [*header, "", groups, "@GROUPS@", "Keys, set by key=value:", *(f"  {line}".rstrip() for line in keys)]
+    )
+    return text.replace("$", "$$").replace("@GROUPS@", "$APP_CONFIG_GROUPS")
+
+
+@contextlib.contextmanager
+def _boundary(resumes: bool) -> Iterator[None]:
+    kept = "; what is finished is kept, the same command resumes from there" if resumes else ""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Preempted as error:
+        print(f"stopped by {error}{kept}", file=sys.stderr)
+        sys.exit(REQUEUE)
+    except KeyboardInterrupt:
+        print(f"interrupted{kept}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if _in_sweep():
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, HydraException):  # its message may list the available options, one per line
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        return " ".join(str(error).split()) + cause
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key or error.key}: {one_line(error)}"
+    with tempfile.NamedTemporaryFile("w", prefix="dhtm-", suffix=".log", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return f"{type(error).__name__}: {one_line(error)} (traceback: {file.name})"
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _expect_preemption() -> None:
+    process = os.getpid()
+
+    def stop(number, frame) -> None:
+        if os.getpid() == process:  # and not one that loads images for it
+            raise Preempted(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_DFL:  # a launcher's own handler stays
+            signal.signal(number, stop)

@@ -1,0 +1,75 @@
+"""Files: where the project lies, atomic writes and locks."""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import dhtm
+from dhtm.harness.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PROJECT = Path(dhtm.__file__).parent.parent  # the checkout, which holds configs/ and results/
+
+
+def expanded(path: str) -> Path:
+    """Return a path with ~ and ~user resolved."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home directory; write the path in full") from None
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Make a folder if it does not exist; raise a UserError that names the setting if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{setting}: cannot write there ({error.strerror}); choose another place") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it: after a crash there is the old file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait.
+
+    Raises:
+        UserError: the lock file cannot be written.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info(message)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,59 @@
+"""The processes that share a task, as torchrun starts them."""
+
+import atexit
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dhtm.harness.core.devices import pick_device
+from dhtm.harness.core.errors import UserError
+
+
+def rank() -> int:
+    """Return the number of this process among those that torchrun started; 0 if it runs alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return how many processes torchrun started; 1 if this process runs alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Ranks:
+    """The processes that train or evaluate together, one per device; or this process alone."""
+
+    def __init__(self, device: str):
+        self.world, self.rank = world_size(), rank()
+        self.first = self.rank == 0
+        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")
+        if on_gpus and local >= n_gpus:
+            raise UserError(
+                f"device={device}: at least {local + 1} processes, but {n_gpus} GPUs; set torchrun's "
+                f"--nproc-per-node={n_gpus}, or device=cpu"
+            )
+        self.device = pick_device(f"cuda:{local}" if on_gpus else device)
+        if self.world > 1 and not dist.is_initialized():  # one group serves all runs of this process
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            # A rank may wait long for the first rank's turn at a run; if a rank dies, torchrun ends the others.
+            patience = datetime.timedelta(days=1)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
+            if self.device.type != "cuda":  # NCCL's may wait for other ranks, which wait for this one if it fails
+                atexit.register(dist.destroy_process_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()

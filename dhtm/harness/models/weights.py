@@ -1,0 +1,115 @@
+"""Weights that were trained with a method: finding, reading and writing them, and checking what they belong to."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from dhtm.harness.core.errors import UnavailableError, UserError, one_line
+from dhtm.harness.core.files import PROJECT, write_atomically
+from dhtm.harness.models.backbones import Backbone, fit
+from dhtm.harness.models.methods import Method
+
+SHIPPED = PROJECT / "results" / "embedded" / "weights"
+
+
+def load_model(
+    backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untrained: bool = False, seed: int = 0
+) -> tuple[VisionTransformer, Path | None]:
+    """Return a backbone patched with a method, off-the-shelf or with weights that were trained with the method.
+
+    Args:
+        backbone, method: what to load; ``method.weights`` chooses the weights.
+        checkpoints_dir: where :mod:`dhtm.harness.training` puts weights; searched before the shipped ones.
+        allow_untrained: run a method that learns without weights trained for it.
+        seed: for parameters that are not trained.
+
+    Returns:
+        The model, and the file of the trained weights; None if it is off-the-shelf.
+
+    Raises:
+        UnavailableError: there are no trained weights.
+        UserError: the weights cannot be read, belong to something else, or are needed and not given.
+    """
+    file = _find(backbone, method, checkpoints_dir, allow_untrained)
+    if file is None:
+        pretrained = backbone.load()
+        torch.manual_seed(seed)
+        model = method.put_into(pretrained, backbone.name)
+        if any(True for _ in model.reducer.parameters()) and not allow_untrained:
+            raise UserError(
+                f"method={method.name} has parameters of its own and method.weights=null gives none: set "
+                "method.weights=trained or a file, or allow_untrained=true to run it with random ones"
+            )
+        return model, None
+    model = method.put_into(backbone.bare(), backbone.name)
+    source = f"method.weights={file}"
+    state, about = _read(file, source)
+    for key, wanted in _identity(backbone, method).items():
+        if about.get(key) != wanted:
+            raise UserError(f"{source}: trained with {key}={about.get(key)}, not {key}={wanted}")
+    if method.weights == "trained" and about.get("epoch") != about.get("epochs"):
+        raise UserError(
+            f"{file}: trained for {about.get('epoch')} of {about.get('epochs')} epochs so far; resume it by the command that "
+            f"started it, or take the weights as they are, method.weights={file}"
+        )
+    fit(model, state, source, f"{backbone.name} with {method.name}")
+    return model, file
+
+
+def save_weights(
+    model: nn.Module, backbone: Backbone, method: Method, dtype: torch.dtype, history: dict[str, object], file: Path
+) -> None:
+    """Write a patched model's parameters atomically, with what they belong to.
+
+    Args:
+        dtype: of the parameters in the file.
+        history: how they were trained: epoch (how many are finished), epochs (how many are planned), init, data.
+    """
+    state = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
+    about = _identity(backbone, method) | {key: str(value) for key, value in history.items()}
+    # safetensors' save_file would make a file that only its owner may read.
+    write_atomically(file, lambda path: path.write_bytes(save(state, about)))
+
+
+def _identity(backbone: Backbone, method: Method) -> dict[str, str]:
+    """Return what trained weights belong to, as strings: backbone, method, layers and every option that changes the result."""
+    options = {key: value for key, value in method.knobs.items() if key not in ("backend", "seed")}
+    named = {"backbone": backbone.architecture, "num_classes": backbone.num_classes, "method": method.name}
+    about = {**named, "layers": method.options["layers"], **options}
+    return {key: json.dumps(value).strip('"') for key, value in about.items()}
+
+
+def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untrained: bool) -> Path | None:
+    """Return the file of weights that a method asks for; None for the backbone's own."""
+    if method.weights is None:
+        return None
+    if method.weights != "trained":
+        return Path(method.weights).expanduser()
+    name = backbone.name / method.place
+    own, shipped = checkpoints_dir / name / "last.safetensors", SHIPPED / f"{name}.safetensors"
+    for file in (own, shipped):
+        if file.is_file():
+            return file
+    if allow_untrained:
+        return None
+    raise UnavailableError(
+        f"method={method.name}: no weights trained for {name.name} in {backbone.name} ({own} does not exist); train them by "
+        "scripts/train.py with the same backbone and method, give a file, method.weights=FILE, or run the method untrained, "
+        "allow_untrained=true"
+    )
+
+
+def _read(file: Path, source: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if not file.is_file():
+        raise UserError(f"{source}: no such file")
+    try:
+        with safe_open(file, "pt") as content:
+            names = content.keys()
+            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+    except Exception as error:  # the file may hold anything
+        raise UserError(f"{source}: not weights of scripts/train.py, or damaged ({one_line(error)})") from error

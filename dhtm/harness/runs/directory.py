@@ -1,0 +1,167 @@
+"""Run directories: one finished evaluation each, under the hash of what determines its result."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
+from dhtm.harness.data.splits import UnreadableError
+from dhtm.harness.runs.provenance import environment, uncommitted_changes
+
+log = logging.getLogger(__name__)
+
+FAILED = "failed.csv"  # in a run's directory: the images that could not be read
+
+
+class RunDirectory:
+    """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json last of all.
+
+    Until the run is finished, ``shards`` holds the predictions so far.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+
+    def __init__(self, results_dir: Path, run_id: str):
+        self.path = results_dir / run_id
+        self._lock = results_dir / ".locks" / f"{run_id}.lock"
+        self._shards = self.path / "shards"
+        for folder in (self.path, self._lock.parent):
+            require_writable(folder, f"results_dir={results_dir}")
+
+    def metrics(self) -> dict | None:
+        """Return the metrics of a finished run, None for any other."""
+        file = self.path / "metrics.json"
+        return _read_metrics(file) if file.exists() else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let one process at a time carry out the run; others wait, and then find it finished."""
+        with locked(self._lock, f"waiting for another process, which carries out {self.path}"):
+            yield
+            shutil.rmtree(self._shards, ignore_errors=True)
+            for file in self.path.glob(".*"):  # what processes that were killed had begun to write
+                file.unlink()
+
+    def append(self, predictions: pd.DataFrame) -> None:
+        """Store predictions of an unfinished run as one more shard."""
+        file = self._shards / f"{predictions['index'].iloc[0]:08d}-{uuid.uuid4().hex[:8]}.parquet"
+        with self._writing():
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, lambda path: _write(predictions, path))
+
+    def predictions_so_far(self) -> pd.DataFrame:
+        """Return what :meth:`append` stored, one row per image; the images of a damaged shard are predicted again."""
+        shards = []
+        for file in sorted(self._shards.glob("[0-9]*.parquet")):
+            try:
+                shards.append(_read(file))
+            except (OSError, ValueError) as error:
+                log.warning("%s: damaged (%s), its images are predicted again", file, one_line(error))
+        if not shards:
+            return pd.DataFrame(columns=["index"], dtype="int64")
+        return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
+
+    def forget(self) -> None:
+        """Remove what an earlier process left, so that the run is computed again."""
+        (self.path / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(self._shards, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); what was stored before is kept, the same command resumes "
+                "from there once this is fixed"
+            ) from error
+
+    def list_failed(self, failed: list[UnreadableError]) -> None:
+        """Write the list of the images that cannot be read; remove an earlier one if all can."""
+        file = self.path / FAILED
+        if not failed:
+            file.unlink(missing_ok=True)
+            return
+        rows = pd.DataFrame([(one.index, one.name, one.reason) for one in failed], columns=["index", "file", "reason"])
+        with self._writing():
+            write_atomically(file, lambda path: rows.to_csv(path, index=False))
+
+    def add_target(self, metrics: dict, target: float | None) -> dict:
+        """Record that a finished run is also the nearest to another target, a FLOPs reduction in percent."""
+        targets = metrics["targets_reduction_pct"]
+        if target is not None and target not in targets:
+            metrics = {**metrics, "targets_reduction_pct": sorted([*targets, target])}
+            write_json(self.path / "metrics.json", metrics)
+        return metrics
+
+    def save(self, settings: dict, predictions: pd.DataFrame, metrics: dict) -> dict:
+        """Make the run a finished one. A process that is killed leaves it finished or not, nothing between.
+
+        Returns:
+            The metrics as they are stored, with the SHA-256 of predictions.parquet.
+        """
+        with self._writing():
+            write_atomically(
+                self.path / "config.yaml", lambda file: file.write_text(yaml.safe_dump(settings, sort_keys=False))
+            )
+            write_json(self.path / "environment.json", environment())
+            if changes := uncommitted_changes():
+                write_atomically(self.path / "changes.diff", lambda file: file.write_text(changes))
+            file = self.path / "predictions.parquet"
+            write_atomically(file, lambda path: _write(predictions, path))
+            metrics = {**metrics, "predictions_sha256": _sha256(file)}
+            write_json(self.path / "metrics.json", metrics)
+        return metrics
+
+
+def predictions(folder: Path) -> pd.DataFrame:
+    """Return a finished run's label, class_1 … class_5 and correct, one row per image, by the image's index.
+
+    Raises:
+        UserError: the run is not finished, or its predictions are damaged.
+    """
+    file = folder / "predictions.parquet"
+    try:
+        if _sha256(file) != _read_metrics(folder / "metrics.json")["predictions_sha256"]:
+            raise ValueError("it has changed since the run")
+        return _read(file).set_index("index").sort_index()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: missing or damaged ({one_line(error)}); compute the run again with force=true"
+        ) from error
+
+
+def finished_runs(results_dir: Path) -> pd.DataFrame:
+    """Return the metrics of all finished runs, one row each, knobs and layers as they were configured."""
+    return pd.DataFrame([_read_metrics(file) for file in sorted(results_dir.glob("*/metrics.json"))])
+
+
+def _write(predictions: pd.DataFrame, file: Path) -> None:
+    predictions.to_parquet(file, index=False, write_page_checksum=True)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_parquet(file, page_checksum_verification=True)
+
+
+def _read_metrics(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file}: damaged ({one_line(error)}); remove it, or compute the run again with force=true"
+        ) from error
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,104 @@
+"""What predictions say of a model: accuracy with intervals, and tests that respect images that belong together."""
+
+import numpy as np
+import pandas as pd
+
+
+def accuracy(predictions: pd.DataFrame) -> dict:
+    """Return top-1 with its 95% interval and top-5, in percent.
+
+    The interval is Wilson's. Where images belong together (a column ``group``), it is the bootstrap's over groups.
+    """
+    n_images, n_correct = len(predictions), int(predictions.correct.sum())
+    if "group" in predictions:
+        interval = bootstrap_interval(predictions.correct, predictions.group)
+    else:
+        from scipy.stats import binomtest  # here, because the import takes a second
+
+        wilson = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
+        interval = (wilson.low, wilson.high)
+    top5 = predictions.filter(like="class_").eq(predictions.label, axis=0).any(axis=1)
+    broken = predictions["index"][predictions.nonfinite]
+    return {
+        "n_images": n_images,
+        "n_nonfinite": len(broken),
+        "first_nonfinite": int(broken.min()) if len(broken) else None,
+        "top1": 100 * n_correct / n_images,
+        "top1_ci95": [100 * float(end) for end in interval],
+        "top5": 100 * int(top5.sum()) / n_images,
+    }
+
+
+def real_accuracy(predictions: pd.DataFrame, labels: list[list[int]]) -> dict:
+    """Return top-1 in percent by the reassessed labels: any of an image's labels is right, images without one do not count."""
+    right = [
+        best in labels[index]
+        for index, best in zip(predictions["index"], predictions.class_1, strict=True)
+        if labels[index]
+    ]
+    return {"n_images_real": len(right), "top1_real": 100 * sum(right) / len(right) if right else None}
+
+
+def bootstrap_interval(
+    values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of a mean.
+
+    Args:
+        values: [n], one per image.
+        groups: [n], images with the same number are drawn together; None: each image by itself.
+    """
+    sums, sizes = _group_sums(values, groups)
+    # Groups of the same sum and size are interchangeable, so a resample is a multinomial draw of how often each kind occurs.
+    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    generator = np.random.default_rng(seed)
+    if len(kinds) <= 64:
+        drawn = generator.multinomial(len(sums), counts / len(sums), size=resamples)
+        means = (drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1])
+    else:
+        means = np.empty(resamples)
+        for i in range(resamples):
+            chosen = generator.integers(len(sums), size=len(sums))
+            means[i] = sums[chosen].sum() / sizes[chosen].sum()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int = 100_000, seed: int = 0) -> float:
+    """Return the two-sided p of the sign-flip permutation test that a mean of differences is zero.
+
+    Under the null hypothesis the sign of each group's sum is a fair coin. For integers the distribution is computed exactly
+    by convolution; for −1, 0 and 1 without groups this is the exact McNemar test. Other values are tested by random draws.
+
+    Args:
+        values: [n], one difference per image.
+        groups: [n], images with the same number flip together; None: each image by itself.
+    """
+    sums, _ = _group_sums(values, groups)
+    sums = np.abs(sums[sums != 0])
+    observed = abs(float(np.sum(_group_sums(values, groups)[0])))
+    if not len(sums):
+        return 1.0
+    if np.array_equal(sums, np.round(sums)):
+        distribution = np.ones(1)  # of the signed sum, from −total to total in steps of two
+        for size, n_groups in zip(*np.unique(sums.astype(int), return_counts=True), strict=True):
+            step = np.zeros(2 * size + 1)
+            step[0] = step[-1] = 0.5
+            for _ in range(n_groups):
+                distribution = np.convolve(distribution, step)
+        support = np.arange(len(distribution)) - len(distribution) // 2
+        return float(min(1.0, distribution[np.abs(support) >= observed].sum()))
+    generator, extreme = np.random.default_rng(seed), 0
+    for _ in range(draws // 1_000):
+        signs = generator.integers(0, 2, (1_000, len(sums)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ sums) >= observed * (1 - 1e-12)).sum())
+    return (extreme + 1) / (draws + 1)
+
+
+def _group_sums(values: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return each group's sum of values and number of images."""
+    values = np.asarray(values, dtype=np.float64)
+    if groups is None:
+        return values, np.ones(len(values))
+    _, places = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(places, values), np.bincount(places).astype(np.float64)

@@ -1,0 +1,187 @@
+"""What the compiled loops of the backend ``numba`` share: compilation, threads, and the arithmetic of merging."""
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from dhtm.kernels import raise_runs_out
+
+_LOWEST = np.finfo(np.float32).min
+# Sums may be reordered, which is what makes them fast: they run in float64 and only their float32 rounding counts.
+_SUMS = {"reassoc", "contract"}
+
+
+def compiled(*signatures, **options) -> Callable[[Callable], Callable]:
+    """Compile a function with Numba, and cache the machine code beside this file or in the user's cache if possible."""
+
+    def decorate(function):
+        try:
+            return njit(*signatures, cache=True, nogil=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # neither folder can be written
+            return njit(*signatures, nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
+
+
+def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
+    """Run compiled code on the images of a batch, on as many threads as PyTorch uses.
+
+    Args:
+        images: called with (first, last, made, k, *arguments), merges in the images first, …, last - 1 and stores in
+            ``made`` how many merges it made in each.
+        made: int64 [B].
+        k: merges to make.
+
+    Raises:
+        ValueError: an image runs out of adjacent tokens before k merges are made.
+    """
+    batch = len(made)
+    n_threads = min(batch, torch.get_num_threads())
+    if n_threads <= 1:
+        images(0, batch, made, k, *arguments)
+    else:  # compiled code releases the interpreter's lock; parts are small because a thread may be slowed down
+        ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
+        pool = _pool(n_threads, os.getpid())
+        jobs = [pool.submit(images, *part, made, k, *arguments) for part in itertools.pairwise(ends)]
+        for job in jobs:
+            job.result()
+    if (made < k).any():
+        raise_runs_out(k, int(np.flatnonzero(made < k)[0]))
+
+
+@cache
+def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Return the threads of this process: a forked process does not inherit those of its parent."""
+    return ThreadPoolExecutor(n_threads, "dhtm")
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """Return a read-only view; that of an expanded tensor is read-only anyway."""
+    view = tensor.numpy()
+    view.flags.writeable = False
+    return view
+
+
+def given(kind: types.Type, dimensions: int) -> types.Array:
+    """Return Numba's type of a read-only array of any strides."""
+    return types.Array(kind, dimensions, "A", readonly=True)
+
+
+@compiled()
+def load(source, target):
+    """Copy one image's tokens [N, D], of any strides."""
+    for t in range(target.shape[0]):
+        for d in range(target.shape[1]):
+            target[t, d] = source[t, d]
+
+
+@compiled()
+def average(x, i, j, n_i, n_j):
+    """Replace row i by the weighted average of rows i and j, rounded once."""
+    for d in range(x.shape[1]):
+        x[i, d] = (np.float64(x[i, d]) * n_i + np.float64(x[j, d]) * n_j) / (n_i + n_j)
+
+
+@compiled()
+def rounded(s):
+    """Round a similarity to float32, NaN to the lowest number and infinities to finite ones."""
+    single = np.float32(s)
+    return min(max(single, _LOWEST), -_LOWEST) if single == single else _LOWEST
+
+
+@compiled(fastmath=_SUMS)
+def describe(kind, x, inverse, log_p, p, t):
+    """Store what a similarity needs of a token beside its features: the inverse of its norm, or its softmax and log-softmax."""
+    if kind == 0:
+        squares = 0.0
+        for d in range(x.shape[1]):
+            squares += np.float64(x[t, d]) * np.float64(x[t, d])
+        inverse[t] = 0.0 if squares == 0 else 1 / np.sqrt(squares)
+    elif kind == 3:
+        top, total = -np.inf, 0.0
+        for d in range(x.shape[1]):
+            top = max(top, np.float64(x[t, d]))
+        for d in range(x.shape[1]):
+            total += np.exp(np.float64(x[t, d]) - top)
+        for d in range(x.shape[1]):
+            log_p[t, d] = np.float64(x[t, d]) - top - np.log(total)
+            p[t, d] = np.exp(log_p[t, d])
+
+
+@compiled(fastmath=_SUMS)
+def compare(kind, x, inverse, log_p, p, a, b):
+    """Compute the similarity of two tokens: a float64 sum rounded to float32, NaN as the lowest and infinities as finite."""
+    s = 0.0
+    if kind == 0:
+        for d in range(x.shape[1]):
+            s += np.float64(x[a, d]) * np.float64(x[b, d])
+        s *= inverse[a] * inverse[b]
+    elif kind == 1:
+        for d in range(x.shape[1]):
+            difference = np.float64(x[a, d]) - np.float64(x[b, d])
+            s += difference * difference
+        s = -np.sqrt(s)
+    elif kind == 2:
+        for d in range(x.shape[1]):
+            s -= abs(np.float64(x[a, d]) - np.float64(x[b, d]))
+    else:  # Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)
+        for d in range(x.shape[1]):
+            s -= 0.5 * (p[a, d] - p[b, d]) * (log_p[a, d] - log_p[b, d])
+    return rounded(s)
+
+
+@compiled()
+def join(i, j, member, last_member, gone):
+    """Append the list of the tokens that went into j to that of i; a list starts with the token itself."""
+    gone[j] = True
+    member[last_member[i]] = j
+    last_member[i] = last_member[j]
+
+
+@compiled()
+def halve(i, member, weights):
+    """Halve the weights of all tokens in the list of i."""
+    m = i
+    while m >= 0:
+        weights[m] /= 2
+        m = member[m]
+
+
+@compiled()
+def number(member, gone, token_map):
+    """Number the remaining tokens in their order, and store for each token the number of the one that it went into."""
+    place = 0
+    for t in range(len(gone)):
+        if not gone[t]:
+            m = t
+            while m >= 0:
+                token_map[m] = place
+                m = member[m]
+            place += 1
+
+
+@compiled()
+def collect(y, gone, token_map, merged):
+    """Copy the remaining tokens to their places."""
+    for t in range(len(gone)):
+        if not gone[t] and token_map[t] < merged.shape[0]:
+            for d in range(merged.shape[1]):
+                merged[token_map[t], d] = y[t, d]
+
+
+@compiled()
+def share(sizes, n_patches, gone, member, weights):
+    """Store each token's share of the patches of the token that it went into."""
+    for t in range(len(gone)):
+        if not gone[t] and n_patches[t] > 0:
+            m = t
+            while m >= 0:
+                weights[m] = np.float32(sizes[m]) / np.float32(n_patches[t])
+                m = member[m]

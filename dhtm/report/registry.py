@@ -1,0 +1,122 @@
+"""The methods, backbones and data sets that the report knows: names, colours, the paper's series and its options."""
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import baselines
+import dhtm
+
+GREY = "#7F7F7F"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodEntry:
+    """How a method looks in every table and figure, and the class whose defaults are the paper's options."""
+
+    label: str
+    colour: str
+    marker: str
+    reducer: type | None = None
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and two dark colours of Tol's. Orange and blue are as
+# in the paper's Figure 4. A method keeps its colour when it is trained or merges in other layers.
+METHODS = {
+    "unmerged": MethodEntry("unmerged", GREY, "."),
+    "dhtm": MethodEntry("DHTM", "#E69F00", "o", dhtm.DHTM),
+    "random": MethodEntry("random merging", "#0072B2", "s", baselines.RandomMerge),
+    "tome": MethodEntry("ToMe", "#009E73", "^", baselines.ToMe),
+    "lotm": MethodEntry("LoTM", "#56B4E9", "P", baselines.LoTM),
+    "dpc_knn": MethodEntry("DPC-KNN", "#CC79A7", "X", baselines.DPCKNN),
+    "k_medoids": MethodEntry("K-Medoids", "#000000", "h", baselines.KMedoids),
+    "sit": MethodEntry("SiT", "#D55E00", ">", baselines.SiT),
+    "patch_merger": MethodEntry("PatchMerger", "#882255", "<", baselines.PatchMerger),
+    "sinkhorn": MethodEntry("Sinkhorn", "#332288", "*", baselines.Sinkhorn),
+    "token_mergence": MethodEntry("Token mergence", "#F0E442", "d", baselines.TokenMergence),
+}
+_NEW = ("#117733", "#AA4499", "#999933", "#661100")  # Tol's colours, for methods that are not named here
+# Names for readers; others are shown as the harness names them.
+BACKBONES = {
+    "deit_tiny": "DeiT-Tiny",
+    "deit_small": "DeiT-Small",
+    "deit_base": "DeiT-Base",
+    "deit_micro": "deit_micro (embedded)",
+}
+DATA = {"imagenet": "ImageNet-1K"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A method in some layers, trained with it or off the shelf: a row of Table 2 and, with a label, a line of Figure 1.
+
+    Attributes:
+        name: the name in Table 2.
+        method, layers, trained: which runs belong to it.
+        label: the name in the legend of Figure 1.
+        marker, line: in Figure 1; by default the method's marker, and a dashed line where the method was trained.
+    """
+
+    name: str
+    method: str
+    layers: str
+    trained: bool
+    label: str | None = None
+    marker: str | None = None
+    line: str | None = None
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Matplotlib's properties of the line."""
+        entry = entry_of(self.method)
+        line = self.line or ("--" if self.trained else "-")
+        return {"color": entry.colour, "marker": self.marker or entry.marker, "linestyle": line}
+
+
+# In the order in which Figure 1 draws them, so that DHTM lies on top.
+SERIES = {
+    series.name: series
+    for series in (
+        Series("unmerged", "unmerged", "all", False),
+        Series("Sinkhorn", "sinkhorn", "4,7,10", True),
+        Series("PatchMerger", "patch_merger", "4,7,10", True),
+        Series("SiT", "sit", "4,7,10", True, "SiT"),
+        Series("K-Medoids", "k_medoids", "4,7,10", True, "K-Medoids"),
+        Series("DPC-KNN", "dpc_knn", "4,7,10", True, "DPC-KNN"),
+        Series("Token mergence", "token_mergence", "4,7,10", True),
+        Series("DPC-KNN OTS", "dpc_knn", "4,7,10", False),
+        Series("K-Medoids OTS", "k_medoids", "4,7,10", False),
+        Series("LoTM", "lotm", "4,7,11", False, "LoTM"),
+        Series("ToMe w/train", "tome", "all", True, r"ToMe$_{\mathrm{w/train}}$", marker="v"),
+        Series("ToMe OTS", "tome", "all", False, r"ToMe$_{\mathbf{OTS}}$"),
+        Series("DHTM all", "dhtm", "all", False, r"DHTM$^{\mathbf{all}}$", marker="D", line="-."),
+        Series("DHTM", "dhtm", "4,7,11", False, r"DHTM$^{\mathbf{4,7,11}}$"),
+    )
+}
+
+
+def entry_of(method: str) -> MethodEntry:
+    """Return a method's entry; an unknown method gets its own name, and a colour that depends on the name alone."""
+    return METHODS.get(method) or MethodEntry(method, _NEW[sum(method.encode()) % len(_NEW)], ".")
+
+
+def has_paper_options(method: str, options: dict[str, Any], knob: str | None, learned: bool) -> bool:
+    """Report whether a run's options are the paper's: the defaults of the method's class. An unknown method's always are.
+
+    Args:
+        method: the harness's name of it.
+        options: the options of the run.
+        knob: the option that is varied to reach a target cost. It may have any value, as the layers may.
+        learned: whether parameters of the method's own were trained, or should have been.
+    """
+    reducer = entry_of(method).reducer
+    if reducer is None:
+        return True
+    parameters = inspect.signature(reducer).parameters
+    ignored = {knob, "layers", "seed", "backend"}  # every backend gives the same merges
+    defaults = {name: parameters[name].default for name in parameters.keys() - ignored}
+    if method == "dpc_knn":
+        defaults["weighted"] = learned  # the published weights average with learned ones
+    given = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    return all(options.get(name, value) == value for name, value in json.loads(json.dumps(given)).items())

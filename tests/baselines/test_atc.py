@@ -1,0 +1,172 @@
+"""ATC against scipy's hierarchical clustering and a plain statement of it, alone and in whole models."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import linkage as scipy_linkage
+from scipy.spatial.distance import squareform
+from test_vit import SMALL, images_for, logits
+from written_out import average, check_step, forward, on_patches, sharpen, unequal_regions
+
+import dhtm
+from baselines import ATC
+from dhtm import Regions, kernels
+from dhtm.reducer import Attention
+from dhtm.vit import tokens_by_layer
+
+LINKAGES = ("average", "complete", "single")
+BACKENDS = [name for name in kernels.CLUSTERINGS if name != "triton"]  # test_triton.py tests the kernel
+
+
+def cosine_distances(features):
+    """1 − cos between all pairs of features [N, F], the cosines rounded to float32."""
+    features = features.astype(np.float64)
+    norms = np.sqrt((features**2).sum(1))
+    products = features @ features.T
+    cosines = np.divide(products, np.outer(norms, norms), out=np.zeros_like(products), where=np.outer(norms, norms) > 0)
+    return 1 - cosines.astype(np.float32).astype(np.float64)
+
+
+def greedy_clusters(features, k, linkage):
+    """Merge the nearest two clusters k times, ties to the first pair; lists of members, in the order of their lowest."""
+    distances = cosine_distances(features).tolist()
+    clusters = [[i] for i in range(len(features))]
+    for _ in range(k):
+        pairs = [(i, j) for i in range(len(clusters)) for j in range(i + 1, len(clusters))]
+        i, j = min(pairs, key=lambda pair: distances[min(pair)][max(pair)])  # the first of equals
+        n_i, n_j = len(clusters[i]), len(clusters[j])
+        for c in range(len(clusters)):
+            if c not in (i, j):
+                a, b = distances[min(i, c)][max(i, c)], distances[min(j, c)][max(j, c)]
+                new = {"single": min(a, b), "complete": max(a, b), "average": (n_i * a + n_j * b) / (n_i + n_j)}[
+                    linkage
+                ]
+                distances[min(i, c)][max(i, c)] = new
+        clusters[i] += clusters.pop(j)
+        del distances[j]
+        for row in distances:
+            del row[j]
+    return [sorted(cluster) for cluster in clusters]
+
+
+def groups_of(token_map):
+    return [np.flatnonzero(token_map == cluster).tolist() for cluster in range(int(token_map.max()) + 1)]
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_cut_is_scipys(linkage, backend):
+    """Merge for merge: the clusters after any number of merges."""
+    features = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    trees = [scipy_linkage(squareform(cosine_distances(image), checks=False), linkage) for image in features.numpy()]
+    for k in range(60):
+        token_map = kernels.agglomerate(features, k, linkage, backend)
+        for image, tree in zip(token_map.numpy(), trees, strict=True):
+            expected = fcluster(tree, 60 - k, "maxclust")
+            assert groups_of(image) == sorted(np.flatnonzero(expected == label).tolist() for label in set(expected))
+
+
+@pytest.mark.parametrize("keep_rate", [0.9, 0.5])
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_a_layer_of_a_network_is_scipys(linkage, keep_rate):
+    features = torch.randn(4, 196, 64, generator=torch.Generator().manual_seed(1))
+    m = math.floor(196 * keep_rate)
+    results = [kernels.agglomerate(features, 196 - m, linkage, backend) for backend in BACKENDS]
+    assert all(torch.equal(result, results[0]) for result in results)
+    for token_map, image in zip(results[0].numpy(), features.numpy(), strict=True):
+        expected = fcluster(scipy_linkage(squareform(cosine_distances(image), checks=False), linkage), m, "maxclust")
+        assert groups_of(token_map) == sorted(np.flatnonzero(expected == label).tolist() for label in set(expected))
+
+
+@st.composite
+def clusterings(draw):
+    """Keys with many exact ties, zeros among them, or without; merges; a linkage."""
+    n = draw(st.integers(1, 14))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    features = rng.integers(-1, 3, (2, n, 2)) if draw(st.booleans()) else rng.normal(size=(2, n, 3))
+    return features.astype(np.float32), draw(st.integers(0, n - 1)), draw(st.sampled_from(LINKAGES))
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusterings(), st.sampled_from(BACKENDS))
+def test_ties_go_to_the_first_pair(case, backend):
+    features, k, linkage = case
+    token_map = kernels.agglomerate(torch.from_numpy(features), k, linkage, backend)
+    for image, clusters in zip(features, token_map.numpy(), strict=True):
+        assert groups_of(clusters) == greedy_clusters(image, k, linkage)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 12), share=st.floats(0.1, 1), linkage=st.sampled_from(LINKAGES), seed=st.integers(0, 2**32 - 1))
+def test_one_step(n, share, linkage, seed):
+    rng = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 3, n, 4, generator=rng)
+    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
+    regions = Regions(*unequal_regions(n, seed), (1, n + 6))
+    m = min(n, max(1, int((n + 6) * share)))
+    atc = ATC((m + 0.5) / (n + 6), layers=(1,), linkage=linkage)
+    atc.attach(5, 1, (1, n + 6), (1,))
+    groups = [greedy_clusters(image.mean(0).numpy(), n - m, linkage) for image in keys]
+    attention = Attention(1, keys=keys)
+    check_step(atc, tokens, regions, attention, groups)
+    atc.proportional_attention = False  # then averages are even
+    for image, new in enumerate(atc(tokens, regions, attention)[0]):
+        torch.testing.assert_close(new, average(tokens[image], torch.ones(n), groups[image])[0])
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "linkage", "proportional"),
+    [(0.9, "complete", True), (0.7, "average", True), (0.5, "average", False), (0.5, "single", True)],
+)
+def test_the_whole_model_gives_the_logits_of_the_written_out_one(keep_rate, linkage, proportional):
+    torch.manual_seed(0)
+    model = sharpen(timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | {"depth": 10}).eval())
+    images = images_for(model, batch=3, seed=2)
+    left = [196] + [math.floor(196 * keep_rate**i + 1e-9) for i in (1, 2, 3)]
+    dhtm.patch(model, ATC(keep_rate, linkage=linkage, proportional_attention=proportional))
+    assert tokens_by_layer(model) == [left[0]] * 3 + [left[1]] * 3 + [left[2]] * 3 + [left[3]]
+    merged, alone = logits(model, images), logits(model, images[1:2])
+    torch.testing.assert_close(alone, merged[1:2], rtol=1e-4, atol=1e-4)
+    dhtm.unpatch(model)
+
+    def groups(layer, keys):
+        if layer not in (4, 7, 10):
+            return [[i] for i in range(len(keys))]
+        k = len(keys) - 2 - left[(4, 7, 10).index(layer) + 1]
+        return on_patches(
+            groups_of(kernels.agglomerate(torch.tensor(keys[None, 2:]).float(), k, linkage, "torch")[0]), 2
+        )
+
+    with torch.inference_mode():
+        expected = forward(model, images[1:2], groups, proportional, weighted=proportional)
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_checks(backend):
+    arguments = (torch.randn(2, 9, 3), 5, "average", backend)
+    torch.library.opcheck(torch.ops.dhtm.agglomerate, arguments)
+
+
+def test_flops_are_the_similarities_of_all_pairs():
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224", depth=7), ATC(0.7, layers=(4, 7)))
+    assert dhtm.count_flops(model).merging == 64 * (196 * 195 // 2 + 137 * 136 // 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_rate": 1.5}, "keep_rate=1.5"),
+        ({"linkage": "ward"}, "linkage='ward'"),
+        ({"backend": "reference"}, "backend="),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ATC(**options)

@@ -1,0 +1,111 @@
+"""PiToMe against a plain statement of it, token by token, alone and in whole models."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_vit import SMALL, images_for, logits
+from written_out import check_step, forward, on_patches, sharpen, unequal_regions
+
+import dhtm
+from baselines import PiToMe
+from dhtm import Regions
+from dhtm.reducer import Attention
+from dhtm.vit import tokens_by_layer
+
+
+def pitome(keys, ratio, layer, depth, margin=0.75, alpha=1.0, schedule="deit"):
+    """Groups of the tokens with these keys [N, d] after layer ``layer`` of ``depth``; a group is where its B token was."""
+    n = len(keys)
+    r = math.floor(n - n * ratio)
+    units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    similarity = (units @ units.T).tolist()
+    m = margin * (1 - (layer - 1) / depth)
+
+    def g(z):
+        return z if z > 0 else alpha * (math.exp(z) - 1)
+
+    energy = [sum(g(similarity[i][j] - m) for j in range(n)) / n for i in range(n)]
+    order = sorted(range(n), key=lambda i: -energy[i])  # a stable sort
+    ranked = (layer <= math.ceil(depth / 2)) == (schedule == "deit")
+    if not ranked:
+        order = order[: 2 * r]
+    a, b = order[0::2], order[1::2]
+    into = {i: max(b, key=lambda j: similarity[i][j]) for i in a} if b else {}
+    if ranked:
+        into = dict(sorted(into.items(), key=lambda pair: -similarity[pair[0]][pair[1]])[:r])
+    return [[t] + [i for i in into if into[i] == t] for t in range(n) if t not in into]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 15),
+    ratio=st.sampled_from([0.5, 0.6, 0.75, 0.9, 0.925, 1]),
+    layer=st.integers(1, 5),
+    schedule=st.sampled_from(["deit", "mae"]),
+    margin=st.sampled_from([0.75, 0.9]),
+    alpha=st.sampled_from([1.0, 0.5]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_one_step(n, ratio, layer, schedule, margin, alpha, seed):
+    rng = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 3, n, 4, generator=rng) + 0.5
+    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
+    regions = Regions(*unequal_regions(n, seed), (1, n + 6))
+    options = {"margin": margin, "alpha": alpha, "schedule": schedule}
+    reducer = PiToMe(ratio, layers=(2, 3, 5, 6, 9), **options)  # l and L count within these
+    attention = Attention(reducer.schedule[layer - 1], keys=keys)
+    groups = [pitome(image.double().mean(0).numpy(), ratio, layer, 5, **options) for image in keys]
+    check_step(reducer, tokens, regions, attention, groups)
+
+
+def test_equal_energies_go_to_the_lower_index():
+    """Eight equal tokens: their order is that of their indices, and every A token proposes the first B token."""
+    keys, tokens = torch.ones(1, 1, 8, 2), torch.arange(8.0)[None, :, None]
+    _, regions = PiToMe(0.75, layers=(1, 2))(tokens, Regions.identity(1, (1, 8)), Attention(1, keys=keys))
+    assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]  # 0 and 2, the first two of A, go to 1
+    _, regions = PiToMe(0.75, layers=(1, 2))(tokens, Regions.identity(1, (1, 8)), Attention(2, keys=keys))
+    assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "schedule", "proportional"), [(0.9, "deit", False), (0.95, "mae", False), (0.925, "deit", True)]
+)
+def test_the_whole_model_gives_the_logits_of_the_written_out_one(ratio, schedule, proportional):
+    torch.manual_seed(0)
+    model = sharpen(timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | {"depth": 5}).eval())
+    images = images_for(model, batch=3, seed=2)
+    plain = logits(model, images)
+    dhtm.patch(model, PiToMe(ratio, schedule=schedule, proportional_attention=proportional))
+    merged, alone = logits(model, images), logits(model, images[1:2])
+    torch.testing.assert_close(alone, merged[1:2], rtol=1e-4, atol=1e-4)
+    n, left = 196, []
+    for _ in range(5):
+        n -= math.floor(n - n * ratio)
+        left.append(n)
+    assert tokens_by_layer(model) == left
+    dhtm.unpatch(model)
+    with torch.inference_mode():
+        expected = forward(
+            model, images[1:2],
+            lambda layer, keys: on_patches(pitome(keys[2:], ratio, layer, 5, schedule=schedule), 2), proportional,
+        )  # fmt: skip
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-4)
+    assert (merged - plain).abs().max() > 1e-2
+
+
+def test_flops_are_those_of_the_similarities():
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224", depth=2), PiToMe(0.9))
+    assert dhtm.count_flops(model).merging == 64 * (196**2 + 177**2)
+
+
+@pytest.mark.parametrize("ratio", [0.49, 1.01, "0.9", float("nan")])
+def test_ratios_are_from_a_half_to_one(ratio):
+    with pytest.raises(ValueError, match="ratio="):
+        PiToMe(ratio)
+    with pytest.raises(ValueError, match="schedule='vit': choose one of 'deit', 'mae'"):
+        PiToMe(schedule="vit")

@@ -1,0 +1,46 @@
+"""Run ids: the same on every machine and Python, and different whenever a prediction could be different."""
+
+import hashlib
+import importlib.util
+
+import pandas as pd
+import pytest
+
+from dhtm.harness.runs import provenance
+
+# The best class of the first 40 test scenes at 40% fewer FLOPs, in version 1.
+PREDICTED = {
+    "dhtm": "9087906398456837654222716257255729291035",
+    "tome": "9087906398456837654222716257255729291035",
+    "random": "4087903398458139657223716257255729238035",
+}
+
+
+@pytest.mark.parametrize("method", PREDICTED)
+def test_predictions_are_those_of_the_present_version(evaluated, tmp_path, method):
+    """If a prediction has changed on purpose, raise provenance.VERSION, and put the new predictions here."""
+    metrics = evaluated(f"method={method}", "target.reduction_pct=40", "data.limit=40")
+    predictions = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
+    assert (provenance.VERSION, "".join(map(str, predictions.class_1))) == (1, PREDICTED[method])
+
+
+def test_the_code_version_depends_on_the_version_and_the_file_of_the_method_alone(tmp_path, monkeypatch):
+    """On its bytes, which no Python parses in its own way."""
+    file = tmp_path / "new_method.py"
+    versions = []
+    for comment in ("# first\n", "# second\n"):
+        file.write_text(comment + "from dhtm.reducer import Reducer\n\n\nclass New(Reducer):\n    pass\n")
+        spec = importlib.util.spec_from_file_location("new_method", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(__import__("sys").modules, "new_method", module)
+        spec.loader.exec_module(module)
+        versions.append(provenance.code_version(module.New(layers=(4,))))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        assert versions[-1] == f"{provenance.VERSION}-{digest}"
+    assert versions[0] != versions[1]
+
+
+def test_a_run_id_is_the_hash_of_its_determinants():
+    first = provenance.run_id(weights="a", method={"k": 40, "layers": [4, 7, 11]})
+    assert first == provenance.run_id(method={"layers": [4, 7, 11], "k": 40}, weights="a")
+    assert first != provenance.run_id(weights="a", method={"k": 41, "layers": [4, 7, 11]})

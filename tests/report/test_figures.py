@@ -1,0 +1,138 @@
+"""Figures 1 and 4: whose numbers are drawn, and how methods are told apart."""
+
+import matplotlib.colors
+import numpy as np
+import pytest
+from made_up import KS, write_run, write_solved_run
+from PIL import Image
+
+from dhtm.report.figures import figure1, figure4
+from dhtm.report.registry import METHODS, SERIES
+from dhtm.report.runs import load_runs, published
+from dhtm.report.style import plt, save_figure
+
+TARGETS = (10.0, 20.0, 30.0, 40.0)
+DRAWN = {series.label: series for series in SERIES.values() if series.label}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def runs_over_targets(folder, targets=TARGETS, **changes):
+    """Write runs of every series at every target, with a top-1 that identifies series and target; return all runs."""
+    first = changes.get("n_images", 0)
+    for i, series in enumerate(DRAWN.values()):
+        for j, target in enumerate(targets):
+            top1 = 90 - i - j / 10
+            layers = "all" if series.layers == "all" else [int(layer) for layer in series.layers.split(",")]
+            numbers = {"top1": top1, "top1_ci95": [top1 - 0.7, top1 + 0.5], "flops_reduction_pct": target + i / 10}
+            settings = {"layers": layers, "trained": series.trained} | numbers | changes
+            write_solved_run(folder, first + 100 * i + j, series.method, target, **settings)
+    write_solved_run(folder, first + 900, "unmerged", top1=95.0, **changes)
+    return load_runs(folder)
+
+
+def lines_of(ax):
+    """Return each series' line and its error bars by its label."""
+    return {container.get_label(): container for container in ax.containers}
+
+
+def require_colours(figure, path, methods):
+    """Save a figure and find each method's colour in its pixels."""
+    picture = np.asarray(Image.open(save_figure(figure, path)).convert("RGB")).astype(np.int16)
+    for method in methods:
+        rgb = [round(255 * part) for part in matplotlib.colors.to_rgb(METHODS[method].colour)]
+        assert (abs(picture - np.array(rgb, dtype=np.int16)).max(-1) < 4).sum() > 50
+
+
+def test_without_runs_the_papers_points_are_drawn(tmp_path):
+    (ax,) = figure1(load_runs(tmp_path)).axes
+    assert ax.get_title().startswith("DeiT-Small, ImageNet-1K: published only")
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    dhtm = drawn[SERIES["DHTM"].label + ", published"]
+    table = published("table1").query("backbone == 'deit_small'")
+    assert dhtm.get_ydata().tolist() == table.top1.tolist()
+    assert dhtm.get_xdata().tolist() == pytest.approx((100 * (1 - table.flops_g / 4.65)).tolist())
+    tome = drawn[SERIES["ToMe OTS"].label + ", published"]
+    assert (tome.get_xdata()[0], tome.get_ydata()[0]) == (pytest.approx(29.89, abs=0.01), 79.18)
+    assert all(line.get_markerfacecolor() == "none" for label, line in drawn.items() if label.endswith("published"))
+    assert not ax.containers, "nothing of ours"
+    assert ax.get_xlim()[0] == 0 and ax.get_xlim()[1] > max(dhtm.get_xdata())
+
+
+def test_a_panel_of_figure_1_has_the_numbers_of_the_runs(tmp_path):
+    write_run(tmp_path, 5000, k=40, top1=10.0)  # for no target
+    figure = figure1(runs_over_targets(tmp_path))
+    ax, paper = figure.axes
+    assert ax.get_title() == "deit_micro (embedded), digits\n2,000 images, 95% intervals"
+    assert paper.get_title().startswith("DeiT-Small, ImageNet-1K: published only")
+    drawn, looks = lines_of(ax), set()
+    assert drawn.keys() == DRAWN.keys()
+    for i, (label, series) in enumerate(DRAWN.items()):
+        line, _, (bars,) = drawn[label].lines
+        assert line.get_xdata().tolist() == pytest.approx([target + i / 10 for target in TARGETS])
+        assert line.get_ydata().tolist() == pytest.approx([90 - i - j / 10 for j in range(len(TARGETS))])
+        low, high = np.array(bars.get_segments())[0][:, 1]
+        assert (low, high) == pytest.approx((90 - i - 0.7, 90 - i + 0.5))
+        assert line.get_color() == METHODS[series.method].colour
+        looks.add((line.get_color(), line.get_linestyle(), line.get_marker()))
+        for other in paper.get_lines():
+            if other.get_label() == f"{label}, published":
+                assert (other.get_color(), other.get_marker()) == (line.get_color(), line.get_marker())
+    assert len(looks) == len(DRAWN), "no two series look alike"
+    (unmerged,) = [line for line in ax.get_lines() if len(set(line.get_ydata())) == 1 and line.get_ydata()[0] == 95]
+    assert unmerged.get_linewidth() < 1
+    require_colours(figure, tmp_path / "figure1", {series.method for series in DRAWN.values()})
+    (legend,) = figure.legends
+    weights = {text.get_text(): text.get_fontweight() for text in legend.get_texts()}
+    assert list(weights) == [*DRAWN, "unmerged", "published"]
+    bold = [label for label, weight in weights.items() if weight == "bold"]
+    assert bold == [label for label, series in DRAWN.items() if not series.trained], "off the shelf, as in the paper"
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert len({entry.colour for entry in METHODS.values()}) == len(METHODS)
+    assert (METHODS["dhtm"].colour, METHODS["random"].colour) == ("#E69F00", "#0072B2"), "the paper's"
+
+
+def test_a_panel_of_figure_1_needs_three_targets_on_the_same_images(tmp_path):
+    assert len(figure1(runs_over_targets(tmp_path, targets=(20.0, 30.0))).axes) == 1
+    # Four targets now, but two on each set of images.
+    assert len(figure1(runs_over_targets(tmp_path, targets=(40.0, 50.0), n_images=1000)).axes) == 1
+
+
+def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
+    runs = runs_over_targets(tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000)
+    (ax,) = figure1(runs).axes
+    assert ax.get_title() == "DeiT-Small, ImageNet-1K\n50,000 images, 95% intervals"
+    assert len(ax.containers) == len(DRAWN)
+    assert sum(line.get_label().endswith("published") for line in ax.get_lines()) == 7
+
+
+def test_untrained_methods_are_not_drawn_and_unknown_ones_are(tmp_path):
+    for number, target in enumerate(TARGETS):
+        write_solved_run(tmp_path, number, "sit", target, untrained=True)
+        write_solved_run(tmp_path, 10 + number, "dhtm", target)
+        write_solved_run(tmp_path, 20 + number, "own", target, trained=True)
+    ax, _ = figure1(load_runs(tmp_path)).axes
+    assert list(lines_of(ax)) == [SERIES["DHTM"].label, "own (trained)"]
+
+
+def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
+    for number, k in enumerate(KS):
+        write_run(tmp_path, number, k=k)
+        write_run(tmp_path, 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0])
+        write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet")
+    figure = figure4(load_runs(tmp_path))
+    ax, paper = figure.axes
+    assert ax.get_title().startswith("deit_micro (embedded), digits\n2,000 images")
+    assert paper.get_title().startswith("DeiT-Small, ImageNet-1K\n2,000 images")
+    drawn = {label: container.lines[0].get_ydata().tolist() for label, container in lines_of(ax).items()}
+    assert drawn == {"DHTM": [90] * 7, "random merging": [80] * 7}
+    assert [text.get_text() for text in paper.get_legend().get_texts()] == [
+        "DHTM, published", "random merging, published", "DHTM",
+    ]  # fmt: skip
+    require_colours(figure, tmp_path / "figure4", ("dhtm", "random"))
