@@ -42,6 +42,10 @@ class _Reduction:
         self.cls: dict[int, Tensor] = {}
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
+    def __getstate__(self) -> dict:
+        # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
+        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}}
+
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         images = args[0]

@@ -51,7 +51,7 @@ def draws(draw):
 
 
 def check_draws(case, backend, device="cpu"):
-    """A backend draws as stated above, averages as the torch backend does, and goes on from the regions it made."""
+    """A backend draws as stated above, averages as the torch backend does, and continues from the regions it made."""
     grid, k, connectivity, seed, ids = case
     n = grid[0] * grid[1]
     tokens = torch.randn(len(ids), n, 3, generator=torch.Generator().manual_seed(0)).to(device)

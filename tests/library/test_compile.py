@@ -47,6 +47,8 @@ def test_exported_for_any_batch_size_and_loaded_again(model, tmp_path):
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for images in (IMAGES, IMAGES[:1], IMAGES.repeat(3, 1, 1, 1)):
         torch.testing.assert_close(loaded(images), model(images), rtol=1e-5, atol=1e-5)
+    torch.export.export(model, (IMAGES,))
+    assert dhtm.count_flops(model).merging > 0, "what the trace left in the model does not matter"
 
 
 @torch.no_grad()

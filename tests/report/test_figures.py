@@ -1,4 +1,4 @@
-"""Figures 1 and 4: whose numbers are drawn, and how methods are told apart."""
+"""Figures 1 and 4: whose numbers are drawn, and how methods are distinguished."""
 
 import matplotlib.colors
 import numpy as np

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -102,8 +102,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, HydraException):  # its message may list the available options, one per line
+        override = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
-        return " ".join(str(error).split()) + cause
+        return override + " ".join(str(error).split()) + cause
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or error.key}: {one_line(error)}"
     with tempfile.NamedTemporaryFile("w", prefix="dhtm-", suffix=".log", delete=False) as file:

@@ -115,7 +115,7 @@ class CachedImages(Dataset):
         Raises:
             OSError: the disk is full, for example.
         """
-        for file in self.folder.glob(".*.npy"):  # what a process that was killed had begun to write
+        for file in self.folder.glob(".*.npy"):  # unfinished files of a process that was killed
             file.unlink()
         missing = self.missing()
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(self))) for number in missing]

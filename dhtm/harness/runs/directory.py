@@ -49,7 +49,7 @@ class RunDirectory:
         with locked(self._lock, f"waiting for another process, which carries out {self.path}"):
             yield
             shutil.rmtree(self._shards, ignore_errors=True)
-            for file in self.path.glob(".*"):  # what processes that were killed had begun to write
+            for file in self.path.glob(".*"):  # unfinished files of processes that were killed
                 file.unlink()
 
     def append(self, predictions: pd.DataFrame) -> None:
