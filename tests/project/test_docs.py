@@ -144,8 +144,9 @@ def test_the_dashboard_requires_a_login(script, monkeypatch):
 @pytest.mark.parametrize("command", commands("sweep"))
 def test_make_sweep(command, shortened, tmp_path):
     overrides = shlex.split("".join(shlex.split(command)[2:]).removeprefix("ARGS="))
-    # Every experiment on the embedded model, where one budget of Figure 1 is enough; one run on ImageNet.
-    overrides += ["experiment=table1", "method.k=40"] if overrides else ["target.reduction_pct=20"]
+    # Every experiment on the embedded model, with few methods and knobs; one run on ImageNet.
+    overrides += ["experiment=table1", "method.k=40"] if overrides else ["method=dhtm,random", "method.k=0,40"]
+    overrides += [] if "data=imagenet" in overrides else ["target.reduction_pct=20"]
     result = run("make", "sweep", f"ARGS={shlex.join([*shortened('evaluate', *overrides), f'output_dir={tmp_path}'])}")
     assert result.returncode == 0, result.stderr
     tables = [f"tables/table{number}.{ending}" for number in (1, 2) for ending in ("csv", "md", "tex")]
