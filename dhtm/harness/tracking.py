@@ -7,16 +7,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from dhtm.harness.core.errors import one_line
 from dhtm.harness.core.ranks import Ranks
-
-if TYPE_CHECKING:
-    from dhtm.harness.runs.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -102,20 +99,33 @@ class TrackedEvaluation:
 
 @contextlib.contextmanager
 def track_evaluation(
-    evaluation: "Evaluation", run_id: str, trained: bool, n_images: int, done: pd.DataFrame, ranks: Ranks
+    tracker: Tracker | None,
+    settings: dict,
+    run_id: str,
+    trained: bool,
+    n_images: int,
+    done: pd.DataFrame,
+    ranks: Ranks,
 ) -> Iterator[TrackedEvaluation]:
-    """Log an evaluation, from its first rank, to the W&B run that has the run's id; an evaluation that resumes continues it."""
-    method = evaluation.method
-    setting = f" {method.knob}={method.setting}" if method.knob else ""
+    """Log an evaluation, from its first rank, to the W&B run that has the run's id; an evaluation that resumes continues it.
+
+    Args:
+        settings: of the evaluation, as plain values.
+        trained: whether its weights were trained with the method.
+        n_images, done, ranks: as for :class:`TrackedEvaluation`.
+    """
+    method = settings["method"]
+    knob = f" {method['knob']}={method[method['knob']]}" if method["knob"] else ""
+    trained = " trained" if trained else ""
     options = {
         "id": run_id,
-        "name": f"{evaluation.backbone.name} {method.name}{setting}{' trained' if trained else ''}, {evaluation.data.name}",
-        "group": evaluation.experiment,
+        "name": f"{settings['backbone']['name']} {method['name']}{knob}{trained}, {settings['data']['name']}",
+        "group": settings["experiment"],
         "job_type": "evaluation",
-        "config": _portable(evaluation.settings()),
+        "config": _portable(settings),
         "resume": "allow",
     }
-    with _run(evaluation.tracker if ranks.first else None, options) as do:
+    with _run(tracker if ranks.first else None, options) as do:
         yield TrackedEvaluation(do, n_images, done, ranks.world)
 
 

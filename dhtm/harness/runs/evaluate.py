@@ -30,7 +30,7 @@ from dhtm.harness.runs.directory import FAILED, RunDirectory
 from dhtm.harness.runs.metrics import accuracy, real_accuracy
 from dhtm.harness.runs.predict import predict_and_store
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
-from dhtm.harness.tracking import Tracker, track_evaluation
+from dhtm.harness.tracking import TrackedEvaluation, Tracker, track_evaluation
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,12 @@ class _Prepared:
     split: Split
     determinants: dict
 
+    def tracked(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
+        """Log the run to the tracker, if there is one, where ``done`` are the predictions of an earlier process."""
+        settings, n_images = self.evaluation.settings(), len(self.split.dataset)
+        run_id = self.directory.path.name
+        return track_evaluation(self.evaluation.tracker, settings, run_id, self.trained, n_images, done, ranks)
+
 
 def evaluate(
     evaluation: Evaluation,
@@ -121,9 +127,7 @@ def evaluate(
         if metrics is not None:
             return _finished_before(prepared, metrics, pictures, ranks)
         done = ranks.gather(directory.predictions_so_far() if ranks.first else None)[0]
-        with track_evaluation(
-            evaluation, directory.path.name, prepared.trained, len(split.dataset), done, ranks
-        ) as tracked:
+        with prepared.tracked(done, ranks) as tracked:
             failed, measured = _predict_missing(prepared, done, ranks, tracked.progress)
             if ranks.first:
                 directory.list_failed(failed)
@@ -177,10 +181,7 @@ def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], 
     if ranks.first:
         log.info("%s: already finished, %s", prepared.title, directory.path)
         metrics = directory.add_target(metrics, evaluation.target_pct)
-        n_images = metrics["n_images"]
-        with track_evaluation(
-            evaluation, metrics["run_id"], prepared.trained, n_images, pd.DataFrame(), ranks
-        ) as tracked:
+        with prepared.tracked(pd.DataFrame(), ranks) as tracked:
             tracked.result(metrics, directory.path, pictures)
     return metrics
 
