@@ -176,7 +176,12 @@ def _method(values: dict[str, Any]) -> Method:
 
 def _data(values: dict[str, Any]) -> Any:
     values = dict(values)
-    return _typed(resolve_name(values.pop("_target_")), values, "data")
+    target = values.pop("_target_")
+    try:
+        data = resolve_name(target)
+    except Exception as error:  # importing a module of the user's own may raise anything
+        raise UserError(f"data._target_={target}: {one_line(error)}") from error
+    return _typed(data, values, "data")
 
 
 def _tracker(values: dict[str, Any]) -> Tracker | None:

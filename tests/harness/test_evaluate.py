@@ -201,7 +201,7 @@ def test_experiments_are_the_papers(script, tmp_path):
         (["results_dir='~nobody.such/x'"], r"~nobody.such/x: there is no such home directory"),
         (["data.seed=-1"], r"data.seed=-1: "),
         (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
-        (["data.limit=0"], r"data.limit=0: it must be"),
+        (["data.limit=0"], r"data.limit=0: Input should be greater than 0"),
         (["data.split=valid"], r"data.split=valid: the digits have data.split=test, and train"),
         (["batch_size=0"], r"batch_size=0: Input should be greater than 0"),
         (["dtype=int8"], r"dtype=int8: Input should be 'float32', 'bfloat16' or 'float16'"),

@@ -324,7 +324,6 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ({"class_map": "numbers"}, r"the class n01440764 \(5 such\) is not one of class_map=numbers"),
         ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: cannot be read \(.*No such file"),
         ({"class_map": "{}/broken.json"}, r"data\.class_map=.*broken\.json: cannot be read"),
-        ({"among": "some"}, r"data\.among=some: choose one of all, present"),
         (
             {"real_labels": True},
             r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",

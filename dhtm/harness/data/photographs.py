@@ -1,28 +1,29 @@
 """Sets of photographs on disk or on the Hugging Face hub, ImageNet foremost, as a model's preprocessing leaves them."""
 
-import dataclasses
 import functools
 import hashlib
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
-from dhtm.harness.core.errors import UserError, one_line, require_choice, require_number
+from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.data.hub import HUB, open_table
 from dhtm.harness.data.labels import find_labels, number_classes, read_labels, reassessed_labels, synsets
 from dhtm.harness.data.sources import SPLITS, Folder, Part, Source, Tars
 from dhtm.harness.data.splits import Split, UnreadableError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Photographs:
     """A set of photographs: the config groups ``data=imagenet``, ``imagenette`` and ``imagefolder``.
 
@@ -50,17 +51,11 @@ class Photographs:
     train_split: str = "train"
     labels: str | None = None
     class_map: str | None = None
-    among: str = "all"
+    among: Literal["all", "present"] = "all"
     real_labels: bool = False
-    on_error: str = "collect"
-    limit: int | None = None
-    holdout: int | None = None
-
-    def __post_init__(self):
-        require_number("data.holdout", self.holdout, 2, integer=True, optional=True)
-        require_choice("data.among", self.among, ("all", "present"))
-        require_choice("data.on_error", self.on_error, ("collect", "skip"))
-        require_number("data.limit", self.limit, 1, integer=True, optional=True)
+    on_error: Literal["collect", "skip"] = "collect"
+    limit: PositiveInt | None = None
+    holdout: Annotated[int, Field(ge=2)] | None = None
 
     def open(self, split: str, transform: Callable) -> Split:
         """Open a split.

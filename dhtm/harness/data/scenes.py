@@ -6,18 +6,20 @@ distractor strokes cut from other digits. With patches of 4×4 pixels the grid i
 as in DeiT at 224 pixels, so k means the same number of merges on both.
 """
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
-from dhtm.harness.core.errors import UserError, require_choice, require_number
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split
 
 CANVAS = 56
@@ -28,7 +30,7 @@ MAX_DISTRACTORS = 6
 _SPLITS = {"train": 0, "test": 1}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Digits:
     """The embedded data set: the config group ``data=digits``.
 
@@ -44,14 +46,9 @@ class Digits:
     name: str = "digits"
     split: str = "test"
     train_split: str = "train"
-    seed: int = 0
-    limit: int | None = None
-    on_error: str = "collect"
-
-    def __post_init__(self):
-        require_number("data.seed", self.seed, integer=True)
-        require_number("data.limit", self.limit, 1, integer=True, optional=True)
-        require_choice("data.on_error", self.on_error, ("collect", "skip"))
+    seed: NonNegativeInt = 0
+    limit: PositiveInt | None = None
+    on_error: Literal["collect", "skip"] = "collect"
 
     def open(self, split: str, transform: Callable) -> Split:
         """Open the split "test" or "train".
