@@ -75,8 +75,8 @@ def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int
         groups: [n], images with the same number flip together; None: each image by itself.
     """
     sums, _ = _group_sums(values, groups)
+    observed = abs(float(sums.sum()))
     sums = np.abs(sums[sums != 0])
-    observed = abs(float(np.sum(_group_sums(values, groups)[0])))
     if not len(sums):
         return 1.0
     if np.array_equal(sums, np.round(sums)):

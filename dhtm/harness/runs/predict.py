@@ -98,21 +98,19 @@ def predict_and_store(
     Raises:
         UserError: there is no memory for one image.
     """
-    fresh, last_stored = [], time.monotonic()
-    remaining = list(indices)
+    fresh, stored, last_stored = [], set(), time.monotonic()
 
     def store():
-        nonlocal fresh, last_stored, remaining
+        nonlocal fresh, last_stored
         if fresh:
             frame = pd.concat(fresh, ignore_index=True)
             directory.append(frame)
-            predicted = set(frame["index"])
-            remaining = [index for index in remaining if index not in predicted]
+            stored.update(frame["index"])
         fresh, last_stored = [], time.monotonic()
 
-    while remaining:
+    while indices:
         try:
-            for part in predict(model, split, remaining, batch_size, device, dtype, title, num_workers, on_unreadable):
+            for part in predict(model, split, indices, batch_size, device, dtype, title, num_workers, on_unreadable):
                 fresh.append(part)
                 progress(part)
                 if time.monotonic() - last_stored >= every_s:
@@ -129,5 +127,6 @@ def predict_and_store(
             raise UserError("out of memory with one image at a time; choose another device=")
         torch.cuda.empty_cache()
         batch_size //= 2
+        indices = [index for index in indices if index not in stored]
         log.warning("out of memory: resuming with batch_size=%d", batch_size)
     return batch_size
