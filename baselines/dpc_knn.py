@@ -21,16 +21,16 @@ from dhtm.regions import Regions
 class DPCKNN(KeepRateReducer):
     """Cluster around density peaks: a centre has a high density and is far from any token of higher density.
 
-    Distances are Euclidean over √D. A token's density is exp(−mean squared distance to its nearest other tokens), and δ
-    is its distance to the nearest token of higher density (for the densest, the largest distance in the image). The M
-    tokens of largest density · δ are the centres, and each token joins the nearest one. The averages of the clusters
-    replace the tokens, in the order of their centres. Ties go to the lower index, also between equal densities, where the
-    original adds noise.
+    Distances are Euclidean over √D. A token's density is exp(−mean squared distance to its nearest tokens), where the token
+    itself is one of them, at distance 0. δ is its distance to the nearest token of higher density (for the densest, the
+    largest distance in the image). The M tokens of largest density · δ are the centres, and each token joins the nearest
+    one. The averages of the clusters replace the tokens, in the order of their centres. Ties go to the lower index, also
+    between equal densities, where the original adds noise.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
         layers: the layers to reduce before, from 1, increasing; or "all".
-        neighbours: the number of nearest tokens that define the density.
+        neighbours: the number of nearest tokens that define the density, the token itself included.
         weighted: weight the averages by exp(Linear(x)), where the linear map is learned and starts at zero.
 
     Raises:
@@ -76,10 +76,9 @@ def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:
     """Return the cluster in [0, m) of each token [B, N, D]: int64 [B, N]."""
     n, channels = tokens.shape[1:]
     distances = (squared_distances(tokens) / channels).sqrt()
-    others = distances.masked_fill(torch.eye(n, dtype=torch.bool, device=tokens.device), torch.inf)
-    nearest = others.topk(min(neighbours, n - 1), dim=-1, largest=False).values
+    nearest = distances.topk(min(neighbours, n), dim=-1, largest=False).values
     # Densities and their products with δ are compared by their logarithms, because they can underflow in float32.
-    density = -nearest.square().mean(dim=-1) if n > 1 else torch.zeros_like(distances[..., 0])
+    density = -nearest.square().mean(dim=-1)
     places = torch.arange(n, device=tokens.device)
     mine, theirs = density[:, :, None], density[:, None]
     denser = (theirs > mine) | ((theirs == mine) & (places < places[:, None]))

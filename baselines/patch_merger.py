@@ -11,8 +11,10 @@ from dhtm.reducer import LearnedReducer
 class PatchMerger(LearnedReducer):
     """New tokens are averages of all tokens, weighted by a softmax of their products with learned queries.
 
-    X' = LayerNorm(X), out = softmax(Q X'ᵀ) X', with the softmax over tokens. The original has a single such module, in the
-    middle of the network: in a ViT of twelve layers ``layers=(7,)``, and ``keep_rate=0.041`` for its 8 tokens of 196.
+    X' = LayerNorm(X), out = softmax(Q X'ᵀ) X', with the softmax over tokens. Q starts from N(0, 1), so that each new token
+    starts near one of the old ones. The original has a single such module, in the middle of the network:
+    ``layers=(L // 2 + 1,)`` of L layers, which is ``layers=(7,)`` of twelve, and ``keep_rate=0.041`` for its 8 tokens of
+    196.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
@@ -36,8 +38,7 @@ class _Stage(nn.Module):
         super().__init__()
         self.scale = scale
         self.norm = nn.LayerNorm(channels)
-        # Products with normalised tokens start with variance 1, whatever the width.
-        self.queries = nn.Parameter(torch.randn(n_clusters, channels) * channels**-0.5)
+        self.queries = nn.Parameter(torch.randn(n_clusters, channels))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.norm(tokens)

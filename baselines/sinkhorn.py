@@ -13,6 +13,10 @@ from dhtm.reducer import LearnedReducer
 class Sinkhorn(LearnedReducer):
     """New tokens are sums of all normalised tokens, weighted by an optimal transport between tokens and learned centres.
 
+    The weights of each token sum to 1, as in the authors' code. The centres are unit vectors: in training they are
+    normalised in place before each forward pass, and the gradient does not pass through the normalisation. In evaluation
+    they are normalised without changing the parameters.
+
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
         layers: the layers to reduce before, from 1, increasing; or "all".
@@ -49,10 +53,14 @@ class _Stage(nn.Module):
         self.centres = nn.Parameter(torch.randn(n_clusters, channels))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        units = F.normalize(self.centres.detach(), dim=-1)
+        if self.training:
+            with torch.no_grad():
+                self.centres.copy_(units)
+        centres = self.centres if self.training else units
         normalised = F.normalize(tokens, dim=-1)
-        scores = F.normalize(self.centres, dim=-1) @ normalised.transpose(1, 2) / self.epsilon
-        m, n = scores.shape[1:]
-        weights = transport(scores.float(), self.iterations) * (m + n)
+        scores = centres @ normalised.transpose(1, 2) / self.epsilon
+        weights = transport(scores.float(), self.iterations) * tokens.shape[1]  # columns sum to 1/N in the transport
         return weights.to(tokens.dtype), normalised
 
 

@@ -10,7 +10,8 @@ class SiT(LearnedReducer):
     """New tokens are averages of all tokens, weighted by a small MLP of each token.
 
     weights = softmax(s · Linear(GELU(Linear(LayerNorm(X)))), over tokens) with D/2 hidden units, M outputs and a learned
-    scalar s that starts at 1; out = weightsᵀ X.
+    scalar s that starts at 1; out = weightsᵀ X. The weights of the linear maps start from a truncated normal distribution
+    of standard deviation 0.02, their biases at 0.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
@@ -31,7 +32,10 @@ class _Stage(nn.Module):
         self.mlp = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, n_clusters)
         )
-        self.scale = nn.Parameter(torch.ones(()))
+        for linear in (self.mlp[1], self.mlp[3]):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))  # timm's optimisers exempt vectors and scalars from weight decay
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return (self.scale * self.mlp(tokens)).softmax(dim=1).transpose(1, 2), tokens

@@ -40,32 +40,11 @@ class ToMe(Reducer):
         proportional_attention: bool = True,
     ):
         super().__init__(layers)
-        by_layer = isinstance(r, Sequence) and not isinstance(r, str)
-        if not all(isinstance(number, int) and number >= 0 for number in (r if by_layer else [r])):
-            raise ValueError(f"r={r!r}: the number of tokens to merge in a layer must be an integer from 0")
-        if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
-            raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
-        if by_layer and inflect != 0:
-            raise ValueError(f"inflect={inflect!r}: it must be 0 where r is a list")
-        r = tuple(r) if by_layer else r
+        check_r(r, inflect)
         self.r, self.inflect, self.proportional_attention = r, inflect, proportional_attention
 
-    def r_of(self, layer: int) -> int:
-        """Return r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down."""
-        if isinstance(self.r, tuple):
-            if len(self.r) != len(self.schedule):
-                raise ValueError(
-                    f"r={list(self.r)}: give one number for each of the {len(self.schedule)} layers that merge"
-                )
-            return self.r[self.schedule.index(layer)]
-        if len(self.schedule) == 1:
-            return self.r
-        low = int(self.r * (1 - self.inflect))
-        step = (2 * self.r - 2 * low) / (len(self.schedule) - 1)
-        return int(low + step * self.schedule.index(layer))
-
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
-        return n_tokens - min(self.r_of(layer), n_tokens // 2)
+        return n_tokens - min(r_of(self.r, self.inflect, layer, self.schedule), n_tokens // 2)
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         n = tokens.shape[1]
@@ -102,3 +81,31 @@ class ToMe(Reducer):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, layers={self.layers}, inflect={self.inflect}"
+
+
+def check_r(r: int | Sequence[int], inflect: float) -> None:
+    """Raise a ValueError unless r and inflect are as :class:`ToMe` describes them."""
+    by_layer = isinstance(r, Sequence) and not isinstance(r, str)
+    if not all(isinstance(number, int) and number >= 0 for number in (r if by_layer else [r])):
+        raise ValueError(f"r={r!r}: the number of tokens to merge in a layer must be an integer from 0")
+    if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
+        raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
+    if by_layer and inflect != 0:
+        raise ValueError(f"inflect={inflect!r}: it must be 0 where r is a list")
+
+
+def r_of(r: int | Sequence[int], inflect: float, layer: int, schedule: tuple[int, ...]) -> int:
+    """Return r in a layer: from r·(1 − inflect) in the first to r·(1 + inflect) in the last, rounded down.
+
+    Raises:
+        ValueError: r is a list of another length than the schedule.
+    """
+    if not isinstance(r, int):
+        if len(r) != len(schedule):
+            raise ValueError(f"r={list(r)}: give one number for each of the {len(schedule)} layers that merge")
+        return r[schedule.index(layer)]
+    if len(schedule) == 1:
+        return r
+    low = int(r * (1 - inflect))
+    step = (2 * r - 2 * low) / (len(schedule) - 1)
+    return int(low + step * schedule.index(layer))

@@ -24,12 +24,15 @@ class Attention:
         output: [B, N, D], the output of the attention branch before LayerScale and the residual add.
         cls: float32 [B, N], the attention that CLS pays each token, mean over heads; in a model without CLS the attention
             that the token receives, mean over heads and queries. Detached.
+        received: float32 [B, N], the attention that each token receives, mean over heads and all queries, those of prefix
+            tokens among them. Detached.
     """
 
     layer: int = 1
     keys: Tensor | None = None
     output: Tensor | None = None
     cls: Tensor | None = None
+    received: Tensor | None = None
 
 
 class Reducer(nn.Module):
@@ -42,7 +45,7 @@ class Reducer(nn.Module):
 
     Attributes:
         position: "after_attention" (after its residual add, before the MLP branch) or "before_block".
-        needs: which of "keys", "output" and "cls" of :class:`Attention` the method reads.
+        needs: which of "keys", "output", "cls" and "received" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
         image_ids: int64 [B] or None, set with :func:`dhtm.vit.image_ids`.
         schedule: the numbers of the layers that reduce; for "all" they are known once a model is attached.

@@ -17,6 +17,7 @@ from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions
 
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_READ = frozenset({"keys", "cls", "received"})  # what a reducer may need of queries and keys
 
 
 class ReducingBlock(Block):
@@ -40,11 +41,12 @@ class _Reduction:
         self.regions: dict[int, Regions] = {}  # after each layer that reduces; 0 is before the first block
         self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
         self.cls: dict[int, Tensor] = {}
+        self.received: dict[int, Tensor] = {}
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
-        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}}
+        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}}
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
@@ -52,6 +54,7 @@ class _Reduction:
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
         self.keys.clear()
         self.cls.clear()
+        self.received.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
@@ -71,7 +74,7 @@ class _Reduction:
             )
         self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # raises an error for small images
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
-        attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer))
+        attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer), self.received.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
         if position == "after_attention":  # if this layer runs again, its keys are read again
             self.keys.pop(layer, None)
@@ -103,22 +106,26 @@ class _AttentionReader:
         self.reduction, self.source, self.layer, self.scale, self.has_cls = reduction, source, layer, scale, has_cls
 
     def read_queries(self, module: nn.Module, args: tuple[Tensor, ...], queries: Tensor) -> None:
-        self.queries = queries[:, :, :1] if self.has_cls else queries
+        of_cls = self.has_cls and "received" not in self.reduction.reducer.needs
+        self.queries = queries[:, :, :1] if of_cls else queries
 
     def read_keys(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
-        reduction = self.reduction
-        if "keys" in reduction.reducer.needs:
+        reduction, needs = self.reduction, self.reduction.reducer.needs
+        if "keys" in needs:
             keys_of_patches = keys[:, :, reduction.n_prefix :]
             # Keys of another layer are kept, so they must not keep the graph of that layer alive.
             reduction.keys[self.layer] = keys_of_patches if self.source == self.layer else keys_of_patches.detach()
-        if "cls" in reduction.reducer.needs:
+        if needs & {"cls", "received"}:
             # Kept for the whole forward, and so without a gradient: gradient checkpointing may run the layer that
             # reduces again before this one.
             with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
                 logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
                 bias = reduction.attention_bias(logits.dtype, self.source)
-                received = (logits if bias is None else logits + bias).softmax(dim=-1).mean(dim=(1, 2))
-            reduction.cls[self.layer] = received[:, reduction.n_prefix :]
+                shares = (logits if bias is None else logits + bias).softmax(dim=-1)[..., reduction.n_prefix :]
+                if "cls" in needs:
+                    reduction.cls[self.layer] = (shares[:, :, :1] if self.has_cls else shares).mean(dim=(1, 2))
+                if "received" in needs:
+                    reduction.received[self.layer] = shares.mean(dim=(1, 2))
             del self.queries
 
 
@@ -145,7 +152,7 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
     if layers[-1] > depth:
         raise ValueError(f"layers={list(layers)}: the model has layers 1 to {depth}")
     before = reducer.position == "before_block"
-    read = reducer.needs & {"keys", "cls"}
+    read = reducer.needs & _READ
     if before and read and layers[0] == 1:
         raise ValueError(
             f"layers={list(layers)}: {type(reducer).__name__} reads the attention of the layer before, so it starts from 2"
@@ -153,7 +160,7 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
     reducer.attach(model.embed_dim, model.num_prefix_tokens, tuple(model.patch_embed.grid_size), layers)
     _plan(reducer, layers, depth, model.patch_embed.grid_size)
     weight = next(model.blocks.parameters())
-    reducer.to(device=weight.device, dtype=weight.dtype)
+    reducer.to(device=weight.device, dtype=weight.dtype).train(model.training)
 
     reduction = _Reduction(reducer, layers, model.num_prefix_tokens)
     reduction.hooks.append(model.patch_embed.register_forward_pre_hook(reduction.start))
@@ -165,7 +172,7 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
             source = layer - 1 if before else layer
             attn = model.blocks[source - 1].attn
             reader = _AttentionReader(reduction, source, layer, attn.scale, model.has_class_token)
-            if "cls" in read:
+            if read & {"cls", "received"}:
                 reduction.hooks.append(attn.q_norm.register_forward_hook(reader.read_queries))
             reduction.hooks.append(attn.k_norm.register_forward_hook(reader.read_keys))
     model.reduction, model.reducer = reduction, reducer
@@ -262,7 +269,7 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
                 f"cannot patch this {name}: layer {layer} is a {type(block).__name__} with the parts "
                 f"{', '.join(sorted(parts))}, not timm's plain Block"
             )
-        if reducer.needs & {"keys", "cls"} and not isinstance(block.attn, TimmAttention):
+        if reducer.needs & _READ and not isinstance(block.attn, TimmAttention):
             raise TypeError(
                 f"cannot read the queries and keys of {type(block.attn).__name__} in layer {layer} of this {name}"
             )

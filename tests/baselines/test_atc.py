@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
-from test_vit import SMALL, images_for, logits
+from test_vit import SMALL, build, images_for, logits
 from written_out import average, check_step, forward, on_patches, sharpen, unequal_regions
 
 import dhtm
@@ -160,9 +160,26 @@ def test_flops_are_the_similarities_of_all_pairs():
 
 
 @pytest.mark.parametrize(
+    ("r", "inflect", "removed"),
+    [(8, 0.0, [8] * 5), (8, -1.0, [16, 12, 8, 4, 0]), ([150, 1, 0, 40, 2], 0.0, [150, 1, 0, 40, 2])],
+)
+def test_exactly_r_are_removed_in_each_layer(r, inflect, removed):
+    model = dhtm.patch(build("deit_tiny_distilled"), ATC(None, layers="all", r=r, inflect=inflect))
+    left = [196 - sum(removed[: layer + 1]) for layer in range(5)]
+    logits(model, images_for(model))
+    assert tokens_by_layer(model) == [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == left
+    dhtm.unpatch(model)
+    with pytest.raises(ValueError, match="r=196 in layer 2, but only N=196 tokens are left there: r must be below N"):
+        dhtm.patch(model, ATC(None, layers=(2,), r=196))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"keep_rate": 1.5}, "keep_rate=1.5"),
+        ({"r": 8}, "keep_rate=0.9 and r=8: one of them must be a number, and the other None"),
+        ({"keep_rate": None}, "keep_rate=None and r=None"),
+        ({"keep_rate": None, "r": -1}, "r=-1"),
         ({"linkage": "ward"}, "linkage='ward'"),
         ({"backend": "reference"}, "backend="),
     ],

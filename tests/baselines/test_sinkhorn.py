@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy.optimize import approx_fprime, minimize
 from scipy.special import softmax
+from scipy.stats import kstest
 
 from baselines import Sinkhorn
 from baselines.sinkhorn import transport
@@ -83,9 +84,49 @@ def test_new_tokens_are_transported_normalised_tokens(epsilon, iterations):
     centres = centres / np.linalg.norm(centres, axis=1, keepdims=True)
     for i in range(2):
         units = tokens[i] / np.linalg.norm(tokens[i], axis=1, keepdims=True)
-        weights = scaled(centres @ units.T / epsilon, iterations) * (4 + 12)
+        weights = scaled(centres @ units.T / epsilon, iterations)
+        weights /= weights.sum(0)  # those of each token sum to 1
         np.testing.assert_allclose(new[i], weights @ units, rtol=1e-4, atol=1e-5)
         assert regions.assignment[i].tolist() == weights.argmax(0).tolist()
+
+
+def test_in_training_centres_become_unit_vectors_and_learn_as_such():
+    """The gradient is that with respect to the units, which finite differences measure: along a unit vector too."""
+    reducer = Sinkhorn(0.34, layers=(2,))
+    reducer.attach(5, 1, (3, 4), (2,))
+    reducer.double().train()
+    tokens = torch.randn(2, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centres = reducer.stages["2"].centres
+    units = centres.detach() / centres.detach().norm(dim=1, keepdim=True)
+    reducer(tokens, Regions.identity(2, (3, 4)), Attention(layer=2))[0].pow(3).sum().backward()
+    torch.testing.assert_close(centres.detach(), units)
+
+    values = (tokens / tokens.norm(dim=2, keepdim=True)).numpy()
+
+    def loss(centres):
+        plans = [scaled(centres.reshape(4, 5) @ image.T, 3) * 12 for image in values]
+        return sum(((plan @ image) ** 3).sum() for plan, image in zip(plans, values, strict=True))
+
+    expected = approx_fprime(units.numpy().ravel(), loss)
+    np.testing.assert_allclose(centres.grad.numpy().ravel(), expected, rtol=1e-4, atol=1e-6)
+    assert (centres.grad * units).sum(1).abs().min() > 1e-3, "normalisation would have removed this part"
+
+
+def test_evaluation_leaves_the_centres_as_they_are():
+    reducer = Sinkhorn(0.34, layers=(2,))
+    reducer.attach(5, 1, (3, 4), (2,))
+    before = reducer.stages["2"].centres.detach().clone()
+    arguments = torch.randn(2, 12, 5), Regions.identity(2, (3, 4)), Attention(layer=2)
+    evaluated = reducer.eval()(*arguments)[0]
+    assert torch.equal(reducer.stages["2"].centres, before)
+    torch.testing.assert_close(reducer.train()(*arguments)[0], evaluated)
+
+
+def test_centres_start_from_the_standard_normal_distribution():
+    torch.manual_seed(0)
+    reducer = Sinkhorn(0.5, layers=(2,))
+    reducer.attach(192, 1, (14, 14), (2,))
+    assert kstest(reducer.stages["2"].centres.detach().numpy().ravel(), "norm").pvalue > 0.01
 
 
 @pytest.mark.parametrize(

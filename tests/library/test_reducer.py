@@ -135,9 +135,12 @@ def test_every_parameter_and_patch_has_the_same_gradient_with_checkpointing(name
         model(images).square().sum().backward()
         assert (images.grad.unfold(2, 16, 16).unfold(3, 16, 16).abs().amax(dim=(1, 4, 5)) > 0).all()
         gradients.append({key: parameter.grad for key, parameter in model.named_parameters()} | {"": images.grad})
+    noise = 1e-9 * max(gradient.abs().max().item() for gradient in gradients[0].values())
     for key, gradient in gradients[0].items():
-        assert gradient.isfinite().all() and gradient.any(), key
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        assert gradient.isfinite().all(), key
+        assert gradient.any() or (key.startswith("reducer.scores") and key.endswith("bias")), key  # that one cancels
+        atol = noise + 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "DPCKNN, weighted"])
