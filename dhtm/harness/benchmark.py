@@ -55,11 +55,12 @@ class Benchmark:
 
     Attributes:
         methods: the methods by the name of their row, with their knobs solved for the target.
+        scaling: for :func:`time_merge`.
     """
 
     backbone: Backbone
     methods: Annotated[dict[str, Method], Field(min_length=1)]
-    scaling: Scaling
+    scaling: Scaling | None = None
     target: Target = Target(reduction_pct=30)
     batch_size: PositiveInt = 32
     rounds: PositiveInt = 15

@@ -11,14 +11,17 @@ from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 import yaml
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from dhtm.harness.benchmark import Benchmark, Scaling
+from dhtm.harness.choose import Choice
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.core.files import expanded
+from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.cost import Target, solve
 from dhtm.harness.models.methods import Method
@@ -57,6 +60,10 @@ def evaluation(config: DictConfig) -> Evaluation:
     """
     values = _values(config)
     del values["skip_unavailable"]
+    options = values.pop("options")
+    if options is not None and not isinstance(options, dict):
+        raise UserError(f"options={options}: give options of the method, options='{{linkage: size}}'")
+    values["method"] |= options or {}
     target = _typed(Target, values.pop("target"), "target")
     run = _run(Evaluation, values)
     method, target_pct = solve(run.backbone, run.method, target)
@@ -81,6 +88,30 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
             f"{' '.join(overrides)}: not of the run's config ({one_line(error)}); give key=value"
         ) from error
     return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
+
+
+def choice(config: DictConfig) -> Choice:
+    """Return the choice that a config of scripts/choose.py describes."""
+    values = _values(config)
+    methods = [_method(named(name, values["seed"])) for name in values.pop("methods")]
+    own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
+    run = {"method": methods[0], "backbone": _typed(Backbone, values["backbone"], "backbone")}
+    run["data"] = _data(values["data"] | {"split": own["choose_on"]})
+    return _typed(Choice, own | {"evaluation": _typed(Evaluation, values | run), "methods": methods})
+
+
+def premise(config: DictConfig) -> Premise:
+    """Return the measurement that a config of scripts/premise.py describes."""
+    values = _values(config)
+    backbone, target = _typed(Backbone, values["backbone"], "backbone"), _typed(Target, values.pop("target"), "target")
+    methods = {name: _method(named(name, values["seed"])) for name in values["methods"]}
+    methods = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
+    return _typed(Premise, values | {"backbone": backbone, "data": _data(values["data"]), "methods": methods})
+
+
+def named(method: str, seed: int) -> dict[str, Any]:
+    """Return the config of a method by its name, as method=NAME composes it."""
+    return _values(compose("evaluate", [f"method={method}", f"seed={seed}"]).method)
 
 
 def training(config: DictConfig) -> Training:

@@ -78,10 +78,9 @@ class TrackedEvaluation:
         if n_done < self._n_images and n_done - self._row_at < self._n_images / ROWS:
             return
         now = time.perf_counter()
-        row = {
-            "running/top1": 100 * self._n_correct / (self._n_before + self._n_own),
-            "running/images_per_s": (n_done - self._row_at) / max(now - self._row_time, 1e-9),
-        }
+        row = {"running/images_per_s": (n_done - self._row_at) / max(now - self._row_time, 1e-9)}
+        if (predictions.label >= 0).all():
+            row["running/top1"] = 100 * self._n_correct / (self._n_before + self._n_own)
         self._row_at, self._row_time = n_done, now
         self._do(lambda run: run.log(row, step=n_done))
 

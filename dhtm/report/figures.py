@@ -1,9 +1,9 @@
 """Figures 1 and 4: top-1 over the cost, published points beside ours."""
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,49 +15,55 @@ from dhtm.report.style import plt
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
+_SIZES = {"linewidth": 1.2, "markersize": 6}
 COMPARED = [Series(METHODS[method].label, method, "4,7,11", False) for method in ("dhtm", "random")]  # in Figure 4
 
 
 def figure1(runs: pd.DataFrame) -> Figure:
-    """Draw DHTM against other methods, top-1 over the reduction of FLOPs that was reached.
+    """Draw DHTM against other methods over the reduction of FLOPs that was reached: top-1, and KL from the unmerged model.
 
-    There is a panel for each backbone and data set with runs solved for three targets, and one with the published points.
+    There is a column for each backbone and data set with runs solved for three targets, and one with the published points.
     Methods whose own parameters were never trained are not drawn: they would show nothing and compress the others.
     """
     panels = _panels(runs, lambda pair: at_target(runs, *pair), lambda frame: frame.target.nunique() >= MIN_TARGETS)
-    figure, axes = _axes(panels, "FLOPs reduction (%)", (4.6, 4))
+    figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
     handles = {}
-    for ax, frame in zip(axes, panels.values(), strict=True):
+    for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in [*SERIES.values(), *_unknown_series(frame)]:
             points = of_series(frame, series).drop_duplicates("run_id")
             if series.label and len(points):
                 handles[series.label] = _draw(ax, points, "flops_reduction_pct", series.label, series.style)
+                if ax_kl:
+                    _draw_kl(ax_kl, points, "flops_reduction_pct", series.label, series.style)
         for top1 in frame.top1[frame.method == "unmerged"]:
             handles["unmerged"] = ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
     handles |= _draw_published_reductions(axes[-1])
     for ax in axes:
         ax.set_xlim(0, None)
     figure.tight_layout()
-    _draw_legend(figure, handles)
+    n_rows = _draw_legend(figure, handles)
+    _write_below(figure, [_extremes(pair, frame) for pair, frame in panels.items()], 0.02 - 0.035 * n_rows)
     return figure
 
 
 def figure4(runs: pd.DataFrame) -> Figure:
-    """Draw DHTM against random merging, top-1 over FLOPs.
+    """Draw DHTM against random merging over FLOPs: top-1, and KL from the unmerged model.
 
-    There is a panel for each backbone and data set evaluated with both methods, and one with the published points.
+    There is a column for each backbone and data set evaluated with both methods, and one with the published points.
     """
 
     def select(pair: Pair) -> pd.DataFrame:
         return pd.concat([over_k(runs, *pair, series.method).reset_index() for series in COMPARED])
 
     panels = _panels(runs, select, lambda frame: frame.method.nunique() == len(COMPARED))
-    figure, axes = _axes(panels, "GFLOPs", (3.6, 3.2))
-    for ax, frame in zip(axes, panels.values(), strict=True):
+    figure, axes, below = _axes(panels, "GFLOPs", (3.6, 3))
+    for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in COMPARED:
             points = of_series(frame, series)
             if len(points):
                 _draw(ax, points, "flops_g", series.name, series.style)
+                if ax_kl:
+                    _draw_kl(ax_kl, points, "flops_g", series.name, series.style)
         for row in frame[frame.method == "dhtm"].itertuples():  # random merging has the same k at nearly the same FLOPs
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 6}
             ax.annotate(f"k={row.k}", (row.flops_g, row.ci_high), **above)
@@ -68,6 +74,7 @@ def figure4(runs: pd.DataFrame) -> Figure:
     for ax in axes:
         ax.legend()
     figure.tight_layout()
+    _write_below(figure, [_ratio(pair, frame) for pair, frame in panels.items()], 0.0)
     return figure
 
 
@@ -79,28 +86,49 @@ def _panels(
     return {pair: frame for pair, frame in frames.items() if is_shown(frame)} | {PAPER: select(PAPER)}
 
 
-def _axes(panels: dict[Pair, pd.DataFrame], xlabel: str, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """Make a row of panels, each with its title."""
+def _axes(
+    panels: dict[Pair, pd.DataFrame], xlabel: str, size: tuple[float, float]
+) -> tuple[Figure, list[Axes], list[Axes | None]]:
+    """Make a column for each panel: top-1 with a title and, below it, KL; None where no run has it."""
     width, height = size
-    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), height), squeeze=False)
-    for ax, ((backbone, data), frame) in zip(axes[0], panels.items(), strict=True):
+    has_kl = [frame.kl.notna().any() for frame in panels.values()]
+    n_rows = 2 if any(has_kl) else 1
+    figure = plt.figure(figsize=(width * len(panels), n_rows * height))
+    grid = figure.add_gridspec(n_rows, len(panels))
+    axes, below = [], []
+    for column, ((backbone, data), frame) in enumerate(panels.items()):
         first, second = (
             (": published only", "") if frame.empty else ("", f"{frame.n_images.max():,} images, 95% intervals")
         )
+        ax = figure.add_subplot(grid[0, column])
         ax.set(title=f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}{first}\n{second}", xlabel=xlabel)
-    axes[0, 0].set_ylabel("top-1 accuracy (%)")
-    return figure, axes[0]
+        axes.append(ax)
+        below.append(figure.add_subplot(grid[1, column], sharex=ax) if has_kl[column] else None)
+        if has_kl[column]:
+            below[-1].set(xlabel=xlabel, ylabel="KL from the unmerged model (nats)", yscale="log")
+    axes[0].set_ylabel("top-1 accuracy (%)")
+    return figure, axes, below
 
 
 def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> Line2D:
     """Draw top-1 with its intervals over a column; return the line for a legend."""
+    _draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), label, style)
+    return Line2D([], [], **_SIZES, **style)
+
+
+def _draw_kl(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
+    """Draw the KL with its intervals, except where only rounding is left, as at k = 0."""
+    _draw_intervals(ax, points[points.kl > 5e-7], x, ("kl", "kl_low", "kl_high"), label, style)
+
+
+def _draw_intervals(
+    ax: Axes, points: pd.DataFrame, x: str, columns: tuple[str, str, str], label: str, style: dict[str, Any]
+) -> None:
     points = points.sort_values(x)
-    errors = [points.top1 - points.ci_low, points.ci_high - points.top1]
-    style = style | {"linewidth": 1.2, "markersize": 6}
+    value, low, high = (points[column] for column in columns)
     outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
     bars = {"ecolor": (style["color"], 0.6), "elinewidth": 0.8, "capsize": 2}
-    ax.errorbar(points[x], points.top1, errors, label=label, **bars, **style, **outline)
-    return Line2D([], [], **style)
+    ax.errorbar(points[x], value, [value - low, high - value], label=label, **bars, **_SIZES, **style, **outline)
 
 
 def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, label: str, style: dict[str, Any]) -> None:
@@ -130,11 +158,58 @@ def _unknown_series(frame: pd.DataFrame) -> list[Series]:
     return [Series(key[0], *key, label=f"{key[0]} (trained)" if key[2] else key[0]) for key in keys]
 
 
-def _draw_legend(figure: Figure, handles: dict[str, Line2D]) -> None:
-    """Draw one legend below all panels, in the order of SERIES; off-the-shelf strategies are bold, as in the paper."""
+def _draw_legend(figure: Figure, handles: dict[str, Line2D]) -> int:
+    """Draw one legend below all panels, in the order of SERIES; off-the-shelf strategies are bold, as in the paper.
+
+    Returns:
+        The number of its rows.
+    """
     bold = {series.label: not series.trained for series in SERIES.values() if series.label}
     labels = sorted(handles, key=[*bold, *(label for label in handles if label not in bold)].index)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": min(4 * len(figure.axes), 5)}
+    n_columns = 5
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": n_columns}
     legend = figure.legend([handles[label] for label in labels], labels, **place)
     for text in legend.get_texts():
         text.set_fontweight("bold" if bold.get(text.get_text()) else "normal")
+    return -(-len(labels) // n_columns)
+
+
+def _write_below(figure: Figure, sentences: list[str], y: float) -> None:
+    """Write below the panels what they show."""
+    width = int(16 * figure.get_figwidth())
+    text = "\n".join("\n".join(textwrap.wrap(sentence, width)) for sentence in sentences if sentence)
+    figure.text(0.5, y, text, ha="center", va="top", fontsize=8)
+
+
+def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
+    """Say which methods change the outputs least and most at 30% fewer FLOPs."""
+    at = frame[(frame.target == 30) & frame.kl.notna()].sort_values("kl")
+    if len(at) < 2:
+        return ""
+    least, most = at.iloc[0], at.iloc[-1]
+    return (
+        f"{_named(pair)}, 30% fewer FLOPs, off the shelf: {_series_name(least)} changes the outputs least (KL "
+        f"{least.kl:.2g} nats, top-1 {least.top1:.1f}%), {_series_name(most)} most (KL {most.kl:.2g} nats, top-1 "
+        f"{most.top1:.1f}%)."
+    )
+
+
+def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
+    """Say how much more random merging changes the outputs than DHTM."""
+    kl = frame.pivot_table(index="k", columns="method", values="kl") if frame.kl.notna().any() else pd.DataFrame()
+    kl = kl[kl.index > 0]
+    if kl.empty:
+        return ""
+    ratio = kl["random"] / kl["dhtm"]
+    return (
+        f"{_named(pair)}: random merging has {ratio.min():.0f} to {ratio.max():.0f} times the KL of DHTM at the same k."
+    )
+
+
+def _named(pair: Pair) -> str:
+    backbone, data = pair
+    return f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}"
+
+
+def _series_name(run: pd.Series) -> str:
+    return METHODS[run.method].label if run.method in METHODS else run.method

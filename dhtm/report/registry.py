@@ -35,8 +35,10 @@ METHODS = {
     "patch_merger": MethodEntry("PatchMerger", "#882255", "<", baselines.PatchMerger),
     "sinkhorn": MethodEntry("Sinkhorn", "#332288", "*", baselines.Sinkhorn),
     "token_mergence": MethodEntry("Token mergence", "#F0E442", "d", baselines.TokenMergence),
+    "atc": MethodEntry("ATC", "#117733", "p", baselines.ATC),
+    "pitome": MethodEntry("PiToMe", "#AA4499", "v", baselines.PiToMe),
 }
-_NEW = ("#117733", "#AA4499", "#999933", "#661100")  # Tol's colours, for methods that are not named here
+_NEW = ("#999933", "#661100", "#44AA99", "#DDCC77")  # Tol's colours, for methods that are not named here
 # Names for readers; others are shown as the harness names them.
 BACKBONES = {
     "deit_tiny": "DeiT-Tiny",
@@ -44,7 +46,7 @@ BACKBONES = {
     "deit_base": "DeiT-Base",
     "deit_micro": "deit_micro (embedded)",
 }
-DATA = {"imagenet": "ImageNet-1K"}
+DATA = {"imagenet": "ImageNet-1K", "imagenette": "Imagenette"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,10 @@ SERIES = {
         Series("K-Medoids", "k_medoids", "4,7,10", True, "K-Medoids"),
         Series("DPC-KNN", "dpc_knn", "4,7,10", True, "DPC-KNN"),
         Series("Token mergence", "token_mergence", "4,7,10", True),
-        Series("DPC-KNN OTS", "dpc_knn", "4,7,10", False),
-        Series("K-Medoids OTS", "k_medoids", "4,7,10", False),
+        Series("DPC-KNN OTS", "dpc_knn", "4,7,10", False, r"DPC-KNN$_{\mathbf{OTS}}$"),
+        Series("K-Medoids OTS", "k_medoids", "4,7,10", False, r"K-Medoids$_{\mathbf{OTS}}$"),
+        Series("PiToMe", "pitome", "all", False, "PiToMe"),
+        Series("ATC", "atc", "4,7,10", False, "ATC"),
         Series("LoTM", "lotm", "4,7,11", False, "LoTM"),
         Series("ToMe w/train", "tome", "all", True, r"ToMe$_{\mathrm{w/train}}$", marker="v"),
         Series("ToMe OTS", "tome", "all", False, r"ToMe$_{\mathbf{OTS}}$"),
@@ -101,8 +105,8 @@ def entry_of(method: str) -> MethodEntry:
     return METHODS.get(method) or MethodEntry(method, _NEW[sum(method.encode()) % len(_NEW)], ".")
 
 
-def has_paper_options(method: str, options: dict[str, Any], knob: str | None, learned: bool) -> bool:
-    """Report whether a run's options are the paper's: the defaults of the method's class. An unknown method's always are.
+def changed_options(method: str, options: dict[str, Any], knob: str | None, learned: bool) -> dict[str, Any]:
+    """Return a run's options that are not the paper's, the defaults of the method's class; none of an unknown method.
 
     Args:
         method: the harness's name of it.
@@ -112,11 +116,12 @@ def has_paper_options(method: str, options: dict[str, Any], knob: str | None, le
     """
     reducer = entry_of(method).reducer
     if reducer is None:
-        return True
+        return {}
     parameters = inspect.signature(reducer).parameters
     ignored = {knob, "layers", "seed", "backend"}  # every backend gives the same merges
-    defaults = {name: parameters[name].default for name in parameters.keys() - ignored}
+    defaults = {name: parameters[name].default for name in parameters if name not in ignored}
     if method == "dpc_knn":
         defaults["weighted"] = learned  # the published weights average with learned ones
     given = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
-    return all(options.get(name, value) == value for name, value in json.loads(json.dumps(given)).items())
+    plain = json.loads(json.dumps(given))
+    return {name: options[name] for name in plain if options.get(name, plain[name]) != plain[name]}

@@ -6,6 +6,7 @@ from pathlib import Path
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.tracking import Tracker, log_report
+from dhtm.report.ablation import ablation
 from dhtm.report.figures import figure1, figure4
 from dhtm.report.runs import load_runs
 from dhtm.report.style import save_figure
@@ -31,6 +32,8 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     every_run = runs.drop(columns=["plain", "finished"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
     tables = {"table1": table1(runs), "table2": table2(runs, results_dir)}
+    if (found := ablation(runs, results_dir)) is not None:
+        tables["ablation"] = found
     for name, table in tables.items():
         table.save(output_dir / "tables" / name)
     figures = {

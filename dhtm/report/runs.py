@@ -1,18 +1,20 @@
 """The finished runs and the published numbers as frames, and the selection of runs that can be compared."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from dhtm.harness.core.files import PROJECT
 from dhtm.harness.runs.directory import finished_runs
-from dhtm.report.registry import Series, has_paper_options
+from dhtm.report.registry import Series, changed_options
+from dhtm.report.tables import FAITHFULNESS
 
 _COLUMNS = [
-    "run_id", "backbone", "method", "k", "layers", "knob", "value", "trained", "untrained", "targets", "data", "split",
-    "n_images", "top1", "ci_low", "ci_high", "top5", "flops_g", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g",
-    "params_m", "tokens_by_layer", "dtype", "device", "seed", "weights_sha256", "data_fingerprint", "code_version",
-    "library_version", "finished", "plain",
+    "run_id", "backbone", "method", "k", "layers", "options", "knob", "value", "trained", "untrained", "targets", "data",
+    "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_baseline_g",
+    "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype", "device", "seed", "weights_sha256",
+    "data_fingerprint", "code_version", "library_version", "finished", "plain",
 ]  # fmt: skip
 # Runs of one method over k must agree in these.
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
@@ -26,18 +28,26 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     """Return all finished runs, one row per run.
 
     ``value`` is the value of the knob. ``targets`` are the FLOPs reductions in percent that the knob was solved for, joined
-    by commas, and "" where the knob was given. ``plain`` says whether the options are the paper's.
+    by commas, and "" where the knob was given. ``options`` are those that are not the paper's, ``plain`` says that there are
+    none.
     """
     runs = finished_runs(results_dir)
     if runs.empty:
         return pd.DataFrame(columns=_COLUMNS)
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "kl_ci95", "agreement_ci95"])))
     runs["targets"] = [",".join(f"{target:g}" for target in targets) for targets in runs.targets_reduction_pct]
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
     runs["value"] = pd.Series([knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)], dtype=float)
-    runs["ci_low"], runs["ci_high"] = zip(*runs.top1_ci95, strict=True)
-    runs["plain"] = [
-        has_paper_options(run.method, run.knobs, run.knob, run.trained or run.untrained) for run in runs.itertuples()
+    for interval, name in (("top1_ci95", "ci"), ("kl_ci95", "kl"), ("agreement_ci95", "agreement")):
+        # None: the images have no labels, or the run is compared with nothing; NaN: it is of an earlier version.
+        ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]
+        runs[f"{name}_low"], runs[f"{name}_high"] = zip(*ends, strict=True)
+    runs = runs.astype(dict.fromkeys(["top1", "top5", *FAITHFULNESS], float))
+    changed = [
+        changed_options(run.method, run.knobs, run.knob, run.trained or run.untrained) for run in runs.itertuples()
     ]
+    runs["options"] = [" ".join(f"{name}={value}" for name, value in options.items()) for options in changed]
+    runs["plain"] = runs.options == ""
     runs["layers"] = [layers if isinstance(layers, str) else ",".join(map(str, layers)) for layers in runs.layers]
     runs["tokens_by_layer"] = [",".join(map(str, tokens)) for tokens in runs.tokens_by_layer]
     return runs.sort_values(["data", "backbone", "method", "value", "run_id"], ignore_index=True).reindex(

@@ -1,6 +1,7 @@
-"""Tests of whether a difference in top-1 between two models is beyond chance, paired image by image."""
+"""Tests of whether a difference between two models is beyond chance, paired image by image."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -16,45 +17,66 @@ class Comparison:
     """Two models on the same images.
 
     Attributes:
-        difference: top-1 of the first minus top-1 of the second, in points.
-        low, high: paired bootstrap 95% interval of the difference, in points.
-        p: two-sided, of the exact sign-flip permutation test.
-        first_only, second_only: images on which only the first, only the second is right.
+        difference: mean of the first minus mean of the second: top-1 in points, or KL in nats.
+        low, high: paired bootstrap 95% interval of the difference.
+        p: two-sided, of the sign-flip permutation test.
+        first_more, second_more: images on which only the first, only the second is right; or has the greater KL.
     """
 
     difference: float
     low: float
     high: float
     p: float
-    first_only: int
-    second_only: int
+    first_more: int
+    second_more: int
 
 
-def compare(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
-    """Compare the predictions of two runs image by image.
+def compare_top1(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
+    """Compare the top-1 of two runs image by image.
 
-    Where the predictions have a ``group``, whole groups are resampled and have their signs flipped, because images of one
-    group are not independent. Without groups the test is the exact McNemar test.
+    Without groups the test is the exact McNemar test.
 
     Args:
-        first, second: predictions with ``label`` and ``correct``, indexed by image.
+        first, second: predictions with ``label``, ``correct`` and perhaps ``group``, indexed by image.
 
     Raises:
         ValueError: they are not of the same images.
     """
+    return _compare(first, second, lambda predictions: predictions.correct.astype(int), scale=100)
+
+
+def compare_kl(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
+    """Compare how far two runs are from the unmerged model, image by image.
+
+    The test is about the mean, which the tables show; Wilcoxon's test would be about ranks, in which the few images that
+    change most count as little as those that hardly change.
+
+    Args:
+        first, second: predictions with ``label``, ``kl`` and perhaps ``group``, indexed by image.
+
+    Raises:
+        ValueError: they are not of the same images.
+    """
+    return _compare(first, second, lambda predictions: predictions.kl, scale=1)
+
+
+def _compare(
+    first: pd.DataFrame, second: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series], scale: int
+) -> Comparison:
+    """Compare a value of two runs. Images of one group are not independent: they are resampled and flipped together."""
     first, second = first.sort_index(), second.sort_index()
     if not first.label.equals(second.label):
         raise ValueError("predictions of different images cannot be compared")
-    values = first.correct.to_numpy(dtype=int) - second.correct.to_numpy(dtype=int)
+    values = (value(first) - value(second)).to_numpy()
     groups = first.group.to_numpy() if "group" in first else None
     low, high = bootstrap_interval(values, groups)
     return Comparison(
-        difference=100 * float(values.mean()),
-        low=100 * low,
-        high=100 * high,
+        difference=scale * float(values.mean()),
+        low=scale * low,
+        high=scale * high,
         p=sign_flip_p(values, groups),
-        first_only=int((values > 0).sum()),
-        second_only=int((values < 0).sum()),
+        first_more=int((values > 0).sum()),
+        second_more=int((values < 0).sum()),
     )
 
 

@@ -1,14 +1,18 @@
 """A table as CSV for machines, and as Markdown and LaTeX for readers."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from dhtm.harness.core.files import write_atomically
 from dhtm.report.registry import BACKBONES, DATA
+from dhtm.report.statistics import LEVEL
 
 DASH = "–"
+FAITHFULNESS = ["kl", "kl_low", "kl_high", "agreement", "agreement_low", "agreement_high", "flips_won", "flips_lost"]
 _ESCAPES = {"%": r"\%", "_": r"\_", "−": "$-$", DASH: "--", "×": r"$\times$", "Δ": r"$\Delta$", "<": "$<$"}
 
 
@@ -64,6 +68,24 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
 def number(value: float, decimals: int, signed: bool = False) -> str:
     """Format a number with a true minus sign; NaN becomes a dash."""
     return DASH if pd.isna(value) else f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
+
+
+def faithfulness_cells(row: Any) -> dict[str, str]:
+    """Return the cells of a run's KL and agreement with the unmerged model, each with its interval."""
+    return {
+        "KL, nats [95% interval]": with_interval(row.kl, row.kl_low, row.kl_high, two_digits(row.kl)),
+        "agreement % [95% interval]": with_interval(row.agreement, row.agreement_low, row.agreement_high),
+    }
+
+
+def p_cell(p: float, corrected: float) -> str:
+    """Format a p value, with * if it is below LEVEL after correction; NaN becomes a dash."""
+    return ("<0.0001" if p < 0.0001 else number(p, 4)) + ("*" if corrected < LEVEL else "")
+
+
+def two_digits(value: float) -> int:
+    """Return the decimals that show two significant digits of a small number, at most six."""
+    return 2 if pd.isna(value) or value == 0 else min(6, max(0, 1 - math.floor(math.log10(abs(value)))))
 
 
 def with_interval(value: float, low: float, high: float, decimals: int = 2, signed: bool = False) -> str:

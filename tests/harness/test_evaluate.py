@@ -55,7 +55,7 @@ def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
     folder, predictions = read(metrics, tmp_path)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert set(CONTRACT.split()) <= set(metrics)
-    assert list(predictions.columns) == ["index", "label", *CLASSES, "correct", "group"]
+    assert list(predictions.columns) == ["index", "label", *CLASSES, "correct", "kl", "unmerged_class", "group"]
     assert predictions["index"].tolist() == list(range(100))
     assert metrics["n_images"] == 100
     assert metrics["top1"] == 100 * predictions.correct.mean()
@@ -163,8 +163,8 @@ def test_a_sweep_is_hydras_multirun(script, tmp_path):
     assert result.returncode == 0, result.stderr
     runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
     assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
-        ("dhtm", 0), ("dhtm", 8), ("random", 0), ("random", 8),
-    ]  # fmt: skip
+        ("dhtm", 0), ("dhtm", 8), ("random", 0), ("random", 8), ("unmerged", 0),
+    ], "the unmerged model's outputs came first"  # fmt: skip
 
 
 def test_experiments_are_the_papers(script, tmp_path):
@@ -175,8 +175,8 @@ def test_experiments_are_the_papers(script, tmp_path):
         assert result.returncode == 0, result.stderr
         runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
         assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
-            (method, k) for method in methods for k in ks
-        ]
+            *((method, k) for method in methods for k in ks), ("unmerged", 0),
+        ]  # fmt: skip
     assert result.stdout.count("already finished") == 7, "figure 4 takes DHTM's runs from table 1"
 
 

@@ -235,7 +235,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
             run(tmp_path / "root", "num_workers=0", *options)
         assert all(str(file) in caplog.text for file in broken), "each is named"
         caplog.clear()
-        (folder,) = (tmp_path / "runs").glob("[!.]*")
+        (folder,) = [file.parent for file in (tmp_path / "runs").glob("*/failed.csv")]
         listed = pd.read_csv(folder / "failed.csv")
         assert listed["index"].tolist() == [1, 8] and listed.file.tolist() == [str(file) for file in broken]
         stored = pd.concat(map(pd.read_parquet, (folder / "shards").glob("*.parquet")))

@@ -27,7 +27,8 @@ from dhtm.harness.runs import evaluate as evaluation
 from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
 
-RUN = ["method.k=10", "data.limit=40", "batch_size=4", "store_every_s=0", "device=cpu"]
+# The unmerged model, because all other runs carry it out first.
+RUN = ["method=unmerged", "data.limit=40", "batch_size=4", "store_every_s=0", "device=cpu"]
 
 
 @pytest.fixture
@@ -46,9 +47,11 @@ def run(composed, tmp_path):
 def read(results):
     (folder,) = results.glob("[0-9a-f]*")  # and not sweeps or locks
     assert sorted(file.name for file in folder.iterdir() if file.name != "changes.diff") == [
-        "config.yaml", "environment.json", "metrics.json", "predictions.parquet",
+        "config.yaml", "environment.json", "metrics.json", "outputs.parquet", "predictions.parquet",
     ]  # fmt: skip
-    return pd.read_parquet(folder / "predictions.parquet")
+    predictions, outputs = (pd.read_parquet(folder / f"{name}.parquet") for name in ("predictions", "outputs"))
+    assert outputs["index"].equals(predictions["index"])
+    return predictions
 
 
 def child(run, slow, carry_out=evaluate):
@@ -171,8 +174,9 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     slow = ["batch_size=1", "store_every_s=0"]  # a file an image
     overrides = [
         "experiment=figure4",
-        "method.k=10,20",
-        "method=dhtm",
+        "method=unmerged",
+        "method.k=0",
+        "data.limit=1999,2000",
         "device=cpu",
         f"results_dir={tmp_path}/runs",
         *slow,
@@ -182,7 +186,7 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
     told = script("status", f"results_dir={tmp_path}/runs").stdout
     assert re.search(
-        r"\nmethod.k=10 +running +[1-9]\d* of 2000 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
+        r"\ndata.limit=1999 +running +[1-9]\d* of 1999 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
     )
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
@@ -190,7 +194,7 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     assert "stopped by SIGTERM" in said and "Traceback" not in said
     assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 2000
     told = script("status", f"results_dir={tmp_path}/runs").stdout
-    assert re.search(r" stopped +.* of 2000 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
+    assert re.search(r" stopped +.* of 1999 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
 def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, monkeypatch):
@@ -212,11 +216,30 @@ def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, t
     pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
 
 
+def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, monkeypatch):
+    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_store
+
+    def counted(*arguments, **options):
+        with carried_out.open("a") as file:
+            file.write("x")
+        return keep(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "predict_and_store", counted)
+    shared = [*RUN, f"results_dir={tmp_path}/runs"]
+    runs = [door.evaluation(composed(*shared, *method)) for method in (["method=tome"], ["method=dhtm", "method.k=56"])]
+    for process in [child(run, slow=0.05)[0] for run in runs]:
+        process.join(120)
+        assert process.exitcode == 0
+    assert carried_out.read_text() == "xxx"
+    assert len(list(tmp_path.glob("runs/*/outputs.parquet"))) == 1
+
+
 def test_a_run_resumes_by_way_of_the_cache(evaluated, photos, tmp_path, monkeypatch):
     save_file(Backbone("tiny", "deit_tiny_patch16_224", 3).bare().state_dict(), tmp_path / "tiny.safetensors")
     overrides = [
         "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "backbone.num_classes=3",
         "data=imagefolder", f"data.root={photos}", "num_workers=0", "batch_size=1", "store_every_s=0",
+        "method=unmerged",
     ]  # fmt: skip
     evaluated(*overrides, "cache_dir=null", f"results_dir={tmp_path}/direct")
     with monkeypatch.context() as stopping:

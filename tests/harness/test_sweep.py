@@ -92,7 +92,7 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
 def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
     carry_out = evaluate.evaluate
     monkeypatch.setattr(
-        evaluate, "evaluate", lambda run, *a, **k: carry_out(run, *a, **k) if run.method.setting == 9 else 1 / 0
+        evaluate, "evaluate", lambda run, *a, **k: 1 / 0 if run.method.setting == 8 else carry_out(run, *a, **k)
     )
     code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
     assert code == 1

@@ -1,6 +1,7 @@
 """W&B: runs are really logged, offline and online, and no failure of W&B ends a run."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from wandb_server import WandbServer
 
 from dhtm.harness import config, tracking
 from dhtm.harness.core.errors import UserError
+from dhtm.harness.models.methods import UNMERGED
 from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
 from dhtm.harness.tracking import Tracker, track_training
@@ -154,6 +156,7 @@ def test_an_offline_run_holds_everything(tracked, tmp_path):
 
 
 def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked, wandb_server, tmp_path, monkeypatch):
+    evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
     predict = prediction.predict
     with monkeypatch.context() as patched:
         patched.setattr(prediction, "predict", lambda *a, **o: itertools.islice(predict(*a, **o), 5))
@@ -184,6 +187,7 @@ def test_online_rows_summary_and_pictures_reach_the_server(tracked, wandb_server
 
 
 def test_wandb_killed_half_way_does_not_matter(tracked, monkeypatch, caplog):
+    evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
     predict = prediction.predict
 
     def killing(*arguments, **options):
@@ -367,7 +371,7 @@ def test_the_dashboard_is_saved_with_its_panels(wandb_server, tmp_path, tracked)
     assert bars["metrics"] == ["images_per_s"]
     assert (lines["xAxis"], lines["metrics"]) == ("layer", ["tokens"])
     assert '"table2"' in json.dumps(panels["Table 2"])
-    assert section["customRunColors"] == {metrics["run_id"]: METHODS["dhtm"].colour}
+    assert section["customRunColors"][metrics["run_id"]] == METHODS["dhtm"].colour
 
 
 def test_without_a_login_there_is_no_dashboard(tmp_path):

@@ -66,8 +66,10 @@ def shortened(photos, weights, tmp_path):
     """Shorten a command's arguments: small data, and results in a folder of the test's own."""
 
     def shorten(script, *arguments):
-        arguments = [one.replace("/imagenet", str(photos)).replace("/weights", str(weights)) for one in arguments]
-        photographs = {"data=imagenet", "data=imagefolder"} & set(arguments)
+        places = {"/imagenet": photos, "/photos": photos / "val", "/weights": weights}
+        for place, own in places.items():
+            arguments = [one.replace(f"={place}", f"={own}") for one in arguments]
+        photographs = any(one.startswith("data.root=") for one in arguments)
         if script == "train_micro":
             short = "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]"
             return [*arguments, short, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
@@ -80,6 +82,8 @@ def shortened(photos, weights, tmp_path):
         if photographs and not any(one.startswith("backbone.checkpoint") for one in arguments):
             arguments = ["backbone=deit_tiny" if one.startswith("backbone=") else one for one in arguments]
             arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
+        if script == "premise":
+            return [*arguments, "n_images=4", "methods=[dhtm]", "distances=[1]", f"output_dir={tmp_path}"]
         if script == "train":
             first = [one.split(",")[0] for one in arguments]  # of several methods
             limit = "data.limit=8" if photographs else "data.limit=32"
@@ -92,6 +96,8 @@ def shortened(photos, weights, tmp_path):
                 limit,
                 f"checkpoints_dir={tmp_path}",
             ]
+        if script == "choose":
+            arguments += ["rounds=1", f"output_dir={tmp_path}"]
         if "tracker=wandb" in arguments:
             arguments += ["method.k=20,40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
         if not {"--help", "--cfg"} & set(arguments):

@@ -31,7 +31,7 @@ def runs_over_targets(folder, targets=TARGETS, **changes):
             numbers = {"top1": top1, "top1_ci95": [top1 - 0.7, top1 + 0.5], "flops_reduction_pct": target + i / 10}
             settings = {"layers": layers, "trained": series.trained} | numbers | changes
             write_solved_run(folder, first + 100 * i + j, series.method, target, **settings)
-    write_solved_run(folder, first + 900, "unmerged", top1=95.0, **changes)
+    write_solved_run(folder, first + 99_000, "unmerged", top1=95.0, **changes)
     return load_runs(folder)
 
 

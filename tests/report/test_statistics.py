@@ -12,7 +12,7 @@ from made_up import predictions_frame
 from scipy.stats import binomtest
 
 from dhtm.report.claims import claim
-from dhtm.report.statistics import compare, holm, mcnemar
+from dhtm.report.statistics import compare_kl, compare_top1, holm, mcnemar
 
 
 def by_enumeration(first_only, second_only):
@@ -42,9 +42,9 @@ def test_without_groups_and_with_groups_of_one_the_test_is_mcnemars(first_only, 
     disagree = first_only + second_only
     expected = binomtest(first_only, disagree).pvalue if disagree else 1
     for groups in (None, np.random.default_rng(0).permutation(n_images)):
-        found = compare(*two_models(first_only, second_only, both, groups))
+        found = compare_top1(*two_models(first_only, second_only, both, groups))
         assert found.p == pytest.approx(expected, rel=1e-9)
-        assert (found.first_only, found.second_only) == (first_only, second_only)
+        assert (found.first_more, found.second_more) == (first_only, second_only)
 
 
 @settings(deadline=None, max_examples=30)
@@ -54,15 +54,15 @@ def test_with_groups_every_flip_of_their_signs_is_counted(images):
     sums = [(first[groups == group].astype(int) - second[groups == group]).sum() for group in set(groups)]
     flips = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
     expected = np.mean(np.array(flips) >= abs(sum(sums)))
-    found = compare(predictions_frame(first, groups), predictions_frame(second, groups))
+    found = compare_top1(predictions_frame(first, groups), predictions_frame(second, groups))
     assert found.p == pytest.approx(expected, rel=1e-9)
 
 
 def test_images_of_one_group_are_no_independent_evidence():
-    assert compare(*two_models(12, 0, 12)).p == pytest.approx(2 / 2**12)
-    grouped = compare(*two_models(12, 0, 12, np.arange(24) // 4))
+    assert compare_top1(*two_models(12, 0, 12)).p == pytest.approx(2 / 2**12)
+    grouped = compare_top1(*two_models(12, 0, 12, np.arange(24) // 4))
     assert grouped.p == pytest.approx(2 / 2**3)
-    alone = compare(*two_models(12, 0, 12))
+    alone = compare_top1(*two_models(12, 0, 12))
     assert grouped.high - grouped.low > alone.high - alone.low
 
 
@@ -73,7 +73,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap(grouped):
     groups = rng.integers(0, n_groups, n_images) if grouped else np.arange(n_images)
     easy = rng.random(n_images)[groups if grouped else slice(None)]  # images of one group resemble each other
     first, second = easy < 0.8, easy + rng.normal(0, 0.2, n_images) < 0.7
-    found = compare(*(predictions_frame(correct, groups if grouped else None) for correct in (first, second)))
+    found = compare_top1(*(predictions_frame(correct, groups if grouped else None) for correct in (first, second)))
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     values, means = 100 * (first.astype(int) - second), []
     for _ in range(4_000):
@@ -90,20 +90,37 @@ def test_the_interval_is_that_of_a_plain_bootstrap(grouped):
 
 def test_models_that_agree_have_an_interval_of_no_width():
     for n_agree, n_first in ((500, 0), (0, 500)):
-        found = compare(*two_models(n_first, 0, n_agree))
+        found = compare_top1(*two_models(n_first, 0, n_agree))
         assert (found.low, found.high) == (found.difference, found.difference) == (n_first / 5, n_first / 5)
 
 
 def test_images_are_paired_by_index_whatever_the_order_of_rows():
     first = predictions_frame([True] * 8 + [False] * 2)
     second = predictions_frame([True] * 3 + [False] * 6 + [True])
-    found = compare(first, second.loc[[7, 3, 9, 0, 5, 1, 8, 2, 6, 4]])
-    assert (found.first_only, found.second_only, found.difference) == (5, 1, pytest.approx(40))
+    found = compare_top1(first, second.loc[[7, 3, 9, 0, 5, 1, 8, 2, 6, 4]])
+    assert (found.first_more, found.second_more, found.difference) == (5, 1, pytest.approx(40))
     assert found.p == pytest.approx(2 * (1 + 6) / 64)
     assert found.low <= found.difference <= found.high
-    backwards = compare(second, first)
+    backwards = compare_top1(second, first)
     assert (backwards.difference, backwards.p) == (-found.difference, found.p)
-    assert compare(first, second) == found, "the same each time"
+    assert compare_top1(first, second) == found, "the same each time"
+
+
+def test_differences_of_kl_are_tested_by_flipping_signs():
+    """Against all sign flips: of the sums of 12 images, and of 12 groups of two."""
+    rng = np.random.default_rng(2)
+    differences = rng.normal(0.4, 1, 12)
+    flips = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=12)]
+    expected = np.mean(np.array(flips) >= abs(differences.sum()) * (1 - 1e-9))
+    first, second = (predictions_frame([True] * 12).assign(kl=kl) for kl in (3 + differences, np.full(12, 3.0)))
+    found = compare_kl(first, second)
+    assert found.p == pytest.approx(expected, abs=0.02), "10,000 random draws"
+    assert found.difference == pytest.approx(differences.mean())
+    assert found.low < found.difference < found.high
+    doubled = [pd.concat([frame, frame], ignore_index=True).assign(group=[*range(12)] * 2) for frame in (first, second)]
+    for frame in doubled:
+        frame["label"] = 0
+    assert compare_kl(*doubled).p == pytest.approx(expected, abs=0.02)
 
 
 def test_different_images_are_not_compared():
@@ -111,7 +128,7 @@ def test_different_images_are_not_compared():
     others = [predictions_frame([True, False]), first.rename(index={2: 3}), first.assign(label=[0, 1, 3])]
     for other in others:
         with pytest.raises(ValueError, match="different images"):
-            compare(first, other)
+            compare_top1(first, other)
 
 
 @settings(deadline=None)

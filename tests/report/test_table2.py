@@ -182,3 +182,35 @@ def test_the_papers_claims(tmp_path):
     assert "0.90" in table.markdown() and "more than 1.5" in table.markdown() and "−0.08" in table.markdown()
     shares = claims.independent_disagreement_pct
     assert f"{shares.min():.0f} to {shares.max():.0f}% if they erred independently" in table.markdown()
+
+
+def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
+    """KL, agreement and flips of the methods off the shelf, each with a paired test against DHTM."""
+    kl = np.random.default_rng(0).exponential(0.01, 1200)
+    mistaken = wrong(0, 30)
+    table = made(
+        tmp_path,
+        ("unmerged", RIGHT, {"kl": 0 * kl}),
+        ("dhtm", RIGHT, {"kl": kl}),
+        ("lotm", mistaken, {"kl": kl + 0.004}),
+        ("tome", RIGHT, {"kl": np.roll(kl, 1)}),
+        ("dpc_knn", RIGHT, {"trained": True}),
+    )
+    (frame,) = [frame for caption, frame in table.parts if caption.endswith("against the unmerged model's outputs")]
+    cells = frame.set_index("method")
+    assert list(cells.index) == ["ToMe OTS", "LoTM", "DHTM"], "neither the unmerged nor a trained one"
+    assert cells.loc["LoTM", "flips won / lost"] == "0 / 30"
+    assert cells.loc["LoTM", "agreement % [95% interval]"].startswith("97.50 [")
+    assert cells.loc["LoTM", "DHTM − this, nats"].startswith("−0.0040 [")
+    assert cells.loc["LoTM", "p"] == "<0.0001*" and float(cells.loc["ToMe OTS", "p"]) > 0.9
+    rows = rows_of(table)
+    assert rows.kl["DHTM"] == pytest.approx(kl.mean()) and np.isnan(rows.kl["DPC-KNN"])
+
+
+def test_more_reductions_than_the_papers_have_parts_where_there_are_runs(tmp_path):
+    runs = [(method, RIGHT, {"target": target}) for method in ("dhtm", "tome") for target in (30.0, 40.0)]
+    table = made(tmp_path, *runs)
+    assert cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 40% fewer FLOPs").index.tolist() == [
+        "ToMe OTS", "DHTM",
+    ]  # fmt: skip
+    assert rows_of(table).target.value_counts().to_dict()[40] == 2

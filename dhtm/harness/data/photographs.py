@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.data.hub import HUB, open_table
 from dhtm.harness.data.labels import find_labels, number_classes, read_labels, reassessed_labels, synsets
-from dhtm.harness.data.sources import SPLITS, Folder, Part, Source, Tars
+from dhtm.harness.data.sources import SPLITS, Folder, Part, Source, Tars, Tree
 from dhtm.harness.data.splits import Split, UnreadableError
 
 
@@ -88,6 +88,49 @@ class Photographs:
             n_classes=int(numbers.max()) + 1 if classes is None else len(classes),
             among=tuple(np.unique(numbers).tolist()) if self.among == "present" else None,
             real_labels=reassessed_labels(source) if self.real_labels else None,
+        )
+
+
+@dataclass(frozen=True)
+class Images:
+    """Any photographs, without labels: the config group ``data=images``.
+
+    Attributes:
+        name: for tables and messages.
+        root: a folder; the images may lie anywhere below it.
+        split: "all"; or "choose" and "report", every second image each, so that what is chosen on some images is reported on
+            others.
+        on_error: as for :class:`Photographs`.
+        limit: the first so many images of the split only, in the order of their paths.
+    """
+
+    name: str
+    root: str | None
+    split: Literal["all", "choose", "report"] = "all"
+    on_error: Literal["collect", "skip"] = "collect"
+    limit: PositiveInt | None = None
+
+    def open(self, split: str, transform: Callable) -> Split:
+        """Open a split; its labels are all −1.
+
+        Raises:
+            UserError: there are no images.
+        """
+        if self.root is None:
+            raise UserError("data.root is not set: give a folder of images, data.root=DIR")
+        source = Tree(Path(self.root))
+        first, step = {"all": (0, 1), "choose": (0, 2), "report": (1, 2)}[split]
+        chosen = np.arange(first, len(source), step)[: self.limit]
+        if not len(chosen):
+            raise UserError(f"data.root={self.root}: {len(source)} images are too few for data.split={split}")
+        source = Part(source, chosen)
+        return Split(
+            ImageFiles(source, np.full(len(source), -1), transform),
+            classes=None,
+            channels=3,
+            fingerprint=source.fingerprint,
+            in_memory=False,
+            n_classes=0,
         )
 
 

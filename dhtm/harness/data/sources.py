@@ -98,6 +98,25 @@ class Folder(Source):
         return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
 
 
+class Tree(Source):
+    """All images below a folder, without classes.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+
+    def __init__(self, folder: Path):
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+        if not files:
+            what = "no image in it" if folder.is_dir() else "no such directory"
+            raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
+        names = [str(file.relative_to(folder)) for file in files]
+        super().__init__(str(folder), names, [file.stat().st_size for file in files], None)
+
+    def read(self, index: int) -> BinaryIO:
+        return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
+
+
 def _images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
 

@@ -57,11 +57,6 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     """
     if target == Target() or method.knob is None:
         return method, None
-    rows, columns = method.put_into(
-        backbone.bare(), backbone.name
-    ).patch_embed.grid_size  # or an error that says why not
-    plain = baseline_flops(backbone)
-    wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     is_rate = method.knob in _RATES or isinstance(method.setting, float)
 
     def value(i: int) -> float | int:
@@ -76,6 +71,11 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
+    rows, columns = (
+        at(0).put_into(backbone.bare(), backbone.name).patch_embed.grid_size
+    )  # or an error that says why not
+    plain = baseline_flops(backbone)
+    wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible, and each costs less than the one before, until a method merges no more.
     steps = range((_STEPS if is_rate else rows * columns) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1

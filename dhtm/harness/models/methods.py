@@ -96,3 +96,6 @@ class Method:
             return patch(model, reducer)
         except (ValueError, TypeError) as error:
             raise UserError(f"backbone={backbone_name}, method={self.name}: {one_line(error)}") from error
+
+
+UNMERGED = Method("unmerged", "dhtm.DHTM", options={"k": 0, "layers": "all"})  # as configs/method/unmerged.yaml

@@ -20,6 +20,7 @@ from dhtm.harness.runs.provenance import environment, uncommitted_changes
 log = logging.getLogger(__name__)
 
 FAILED = "failed.csv"  # in a run's directory: the images that could not be read
+OUTPUTS = "outputs.parquet"  # of an unmerged run: its log-probabilities, with which other runs are compared
 
 
 class RunDirectory:
@@ -117,6 +118,10 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment())
             if changes := uncommitted_changes():
                 write_atomically(self.path / "changes.diff", lambda file: file.write_text(changes))
+            if "log_probabilities" in predictions:
+                kept = predictions[["index", "class_1", "log_probabilities"]]
+                write_atomically(self.path / OUTPUTS, lambda path: _write(kept, path))
+                predictions = predictions.drop(columns="log_probabilities")
             file = self.path / "predictions.parquet"
             write_atomically(file, lambda path: _write(predictions, path))
             metrics = {**metrics, "predictions_sha256": _sha256(file)}
@@ -125,7 +130,7 @@ class RunDirectory:
 
 
 def predictions(folder: Path) -> pd.DataFrame:
-    """Return a finished run's label, class_1 … class_5 and correct, one row per image, by the image's index.
+    """Return a finished run's label, class_1 … class_5, correct and, where the run has them, kl and unmerged_class, by index.
 
     Raises:
         UserError: the run is not finished, or its predictions are damaged.
@@ -138,6 +143,21 @@ def predictions(folder: Path) -> pd.DataFrame:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{file}: missing or damaged ({one_line(error)}); compute the run again with force=true"
+        ) from error
+
+
+def outputs(folder: Path) -> pd.DataFrame:
+    """Return an unmerged run's index, class_1 and log_probabilities [C], one row per image.
+
+    Raises:
+        UserError: the run has none, or they are damaged.
+    """
+    file = folder / OUTPUTS
+    try:
+        return _read(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: missing or damaged ({one_line(error)}); compute the run again with method=unmerged force=true"
         ) from error
 
 

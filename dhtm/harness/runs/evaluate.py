@@ -24,10 +24,11 @@ from dhtm.harness.data.cache import cached
 from dhtm.harness.data.splits import Split, UnreadableError, describe, open_split
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import baseline_flops, flops
-from dhtm.harness.models.methods import Method
+from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.directory import FAILED, RunDirectory
-from dhtm.harness.runs.metrics import accuracy, real_accuracy
+from dhtm.harness.runs.faithfulness import Observe, UnmergedOutputs, keep
+from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
 from dhtm.harness.runs.predict import predict_and_store
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
 from dhtm.harness.tracking import TrackedEvaluation, Tracker, track_evaluation
@@ -103,6 +104,9 @@ def evaluate(
 ) -> dict:
     """Carry out a run, resume it, or find it finished.
 
+    Unless its weights were trained with the method, it is compared with the unmerged model's run, which is carried out first
+    if it is not finished.
+
     Under torchrun all processes carry it out together, each image in one of them.
 
     Args:
@@ -126,9 +130,10 @@ def evaluate(
         metrics = ranks.gather(directory.metrics() if ranks.first else None)[0]
         if metrics is not None:
             return _finished_before(prepared, metrics, pictures, ranks)
+        observe = _observer(prepared, ranks)
         done = ranks.gather(directory.predictions_so_far() if ranks.first else None)[0]
         with prepared.tracked(done, ranks) as tracked:
-            failed, measured = _predict_missing(prepared, done, ranks, tracked.progress)
+            failed, measured = _predict_missing(prepared, done, observe, ranks, tracked.progress)
             if ranks.first:
                 directory.list_failed(failed)
             _require_readable(prepared, failed)
@@ -151,10 +156,7 @@ def _prepare(evaluation: Evaluation) -> _Prepared:
     determinants = {
         "backbone": [backbone.name, backbone.architecture],
         "weights": weights_sha256(model),
-        # All backends make the same merges.
-        "method": {"name": method.name, "target": method.target}
-        | {key: value for key, value in method.options.items() if key != "backend"},
-        "code": code_version(model.reducer),
+        **_determinants_of(method),
         "data": split.fingerprint,
         "n_images": len(split.dataset),
         "preprocessing": {key: str(value) for key, value in preprocessing.items()},
@@ -165,10 +167,41 @@ def _prepare(evaluation: Evaluation) -> _Prepared:
     directory = RunDirectory(evaluation.results_dir, run_id(**determinants))
     options = [method.name, method.unusual_options(), "trained" if trained_weights else ""]
     title = f"{backbone.name} · {' '.join(filter(None, options))} · {data.name}"
-    if not split.in_memory:
+    if not split.in_memory and (method == UNMERGED or trained_weights):  # others follow the unmerged model
         log.info("%s: images as %s takes them: %s", title, backbone.name, describe(preprocessing))
     trained = trained_weights is not None
     return _Prepared(evaluation, title, directory, model, trained, preprocessing, split, determinants)
+
+
+def _determinants_of(method: Method) -> dict:
+    # All backends make the same merges.
+    options = {key: value for key, value in method.options.items() if key != "backend"}
+    return {
+        "method": {"name": method.name, "target": method.target, **options},
+        "code": code_version(method.reducer()),
+    }
+
+
+def _observer(prepared: _Prepared, ranks: Ranks) -> Observe | None:
+    """Return what looks at the run's outputs; None for weights trained with the method, which are compared with nothing.
+
+    The unmerged model's outputs are kept. All others are compared with them, in the same dtype; the unmerged model in another
+    dtype is compared with float32.
+    """
+    evaluation, is_unmerged = prepared.evaluation, prepared.evaluation.method == UNMERGED
+    if prepared.trained:
+        return None
+    if is_unmerged and evaluation.dtype == "float32":
+        return keep
+    dtype = "float32" if is_unmerged else evaluation.dtype
+    determinants = prepared.determinants | _determinants_of(UNMERGED) | {"dtype": dtype}
+    folder = evaluation.results_dir / run_id(**determinants)
+    if not ranks.gather((folder / "metrics.json").exists())[0]:
+        log.info("%s: the outputs of the unmerged model come first", prepared.title)
+        unmerged = {"method": UNMERGED, "dtype": dtype, "target_pct": None, "force": False, "tracker": None}
+        folder = evaluation.results_dir / evaluate(dataclasses.replace(evaluation, **unmerged))["run_id"]
+    outputs = UnmergedOutputs.load(folder)
+    return outputs.compare_and_keep if is_unmerged else outputs.compare
 
 
 def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:
@@ -187,7 +220,11 @@ def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], 
 
 
 def _predict_missing(
-    prepared: _Prepared, done: pd.DataFrame, ranks: Ranks, progress: Callable[[pd.DataFrame], None]
+    prepared: _Prepared,
+    done: pd.DataFrame,
+    observe: Observe | None,
+    ranks: Ranks,
+    progress: Callable[[pd.DataFrame], None],
 ) -> tuple[list[UnreadableError], dict]:
     """Predict what is not stored yet, each image in one rank; return the images that cannot be read, and measurements."""
     evaluation, n_images = prepared.evaluation, len(prepared.split.dataset)
@@ -210,6 +247,7 @@ def _predict_missing(
         prepared.directory, evaluation.store_every_s, progress, prepared.model, split, missing[ranks.rank :: ranks.world],
         evaluation.batch_size or pick_batch_size(ranks.device), device=ranks.device, dtype=DTYPES[evaluation.dtype],
         title=prepared.title if ranks.first else None, num_workers=evaluation.num_workers, on_unreadable=on_unreadable,
+        observe=observe,
     )  # fmt: skip
     everyone = ranks.gather((batch_size, failed))
     seconds = time.perf_counter() - start
@@ -266,6 +304,7 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
         "split": evaluation.data.split,
         "n_failed": n_failed,
         **accuracy(predictions),
+        **faithfulness(predictions),
         **(real_accuracy(predictions, split.real_labels) if split.real_labels is not None else {}),
         "flops_g": count.total / 1e9,
         "flops_baseline_g": plain / 1e9,
@@ -293,9 +332,13 @@ def _report(prepared: _Prepared, metrics: dict) -> None:
             "%s: %d images have logits that are not finite, the first is image %d",
             prepared.title, metrics["n_nonfinite"], metrics["first_nonfinite"],
         )  # fmt: skip
-    speed = "" if metrics["images_per_s"] is None else f", {metrics['images_per_s']:.0f} images/s"
-    log.info(
-        "%s: top-1 %.2f%% [%.2f, %.2f], %.4f GFLOPs (%.1f%% fewer)%s, %s",
-        prepared.title, metrics["top1"], *metrics["top1_ci95"], metrics["flops_g"], metrics["flops_reduction_pct"], speed,
-        prepared.directory.path,
-    )  # fmt: skip
+    results = []
+    if metrics["top1"] is not None:
+        results.append("top-1 {:.2f}% [{:.2f}, {:.2f}]".format(metrics["top1"], *metrics["top1_ci95"]))
+    is_reference = prepared.evaluation.method == UNMERGED and metrics["dtype"] == "float32"
+    if metrics["kl"] is not None and not is_reference:
+        results.append(f"KL {metrics['kl']:.2g} nats, agreement {metrics['agreement']:.2f}%")
+    results.append(f"{metrics['flops_g']:.4f} GFLOPs ({metrics['flops_reduction_pct']:.1f}% fewer)")
+    if metrics["images_per_s"] is not None:
+        results.append(f"{metrics['images_per_s']:.0f} images/s")
+    log.info("%s: %s, %s", prepared.title, ", ".join(results), prepared.directory.path)

@@ -5,28 +5,54 @@ import pandas as pd
 
 
 def accuracy(predictions: pd.DataFrame) -> dict:
-    """Return top-1 with its 95% interval and top-5, in percent.
+    """Return top-1 with its 95% interval and top-5, in percent; None where the images have no labels."""
+    labelled = bool((predictions.label >= 0).all())
+    top5 = predictions.filter(regex=r"^class_\d$").eq(predictions.label, axis=0).any(axis=1)
+    broken = predictions["index"][predictions.nonfinite]
+    return {
+        "n_images": len(predictions),
+        "n_nonfinite": len(broken),
+        "first_nonfinite": int(broken.min()) if len(broken) else None,
+        "top1": 100 * float(predictions.correct.mean()) if labelled else None,
+        "top1_ci95": share_interval(predictions.correct, predictions.get("group")) if labelled else None,
+        "top5": 100 * float(top5.mean()) if labelled else None,
+    }
 
-    The interval is Wilson's. Where images belong together (a column ``group``), it is the bootstrap's over groups.
+
+def faithfulness(predictions: pd.DataFrame) -> dict:
+    """Return how far the outputs are from the unmerged model's; all None where they were not compared.
+
+    ``kl`` is the mean in nats, ``agreement`` the percentage of images with the same best class, each with its 95% interval;
+    ``flips_won`` and ``flips_lost`` count the images that only the merged, only the unmerged model has right, None without
+    labels. Images whose logits are not finite do not count in ``kl``.
     """
-    n_images, n_correct = len(predictions), int(predictions.correct.sum())
-    if "group" in predictions:
-        interval = bootstrap_interval(predictions.correct, predictions.group)
+    names = ("kl", "kl_ci95", "agreement", "agreement_ci95", "flips_won", "flips_lost")
+    if "kl" not in predictions:
+        return dict.fromkeys(names)
+    finite = predictions[np.isfinite(predictions.kl)]
+    agrees = predictions.class_1 == predictions.unmerged_class
+    was_correct = predictions.unmerged_class == predictions.label
+    labelled = bool((predictions.label >= 0).all())
+    values = (
+        float(finite.kl.mean()) if len(finite) else None,
+        list(bootstrap_interval(finite.kl, finite.get("group"))) if len(finite) else None,
+        100 * float(agrees.mean()),
+        share_interval(agrees, predictions.get("group")),
+        int((predictions.correct & ~was_correct).sum()) if labelled else None,
+        int((~predictions.correct & was_correct).sum()) if labelled else None,
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def share_interval(hits: pd.Series, groups: pd.Series | None) -> list[float]:
+    """Return the 95% interval of a share in percent: Wilson's, or the bootstrap's over groups of images."""
+    if groups is not None:
+        low, high = bootstrap_interval(hits, groups)
     else:
         from scipy.stats import binomtest  # here, because the import takes a second
 
-        wilson = binomtest(n_correct, n_images).proportion_ci(0.95, method="wilson")
-        interval = (wilson.low, wilson.high)
-    top5 = predictions.filter(like="class_").eq(predictions.label, axis=0).any(axis=1)
-    broken = predictions["index"][predictions.nonfinite]
-    return {
-        "n_images": n_images,
-        "n_nonfinite": len(broken),
-        "first_nonfinite": int(broken.min()) if len(broken) else None,
-        "top1": 100 * n_correct / n_images,
-        "top1_ci95": [100 * float(end) for end in interval],
-        "top5": 100 * int(top5.sum()) / n_images,
-    }
+        low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
+    return [100 * float(low), 100 * float(high)]
 
 
 def real_accuracy(predictions: pd.DataFrame, labels: list[list[int]]) -> dict:
@@ -64,7 +90,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int = 100_000, seed: int = 0) -> float:
+def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int = 10_000, seed: int = 0) -> float:
     """Return the two-sided p of the sign-flip permutation test that a mean of differences is zero.
 
     Under the null hypothesis the sign of each group's sum is a fair coin. For integers the distribution is computed exactly

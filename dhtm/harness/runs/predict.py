@@ -14,6 +14,7 @@ from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split, UnreadableError, batches, mask
 from dhtm.harness.runs.directory import RunDirectory
+from dhtm.harness.runs.faithfulness import Observe
 from dhtm.vit import image_ids
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def predict(
     title: str | None,
     num_workers: int | None = None,
     on_unreadable: Callable[[UnreadableError], None] = stop,
+    observe: Observe | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Predict images of a split, batch after batch.
 
@@ -46,10 +48,12 @@ def predict(
         title: of the progress bar; None for no bar.
         num_workers: processes that load images; None for one per core where images are on disk.
         on_unreadable: is called with every image that cannot be read, which has no prediction.
+        observe: makes more columns from the log-probabilities (float32, over the outputs that count).
 
     Yields:
-        index, label, class_1 … class_5 (the best first, −1 where the model has fewer outputs), correct (is the first right),
-        nonfinite (is any logit), and group where the split has groups; one row per image, in order.
+        index, label (−1 where the data have none), class_1 … class_5 (the best first, −1 where the model has fewer outputs),
+        correct (is the first right), nonfinite (is any logit), and group where the split has groups; one row per image, in
+        order.
     """
     model.to(device=device, dtype=dtype).eval()
     added = mask(model.num_classes, split, device)
@@ -64,6 +68,8 @@ def predict(
             frame[CLASSES] = best
             frame["correct"] = frame.class_1 == frame.label
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
+            if observe is not None:
+                frame = frame.assign(**observe(ids.numpy(), logits[:, added == 0].log_softmax(dim=1), best[:, 0]))
             if split.groups is not None:
                 frame["group"] = split.groups[ids.numpy()]
             yield frame
@@ -84,6 +90,7 @@ def predict_and_store(
     title: str | None,
     num_workers: int | None,
     on_unreadable: Callable[[UnreadableError], None],
+    observe: Observe | None,
 ) -> int:
     """Predict images and store the predictions every so many seconds and at the end, also if an error or a signal ends it.
 
@@ -110,7 +117,8 @@ def predict_and_store(
 
     while indices:
         try:
-            for part in predict(model, split, indices, batch_size, device, dtype, title, num_workers, on_unreadable):
+            options = (device, dtype, title, num_workers, on_unreadable, observe)
+            for part in predict(model, split, indices, batch_size, *options):
                 fresh.append(part)
                 progress(part)
                 if time.monotonic() - last_stored >= every_s:

@@ -46,9 +46,10 @@ def reproduce(folder: Path, evaluation: Evaluation) -> int:
             log.info("%s was %s, and is %s", cause, before.get(cause), after.get(cause))
     differs = first[CLASSES].ne(second[CLASSES])
     different = first.index[differs.any(axis=1)]
+    top1 = "" if before["top1"] is None else f"; top-1 {before['top1']:.2f}%, and {after['top1']:.2f}% again"
     log.info(
-        "%s: of %d images %d have another best class, %d others among the five best%s; top-1 %.2f%%, and %.2f%% again",
+        "%s: of %d images %d have another best class, %d others among the five best%s%s",
         folder, len(first), differs.class_1.sum(), len(different),
-        f", the first is image {different[0]}" if len(different) else "", before["top1"], after["top1"],
+        f", the first is image {different[0]}" if len(different) else "", top1,
     )  # fmt: skip
     return len(different)

@@ -1,0 +1,92 @@
+"""The ablation of DHTM: one option at a time, each compared with the paper's defaults image by image."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dhtm.harness.runs.directory import predictions
+from dhtm.report.registry import SERIES
+from dhtm.report.runs import solved_for
+from dhtm.report.statistics import compare_kl, compare_top1, holm
+from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, p_cell, two_digits, with_interval
+
+TARGETS = (30, 40)  # percent fewer FLOPs
+_SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
+_DEFAULT = "the paper's"
+NOTES = [
+    "Each row differs from the paper's DHTM in the options that it names, and has the same FLOPs by its k. KL and agreement "
+    "are against the unmerged model's outputs, see the notes of Table 2; a smaller KL is not a better accuracy.",
+    "Differences are this row minus the paper's options, of the mean KL and of top-1, with a paired bootstrap 95% interval. p "
+    "is of the paired sign-flip permutation test; * marks those below 0.05 after Holm's correction for all tests of their "
+    "kind in this table.",
+]
+
+
+def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
+    """Make the table from DHTM's runs off the shelf that were solved for a target; None if no options were varied."""
+    frames = []
+    for target in TARGETS:
+        solved = solved_for(runs[(runs.method == "dhtm") & ~runs.trained.astype(bool) & runs.kl.notna()], target)
+        solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
+        for _, frame in solved.groupby(_SAME, dropna=False):
+            frame = frame.drop_duplicates("changed", keep="last")
+            if len(frame) > 2 and _DEFAULT in set(frame.changed):
+                frames.append(_compared(frame.sort_values("kl"), results_dir))
+    if not frames:
+        return None
+    data = pd.concat(frames, ignore_index=True)
+    data["kl_p_holm"], data["p_holm"] = holm(data.kl_p), holm(data.p)
+    keys = ["backbone", "data", "split", "target"]
+    return Table(data, [_shown(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
+
+
+def _changed(runs: pd.DataFrame) -> list[str]:
+    """Return in what each run differs from the paper's DHTM."""
+    paper = SERIES["DHTM"].layers
+    changed = [
+        " ".join(filter(None, [run.options, f"layers={run.layers}" if run.layers != paper else ""]))
+        for run in runs.itertuples()
+    ]
+    return [text or _DEFAULT for text in changed]
+
+
+def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+    """Add the comparisons of each run with the paper's options."""
+    default = predictions(results_dir / frame[frame.changed == _DEFAULT].run_id.iloc[0])
+    rows = []
+    for run in frame.itertuples():
+        if run.changed == _DEFAULT:
+            rows.append({})
+            continue
+        own = predictions(results_dir / run.run_id)
+        kl = compare_kl(own, default)
+        row = {"kl_difference": kl.difference, "kl_low_difference": kl.low, "kl_high_difference": kl.high, "kl_p": kl.p}
+        if (own.label >= 0).all():
+            top1 = compare_top1(own, default)
+            row |= {
+                "difference": top1.difference,
+                "difference_low": top1.low,
+                "difference_high": top1.high,
+                "p": top1.p,
+            }
+        rows.append(row)
+    columns = ["kl_difference", "kl_low_difference", "kl_high_difference", "kl_p"]
+    columns += ["difference", "difference_low", "difference_high", "p"]
+    return pd.concat([frame.reset_index(drop=True), pd.DataFrame(rows, columns=columns).astype(float)], axis=1)
+
+
+def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    rows = []
+    for row in frame.itertuples():
+        kl = (row.kl_difference, row.kl_low_difference, row.kl_high_difference)
+        cells = {"options": row.changed, "k": number(row.k, 0), "reduction %": number(row.flops_reduction_pct, 1)}
+        cells |= faithfulness_cells(row)
+        cells["KL − the paper's, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
+        cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
+        cells["top-1 %"] = number(row.top1, 2)
+        top1 = (row.difference, row.difference_low, row.difference_high)
+        cells["top-1 − the paper's, points"] = with_interval(*top1, signed=True)
+        cells["p (top-1)"] = p_cell(row.p, row.p_holm)
+        rows.append(cells)
+    caption = caption_of(backbone, data, frame.n_images, f"split {split}", f"{target}% fewer FLOPs")
+    return caption, pd.DataFrame(rows)

@@ -1,0 +1,38 @@
+"""Choose a method's setting on images without labels: `python scripts/choose.py --help`."""
+
+import logging
+import re
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from dhtm.harness import config as door
+from dhtm.harness.choose import choose, python_line
+from dhtm.harness.core.command import command, start
+from dhtm.harness.core.files import require_writable
+from dhtm.report.choices import choice_figure, choice_table
+from dhtm.report.style import save_figure
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="choose")
+@command(resumes=True)
+def main(config: DictConfig) -> None:
+    """Choose, then write and print the table, and print the line of Python that applies each choice."""
+    choice = door.choice(config)
+    require_writable(choice.output_dir, f"output_dir={choice.output_dir}")
+    frame, chosen = choose(choice)
+    table = choice_table(frame, choice)
+    table.save(choice.output_dir / "choice")
+    save_figure(choice_figure(frame, choice), choice.output_dir / "choice")
+    log.info("\n%s\n%s", table.markdown(), choice.output_dir)
+    for method in chosen.values():
+        log.info("%s", python_line(method))
+
+
+if __name__ == "__main__":
+    # method=a,b would be a sweep to Hydra.
+    sys.argv = [re.sub(r"^method=\[?([^\]]*)\]?$", r"methods=[\1]", argument) for argument in sys.argv]
+    start(main, resumes=True)

@@ -1,0 +1,116 @@
+"""Faithfulness: KL and agreement against a plain loop over timm's model, and what is compared with what."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from scipy.special import log_softmax
+
+import dhtm
+from dhtm.harness.data.scenes import Digits
+from dhtm.harness.runs.faithfulness import UnmergedOutputs, keep
+from dhtm.harness.runs.metrics import faithfulness
+
+
+@pytest.fixture
+def predictions_of(tmp_path):
+    return lambda metrics: pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
+
+
+@torch.inference_mode()
+def outputs_of(n_images, dtype=torch.float32, **options):
+    """Return log-probabilities of the embedded model in float64, one image at a time, perhaps merged."""
+    model = timm.create_model("deit_micro", pretrained=True).eval().to(dtype)
+    if options:
+        dhtm.patch(model, dhtm.DHTM(**options))
+    split = Digits("digits").open("test", lambda image: (torch.from_numpy(np.array(image))[None] / 255 - 0.5) / 0.5)
+    logits = [model(split.dataset[i][0][None].to(dtype)).double().numpy() for i in range(n_images)]
+    return log_softmax(np.concatenate(logits), axis=1)
+
+
+def test_kl_and_agreement_are_those_of_a_plain_loop(evaluated, predictions_of):
+    metrics = evaluated("method.k=56", "data.limit=40", "batch_size=7")
+    unmerged, merged = outputs_of(40), outputs_of(40, k=56, layers=(4, 7, 11))
+    kl = (np.exp(unmerged) * (unmerged - merged)).sum(axis=1)
+    predictions = predictions_of(metrics)
+    assert predictions.kl.to_numpy() == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    assert (predictions.unmerged_class == unmerged.argmax(axis=1)).all()
+    assert metrics["kl"] == pytest.approx(predictions.kl.mean())
+    assert metrics["kl_ci95"][0] < metrics["kl"] < metrics["kl_ci95"][1]
+    assert metrics["agreement"] == 100 * (unmerged.argmax(axis=1) == merged.argmax(axis=1)).mean()
+
+
+def test_nothing_merged_is_nothing_changed(evaluated, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        metrics = evaluated("method.k=0", "data.limit=40", f"dtype={dtype}")
+        assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["agreement"] == 100
+        assert metrics["flips_won"] == metrics["flips_lost"] == 0
+    runs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/metrics.json")]
+    unmerged = {run["dtype"]: run for run in runs if run["method"] == "unmerged"}
+    assert unmerged["float32"]["kl"] == 0
+    first, second = outputs_of(40), outputs_of(40, torch.bfloat16)
+    kl = (np.exp(first) * (first - second)).sum(axis=1).mean()
+    assert unmerged["bfloat16"]["kl"] == pytest.approx(kl, rel=0.02), "the unmerged model is compared with float32"
+
+
+def test_the_unmerged_outputs_are_computed_once_and_shared(evaluated, tmp_path):
+    evaluated("method.k=10", "data.limit=20")
+    (stored,) = (tmp_path / "runs").glob("*/outputs.parquet")
+    before = stored.stat().st_mtime_ns
+    evaluated("method=tome", "data.limit=20")
+    evaluated("method=unmerged", "data.limit=20")
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/outputs.parquet")] == [before]
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 3
+
+
+def test_a_damaged_file_of_outputs_names_the_remedy(evaluated, tmp_path):
+    evaluated("method=unmerged", "data.limit=20")
+    (stored,) = (tmp_path / "runs").glob("*/outputs.parquet")
+    stored.write_bytes(stored.read_bytes()[:-20])
+    with pytest.raises(Exception, match=f"{stored}: missing or damaged .*method=unmerged force=true"):
+        evaluated("method.k=10", "data.limit=20")
+    evaluated("method=unmerged", "data.limit=20", "force=true")
+    assert evaluated("method.k=10", "data.limit=20")["kl"] > 0
+
+
+def test_weights_trained_with_a_method_are_compared_with_nothing(evaluated, predictions_of):
+    metrics = evaluated("method=tome_trained", "target.reduction_pct=30", "data.limit=20")
+    assert metrics["trained"] and metrics["kl"] is metrics["kl_ci95"] is metrics["agreement"] is None
+    assert "kl" not in predictions_of(metrics)
+
+
+def test_any_folder_of_images_is_enough(evaluated, photos, tmp_path):
+    """No labels, folders at any depth; "choose" and "report" have every second image each."""
+    model = timm.create_model("deit_mini", num_classes=10)
+    torch.nn.init.normal_(model.head.weight)
+    save_file(model.state_dict(), tmp_path / "mini.safetensors")
+    shared = ["data=images", f"data.root={photos}/val", "backbone=deit_mini", "method.k=50"]
+    shared.append(f"backbone.checkpoint={tmp_path}/mini.safetensors")
+    metrics = evaluated(*shared)
+    assert (metrics["n_images"], metrics["top1"], metrics["top5"], metrics["flips_lost"]) == (8, None, None, None)
+    assert metrics["kl"] > 0 and 0 <= metrics["agreement"] <= 100
+    parts = [evaluated(*shared, f"data.split={split}") for split in ("choose", "report")]
+    assert [part["n_images"] for part in parts] == [4, 4]
+    assert np.mean([part["kl"] for part in parts]) == pytest.approx(metrics["kl"], rel=1e-4)
+
+
+def test_of_many_classes_half_precision_is_kept():
+    unmerged, merged = (5 * torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    unmerged, merged = unmerged.expand(4, -1), (unmerged + 0.1 * merged).expand(4, -1)
+    ids, best = np.arange(4), unmerged.argmax(dim=1).numpy()
+    kept = keep(ids, unmerged.log_softmax(dim=1), best)["log_probabilities"]
+    assert sum(row.nbytes for row in kept) == 4 * 2000, "100 MB for the 50,000 images of ImageNet"
+    found = UnmergedOutputs(pd.Index(ids), np.stack(kept), best).compare(ids, merged.log_softmax(dim=1), best)
+    p, q = (log_softmax(logits.double().numpy(), axis=1) for logits in (unmerged, merged))
+    assert found["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1), rel=0.02)
+
+
+def test_flips_are_counted_by_which_model_is_right():
+    classes = pd.DataFrame({"label": [0, 0, 0, 0, 0], "unmerged_class": [0, 0, 1, 1, 1], "class_1": [0, 1, 0, 2, 1]})
+    found = faithfulness(classes.assign(kl=[0.0, 0.5, 0.5, np.nan, 0.2], correct=classes.class_1 == classes.label))
+    assert (found["flips_won"], found["flips_lost"], found["agreement"]) == (1, 1, 40)
+    assert found["kl"] == pytest.approx(0.3), "an image whose logits are not finite has no KL"
