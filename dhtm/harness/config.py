@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dhtm.harness.benchmark import Benchmark, Scaling
@@ -49,6 +49,30 @@ class Dashboard:
     tracker: Tracker
     name: str
     results_dir: Path
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """What scripts/visualize.py is to draw; ``configs/visualize.yaml`` explains the settings.
+
+    Attributes:
+        methods: with their knobs solved.
+    """
+
+    backbone: Backbone
+    methods: Annotated[list[Method], Field(min_length=1)]
+    image: Path | None = None
+    animate: bool = False
+    output: Path = Path("regions.png")
+    checkpoints_dir: Path = Path("checkpoints")
+    allow_untrained: bool = False
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self):
+        if self.animate != (self.output.suffix.lower() in (".gif", ".webp")):
+            raise UserError(
+                f"output={self.output}: it ends in .gif or .webp with animate=true, else in .png or .pdf, say"
+            )
 
 
 def evaluation(config: DictConfig) -> Evaluation:
@@ -102,11 +126,25 @@ def choice(config: DictConfig) -> Choice:
 
 def premise(config: DictConfig) -> Premise:
     """Return the measurement that a config of scripts/premise.py describes."""
-    values = _values(config)
-    backbone, target = _typed(Backbone, values["backbone"], "backbone"), _typed(Target, values.pop("target"), "target")
+    values = _solved(_values(config))
+    return _typed(Premise, values | {"data": _data(values["data"])})
+
+
+def visualization(config: DictConfig) -> Visualization:
+    """Return the picture that a config of scripts/visualize.py describes."""
+    values = _solved(_values(config))
+    return _typed(Visualization, values | {"methods": list(values["methods"].values())})
+
+
+def _solved(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the backbone's settings and the names of methods by objects, the knobs solved for ``target``."""
+    target = _typed(Target, values.pop("target"), "target")
+    backbone = _typed(Backbone, values["backbone"], "backbone")
     methods = {name: _method(named(name, values["seed"])) for name in values["methods"]}
-    methods = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
-    return _typed(Premise, values | {"backbone": backbone, "data": _data(values["data"]), "methods": methods})
+    return values | {
+        "backbone": backbone,
+        "methods": {name: solve(backbone, method, target)[0] for name, method in methods.items()},
+    }
 
 
 def named(method: str, seed: int) -> dict[str, Any]:

@@ -1,1 +1,5 @@
-"""Tables and figures, made from finished runs and the published numbers."""
+"""Tables, figures and pictures, made from finished runs, the published numbers and models."""
+
+from dhtm.report.regions import draw_regions
+
+__all__ = ["draw_regions"]

@@ -101,7 +101,7 @@ def premise_figure(frames: dict[str, pd.DataFrame], premise: Premise) -> Figure:
         )
     axes[2].set(title=f"cost of one merge in layer {premise.layer}", xlabel="distance of the pair", ylabel="KL (nats)")
     axes[2].set_yscale("log")
-    axes[2].legend(title="which pair at this distance")
+    axes[2].legend(title="which pair at this distance", frameon=True, loc="center left", bbox_to_anchor=(0.05, 0.42))
     figure.suptitle(
         f"{premise.backbone.name} on {premise.data.name}, {similarity.n_images.iloc[0]:,} images, 95% intervals"
     )

@@ -59,32 +59,34 @@ def sample_regions(model: VisionTransformer, split: Split, n_images: int = 6) ->
     ids, images, labels = batch
     with image_ids(model, ids):
         logits = model.eval()(images.to(weight.dtype)) + mask(model.num_classes, split, weight.device)
-    stages = _stages(model)
+    stages = merging_layers(model)
     if not stages:
         return []
+    chosen = np.linspace(len(stages) - 1, 0, min(MAX_STAGES, len(stages))).round().astype(int)
+    stages = [stages[i] for i in sorted(chosen)]
     tokens = ", ".join(f"{regions.n_tokens} after layer {layer}" for layer, regions in stages)
     names = split.classes or [f"class {number}" for number in range(logits.shape[1])]
     pictures = []
-    for row, pixels in enumerate(_pixels(images.cpu(), model)):
+    for row, pixels in enumerate(pixels_of(images.cpu(), model)):
         strip = _strip([pixels, *(draw_regions(pixels, regions, row) for _, regions in stages)])
-        named = f"{names[labels[row]]}, read as {names[logits[row].argmax()]}"
+        label = f"{names[labels[row]]}, " if labels[row] >= 0 else ""
+        named = f"{label}read as {names[logits[row].argmax()]}"
         pictures.append((strip, f"image {ids[row]}: {named}; tokens: {tokens}"))
     return pictures
 
 
-def _stages(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
-    """Return the numbers of up to three layers that merged, including the last one, and the regions after each."""
+def merging_layers(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
+    """Return the numbers of the layers that merged in the last forward pass, and the regions after each."""
     merged, n_before = [], model.patch_embed.num_patches
     for layer in range(1, len(model.blocks) + 1):
         regions = dhtm.regions(model, layer)
         if regions.n_tokens < n_before:
             merged.append((layer, regions))
         n_before = regions.n_tokens
-    chosen = np.linspace(len(merged) - 1, 0, min(MAX_STAGES, len(merged))).round().astype(int)
-    return [merged[i] for i in sorted(chosen)]
+    return merged
 
 
-def _pixels(batch: Tensor, model: VisionTransformer) -> np.ndarray:
+def pixels_of(batch: Tensor, model: VisionTransformer) -> np.ndarray:
     """Convert normalised images [B, C, H, W] to uint8 [B, H', W', 3], enlarged by a whole number."""
     preprocessing = resolve_data_config(model=model)
     mean, std = (torch.tensor(preprocessing[key])[:, None, None] for key in ("mean", "std"))

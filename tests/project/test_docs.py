@@ -82,6 +82,13 @@ def shortened(photos, weights, tmp_path):
         if photographs and not any(one.startswith("backbone.checkpoint") for one in arguments):
             arguments = ["backbone=deit_tiny" if one.startswith("backbone=") else one for one in arguments]
             arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
+        if script == "visualize":
+            outputs = [
+                f"output={tmp_path}/{one.removeprefix('output=')}" for one in arguments if one.startswith("output=")
+            ]
+            others = [one for one in arguments if not one.startswith(("output=", "backbone=", "image="))]
+            image = [f"image={next((photos / 'val').glob('*/*'))}"] if len(others) < len(arguments) - 1 else []
+            return [*others, *outputs, *image]
         if script == "premise":
             return [*arguments, "n_images=4", "methods=[dhtm]", "distances=[1]", f"output_dir={tmp_path}"]
         if script == "train":
