@@ -83,6 +83,10 @@ class Regions:
         sizes = self.sizes.new_zeros(self.sizes.shape[0], n_tokens).scatter_add(1, token_map, self.sizes)
         return Regions(token_map.gather(1, self.assignment), sizes, self.grid)
 
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """Give every patch the token that it is in, for dense prediction: [B, N, D] → [B, P, D]."""
+        return tokens.gather(1, self.assignment[..., None].expand(-1, -1, tokens.shape[2]))
+
     def adjacent_tokens(self, connectivity: int = 8) -> Tensor:
         """Return the two tokens that each pair of adjacent patches is in.
 

@@ -444,3 +444,15 @@ def test_counted_similarities_are_near_those_that_a_merge_needs():
 def test_counted_similarities_of_all_pairs_are_exact():
     needed = 196 * 195 // 2 + sum(n_left - 1 for n_left in range(195, 155, -1))  # 40 merges
     assert merge_flops(196, 40, 16, 0, 196, kernels.ALL_PAIRS) == 16 * needed
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 11), st.integers(0, 2**16))
+def test_unmerging_gives_every_patch_its_token(k, seed):
+    tokens = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(seed))
+    merged, regions = hierarchical_merge(tokens, k, grid=(3, 4), backend="torch")
+    full = regions.unmerge(merged)
+    assert full.shape == tokens.shape
+    for image, patches in enumerate(full):
+        assert all(torch.equal(patches[p], merged[image, regions.assignment[image, p]]) for p in range(12))
+    assert k or torch.equal(full, tokens)
