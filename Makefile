@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@
 
-sweep: $(STAMP) ## run every experiment, then make the tables and figures; ARGS="key=value ..." sets overrides
+sweep: $(STAMP) ## run the experiments of the paper, then make the tables and figures; ARGS="key=value ..." sets overrides
 	@ARGS="$${ARGS-}" $(BIN)/python scripts/sweep.py
 
 status: $(STAMP) ## show the progress of all sweeps, at any time; ARGS="results_dir=DIR"

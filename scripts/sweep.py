@@ -1,4 +1,4 @@
-"""Run every experiment of configs/experiment, then the report: `python scripts/sweep.py key=value ...`.
+"""Run the paper's experiments (Tables 1 and 2, Figures 1 and 4), then the report: `python scripts/sweep.py key=value ...`.
 
 Overrides come from the command line or, for `make sweep`, from the environment's ARGS, quoted as in a shell. They go to
 the evaluations, and those that are the report's too go to it; experiment=NAME runs that one alone. In the end it tells what

@@ -327,14 +327,19 @@ def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monk
     assert "2 images have logits that are not finite, the first is image 17" in caplog.text
 
 
-def test_ranks_share_a_run_image_by_image(run, ranks, tmp_path):
-    """Also where there are more ranks than images."""
-    results = ranks(3, "evaluate", "-m", *RUN, "data.limit=2,23", f"results_dir={tmp_path}/runs/${{data.limit}}")
+def test_ranks_share_a_run_image_by_image(ranks, composed, tmp_path):
+    """And the run of the unmerged model that comes first; also where there are more ranks than images."""
+    _, *shared = RUN
+    results = ranks(3, "evaluate", "-m", "method.k=10", *shared, "data.limit=2,23", f"results_dir={tmp_path}/runs")
     assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
     for limit in (2, 23):
-        expected, metrics = run(f"data.limit={limit}")
-        pd.testing.assert_frame_equal(read(tmp_path / "runs" / str(limit)), expected)
-        assert "".join(result.stdout for result in results).count(metrics["run_id"]) == 1, "one rank tells"
+        alone = ["method.k=10", *shared, f"data.limit={limit}", f"results_dir={tmp_path}/alone"]
+        run_id = evaluate(door.evaluation(composed(*alone)))["run_id"]
+        found, expected = (
+            pd.read_parquet(tmp_path / results / run_id / "predictions.parquet") for results in ("runs", "alone")
+        )
+        pd.testing.assert_frame_equal(found, expected)
+        assert "".join(result.stdout for result in results).count(run_id) == 1, "one rank tells"
 
 
 def over_ranks(world, *overrides):

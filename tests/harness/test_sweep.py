@@ -148,9 +148,6 @@ def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher, settings)
 
 def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     """But not after a mistake in the overrides, where no run is begun. The scripts that it runs are stubs."""
-    (tmp_path / "configs/experiment").mkdir(parents=True)
-    for name in ("first", "second"):
-        (tmp_path / f"configs/experiment/{name}.yaml").touch()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/sweep.py", tmp_path / "scripts")
     stub = "import pathlib, sys; print(pathlib.Path(__file__).stem, *sys.argv[1:], flush=True)\n"
@@ -163,17 +160,19 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
         return result.returncode, result.stdout.splitlines()
 
     expected = [
-        "evaluate -m experiment=first hydra/launcher=joblib results_dir=runs",
-        "evaluate -m experiment=second hydra/launcher=joblib results_dir=runs",
+        *(
+            f"evaluate -m experiment={name} hydra/launcher=joblib results_dir=runs"
+            for name in ("figure1", "figure4", "table1", "table2")
+        ),
         "report results_dir=runs",
         "status results_dir=runs",
     ]
     assert make_sweep() == (0, expected)
-    fails = "if 'first' in sys.argv[2]: sys.exit(1)\n"
+    fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
     (tmp_path / "scripts/evaluate.py").write_text(stub + fails)
     assert make_sweep() == (1, expected[:1])
-    (tmp_path / "runs/sweeps/first").mkdir(parents=True)
-    begins = "pathlib.Path('runs/sweeps/first/sweep.json').touch()\n"
+    (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
+    begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
     (tmp_path / "scripts/evaluate.py").write_text(stub + begins + fails)
     assert make_sweep() == (1, expected)
 
