@@ -38,11 +38,12 @@ def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
 
 def dashboard(entity: str, project: str, name: str, runs: pd.DataFrame) -> workspaces.Workspace:
     """Make the dashboard; each of the runs has its method's colour, as in the figures."""
-    flops, top1 = panels.SummaryMetric("flops_g"), panels.SummaryMetric("top1")
+    flops, top1, kl = (panels.SummaryMetric(name) for name in ("flops_g", "top1", "kl"))
     bars = {"max_runs_to_show": MAX_RUNS, "max_bars_to_show": MAX_RUNS}
     lines = {"x": "layer", "y": ["tokens"], "max_runs_to_show": MAX_RUNS}
     sections = {
         "Accuracy against FLOPs": panels.ScatterPlot(title="top-1 (%) against GFLOPs", x=flops, y=top1),
+        "KL against FLOPs": panels.ScatterPlot(title="KL (nats) against GFLOPs", x=flops, y=kl, log_y=True),
         "Throughput": panels.BarPlot(title="images/s", metrics=["images_per_s"], **bars),
         "Tokens by layer": panels.LinePlot(title="tokens by layer", **lines),
         "Table 2": panels.WeavePanelSummaryTable(table_name="table2"),

@@ -365,8 +365,11 @@ def test_the_dashboard_is_saved_with_its_panels(wandb_server, tmp_path, tracked)
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "dhtm", "DHTM")
     section = json.loads(view["spec"])["section"]
     panels = {part["name"]: part["panels"][0] for part in section["panelBankConfig"]["sections"]}
-    assert list(panels) == ["Accuracy against FLOPs", "Throughput", "Tokens by layer", "Table 2", "Regions"]
-    scatter, bars, lines = (list(panels.values())[i]["config"] for i in range(3))
+    assert list(panels) == [
+        "Accuracy against FLOPs", "KL against FLOPs", "Throughput", "Tokens by layer", "Table 2", "Regions",
+    ]  # fmt: skip
+    scatter, kl, bars, lines = (list(panels.values())[i]["config"] for i in range(4))
+    assert (kl["xAxis"], kl["yAxis"]) == ("summary:flops_g", "summary:kl")
     assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:flops_g", "summary:top1")
     assert bars["metrics"] == ["images_per_s"]
     assert (lines["xAxis"], lines["metrics"]) == ("layer", ["tokens"])

@@ -74,7 +74,18 @@ def shortened(photos, weights, tmp_path):
             short = "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]"
             return [*arguments, short, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
         if script == "benchmark":
-            slow = ("lotm", "dpc_knn", "k_medoids", "patch_merger", "sinkhorn", "sit", "token_mergence", "random")
+            slow = (
+                "lotm",
+                "dpc_knn",
+                "k_medoids",
+                "patch_merger",
+                "sinkhorn",
+                "sit",
+                "token_mergence",
+                "random",
+                "pitome",
+                "atc",
+            )
             small = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2"]
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]
             others = [one for one in arguments if not one.startswith("backbone=")]
