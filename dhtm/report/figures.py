@@ -118,7 +118,8 @@ def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, A
 
 def _draw_kl(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
     """Draw the KL with its intervals, except where nothing is merged: it is zero there."""
-    _draw_intervals(ax, points[(points.flops_reduction_pct > 0) & (points.kl > 0)], x, ("kl", "kl_low", "kl_high"), label, style)
+    merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
+    _draw_intervals(ax, merged, x, ("kl", "kl_low", "kl_high"), label, style)
 
 
 def _draw_intervals(

@@ -18,7 +18,17 @@ from dhtm.report.speed import growth, speed_figure
 FAST = ["backbone=deit_micro", "rounds=2", "batch_size=2", "device=cpu"]
 FAST += [
     f"~methods.{name}"
-    for name in ("sinkhorn", "token_mergence", "random", "dpc_knn", "lotm", "k_medoids", "patch_merger")
+    for name in (
+        "sinkhorn",
+        "token_mergence",
+        "random",
+        "dpc_knn",
+        "lotm",
+        "k_medoids",
+        "patch_merger",
+        "atc",
+        "pitome",
+    )
 ]
 ONE = [f"~methods.{name}" for name in ("sit", "tome")]  # DHTM alone is left
 SMALL = ["scaling.grids=[4,6]", "scaling.ks=[5,2]", "scaling.batch_sizes=[2,1]", "scaling.channels=16"]
