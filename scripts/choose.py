@@ -23,8 +23,8 @@ def main(config: DictConfig) -> None:
     """Choose, then write and print the table, and print the line of Python that applies each choice."""
     choice = door.choice(config)
     require_writable(choice.output_dir, f"output_dir={choice.output_dir}")
-    frame, chosen = choose(choice)
-    table = choice_table(frame, choice)
+    frame, chosen, missed = choose(choice)
+    table = choice_table(frame, missed, choice)
     table.save(choice.output_dir / "choice")
     save_figure(choice_figure(frame, choice), choice.output_dir / "choice")
     log.info("\n%s\n%s", table.markdown(), choice.output_dir)

@@ -2,27 +2,31 @@
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import pandas as pd
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from dhtm.harness.benchmark import Benchmark, time_methods
 from dhtm.harness.core.devices import pick_batch_size, pick_device
 from dhtm.harness.core.errors import UnavailableError, UserError
+from dhtm.harness.data.photographs import Images
 from dhtm.harness.models.cost import Target, solve
-from dhtm.harness.models.methods import Method
+from dhtm.harness.models.methods import UNMERGED, Method
+from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.evaluate import Evaluation, evaluate
-
-log = logging.getLogger(__name__)
+from dhtm.harness.runs.metrics import faithfulness
 
 STEP = 10  # percent of the FLOPs, between the settings of the trade-off
-FINEST = 0.5  # the choice is found to within this many percent
+FINEST = 0.01  # percent; settings of a knob that are closer than this are not told apart
+BOUNDS = {"max_kl": "kl", "min_agreement": "agreement", "max_latency_ms": "latency_ms"}  # and what each one bounds
+_PARTS = {"choose": 0, "report": 1}  # the even and the odd images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,150 +34,203 @@ class Choice:
     """A choice as it is to be made; ``configs/choose.yaml`` explains the settings.
 
     Attributes:
-        evaluation: of the first method; the others differ in the method alone.
+        evaluation: of the unmerged model on all images; the method and the images are replaced.
+        methods: by name, with their knobs not solved.
     """
 
     evaluation: Evaluation
-    methods: Annotated[list[Method], Field(min_length=1)]
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
     max_kl: PositiveFloat | None = None
-    min_agreement: Annotated[float, Field(ge=0, le=100)] | None = None
-    max_latency_ms: NonNegativeFloat | None = None
-    choose_on: str = "choose"
-    report_on: str = "report"
-    rounds: PositiveInt = 10
+    min_agreement: Annotated[float, Field(gt=0, le=100)] | None = None
+    max_latency_ms: PositiveFloat | None = None
+    rounds: PositiveInt = 5
     output_dir: Path = Path("results/choose")
 
     def __post_init__(self):
-        given = [bound for bound in (self.max_kl, self.min_agreement, self.max_latency_ms) if bound is not None]
+        given = [key for key in BOUNDS if getattr(self, key) is not None]
         if len(given) != 1:
             raise UserError(f"{len(given)} bounds: give one of max_kl=, min_agreement= and max_latency_ms=")
+        for name, method in self.methods.items():
+            if method.knob is None:
+                raise UserError(f"method={name}: it has no knob to be chosen")
+            if method.weights is not None:
+                raise UserError(
+                    f"method={name}: its weights are trained with it, so there is no unmerged model to compare with; choose "
+                    "among the methods that need no training"
+                )
 
-    def run(self, method: Method, split: str) -> Evaluation:
-        """Return the run of a method, its knob solved, on a split."""
-        data = dataclasses.replace(self.evaluation.data, split=split)
-        return dataclasses.replace(self.evaluation, method=method, data=data)
-
-    def benchmark(self, methods: dict[str, Method]) -> Benchmark:
-        """Return the measurement of the speed of methods, by their names in it."""
-        run = self.evaluation
-        batch_size = run.batch_size or pick_batch_size(pick_device(run.device))
-        return Benchmark(
-            run.backbone, methods, rounds=self.rounds, batch_size=batch_size, dtype=run.dtype, device=run.device
-        )
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The key of the bound and its value."""
+        return next((key, getattr(self, key)) for key in BOUNDS if getattr(self, key) is not None)
 
 
-def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method]]:
+def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
     """Choose the setting of every method.
 
-    KL and agreement are taken to grow and fall with the FLOPs saved, latency to fall.
+    KL is taken to grow with the FLOPs saved, agreement and latency to fall.
 
     Returns:
-        One row for each setting that was tried on ``choose_on``, and one per method for the chosen setting on ``report_on``:
-        method, knob, value, split, chosen, flops_g, flops_reduction_pct, kl, agreement (and their intervals, as kl_low and
-        so on), n_images; for the chosen ones also speedup (with quartiles, over the unmerged model, in a batch),
-        images_per_s and latency_ms. And the chosen methods, by name.
+        One row for each setting that was tried, and one for each chosen setting on the images that report: method, knob, value,
+        part ("choose" or "report"), chosen, flops_g, flops_reduction_pct, kl and agreement (with kl_low, kl_high and so on),
+        n_images; latency_ms, the median for one image, where it is bounded, and for the rows that report; for these also
+        speedup with its quartiles over the unmerged model, and images_per_s, in batches.
+        The chosen methods by name.
+        A sentence for each method of which no setting meets the bound.
 
     Raises:
-        UserError: no setting of any method meets the bound.
+        UserError: no setting of any method meets the bound, or the unmerged model is as fast as asked for.
     """
-    tried, chosen = [], {}
-    for method in choice.methods:
-        rows, found = _choose(choice, method)
-        tried += rows
-        if found is not None:
-            chosen[method.name] = found
+    _measured(choice, "unmerged", UNMERGED, "choose")  # first, because images or weights may be missing
+    tried, chosen, missed = [], {}, []
+    for name, method in choice.methods.items():
+        try:
+            rows, found = _choose(choice, name, method)
+        except UnavailableError as error:
+            missed.append(str(error))
+            continue
+        if found is None:
+            missed.append(_missed(choice, rows))
+        else:
+            chosen[name] = found
+        tried += [row | {"chosen": found is not None and row["value"] == found.setting} for row in rows]
     if not chosen:
-        raise UserError("no setting of any method meets the bound; what was reached is logged above")
-    frame = pd.DataFrame(tried).drop_duplicates(["method", "value"], ignore_index=True)
-    frame["chosen"] = [row.method in chosen and chosen[row.method].setting == row.value for row in frame.itertuples()]
-    reported = pd.DataFrame([_row(choice, method, choice.report_on) for method in chosen.values()])
-    speed = time_methods(choice.benchmark(chosen)).set_index("method")
+        raise UserError("; ".join(missed))
+    reported = pd.DataFrame([_measured(choice, name, method, "report") for name, method in chosen.items()])
+    speed = time_methods(_benchmark(choice, chosen)).set_index("method")
     columns = ["speedup", "speedup_q1", "speedup_q3", "images_per_s", "latency_ms"]
     reported = reported.join(speed[columns], on="method").assign(chosen=True)
-    return pd.concat([frame, reported], ignore_index=True), chosen
+    return pd.concat([pd.DataFrame(tried), reported], ignore_index=True), chosen, missed
 
 
-def _choose(choice: Choice, method: Method) -> tuple[list[dict], Method | None]:
-    """Return a row for each setting that was tried, and the method at the setting that is best; None if none will do."""
-    rows, by_latency = [], choice.max_latency_ms is not None
+def _choose(choice: Choice, name: str, method: Method) -> tuple[list[dict], Method | None]:
+    """Return a row for each setting of a method that was tried, and the best of them; None if none meets the bound."""
+    rows = {}
+    key, limit = choice.bound
 
-    def at(reduction_pct: float) -> Method:
-        return solve(choice.evaluation.backbone, method, Target(reduction_pct=reduction_pct))[0]
-
-    def merges_too_much(reduction_pct: float) -> bool:
-        row = _row(choice, at(reduction_pct), choice.choose_on)
-        rows.append(row)
-        if by_latency:
-            timed = time_methods(choice.benchmark({method.name: at(reduction_pct)}))
-            row["latency_ms"] = float(timed.latency_ms.iloc[-1])
-            return row["latency_ms"] <= choice.max_latency_ms
-        if choice.max_kl is not None:
-            return row["kl_high"] > choice.max_kl
-        return row["agreement_low"] < choice.min_agreement
-
-    reachable = _reachable(at)
-    below, above = boundary(merges_too_much, reachable)
-    found = above if by_latency else below
-    if found is None:
-        last = rows[-1] if by_latency else rows[0]
-        log.info(
-            "%s: no setting meets the bound; at %.1f%% fewer FLOPs KL is %.2g [%.2g, %.2g] nats, agreement %.2f%%",
-            method.name, last["flops_reduction_pct"], last["kl"], last["kl_low"], last["kl_high"], last["agreement"],
-        )  # fmt: skip
-    return rows, None if found is None else at(found)
-
-
-def _reachable(at: Callable[[float], Method]) -> list[float]:
-    """Return the reductions of the trade-off that a method reaches, in percent."""
-    reached = []
-    for reduction_pct in range(STEP, 100, STEP):
+    def at(reduction_pct: float) -> Method | None:
         try:
-            at(reduction_pct)
+            return solve(choice.evaluation.backbone, method, Target(reduction_pct=reduction_pct))[0]
         except UnavailableError:
-            if not reached:  # the message names the range
-                raise
-            break
-        reached.append(float(reduction_pct))
-    return reached
+            return None
+
+    def saves_enough(setting: Method) -> bool:
+        """Whether it is fast enough or, for bounds that saving exceeds, whether it saves too much."""
+        if setting.setting not in rows:
+            rows[setting.setting] = _measured(choice, name, setting, "choose")
+            if key == "max_latency_ms":
+                rows[setting.setting]["latency_ms"] = _latency_ms(choice, setting)
+        row = rows[setting.setting]
+        if key == "max_latency_ms":
+            return row["latency_ms"] <= limit
+        return row["kl_high"] > limit if key == "max_kl" else row["agreement_low"] < limit
+
+    points = _reachable(at)
+    if points[-1] == 0:
+        solve(choice.evaluation.backbone, method, Target(reduction_pct=STEP))  # the error names the range
+    before, after = boundary(saves_enough, at, points)
+    return list(rows.values()), after if key == "max_latency_ms" else before
+
+
+def _reachable(at: Callable[[float], T | None]) -> list[float]:
+    """Return 0, the reductions of the trade-off that a method reaches, and the greatest of all, in percent."""
+    points = [0.0, *(float(point) for point in range(STEP, 100, STEP) if at(point) is not None)]
+    low, high = points[-1], points[-1] + STEP
+    while high - low > FINEST:
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(middle) is None else (middle, high)
+    return points if low == points[-1] else [*points, low]
 
 
 def boundary(
-    holds: Callable[[float], bool], points: list[float], finest: float = FINEST
-) -> tuple[float | None, float | None]:
-    """Find where a condition begins to hold, which stays true once it is.
+    holds: Callable[[T], bool], at: Callable[[float], T | None], points: list[float]
+) -> tuple[T | None, T | None]:
+    """Find the two neighbouring settings between which a condition begins to hold.
 
     Args:
-        holds: the condition; called for every point, and then between two of them.
-        points: increasing.
-        finest: the distance between the two results.
+        holds: of a setting; false for those that save little, true for those that save much.
+        at: returns the setting that saves nearest to so many percent; None out of reach.
+        points: increasing; all are tried but the first, the lower end of the search.
 
     Returns:
-        The last number found where it does not hold and the first where it does, None where there is no such number.
+        The last setting for which it does not hold and the first for which it does; None where there is no such setting.
     """
-    held = [holds(point) for point in points]
-    first = held.index(True) if True in held else len(points)
-    below, above = points[first - 1] if first else None, points[first] if first < len(points) else None
-    low = points[0] - STEP if below is None else below
-    while above is not None and above - low > finest:
-        middle = (low + above) / 2
-        if holds(middle):
-            above = middle
+    settings = [at(point) for point in points[1:]]
+    held = [holds(setting) for setting in settings]
+    first = held.index(True) if True in held else len(held)
+    before = settings[first - 1] if first else None
+    if first == len(held):
+        return before, None
+    after, end = settings[first], at(points[0])
+    low, high = points[first], points[first + 1]
+    while high - low > FINEST:
+        middle = (low + high) / 2
+        setting = at(middle)
+        if setting in (before, end, None):
+            low = middle
+        elif setting == after:
+            high = middle
+        elif holds(setting):
+            after, high = setting, middle
         else:
-            below = low = middle
-    return below, above
+            before, low = setting, middle
+    return before, after
 
 
-def _row(choice: Choice, method: Method, split: str) -> dict:
-    metrics = evaluate(choice.run(method, split))
+def _measured(choice: Choice, name: str, method: Method, part: str) -> dict:
+    """Return the row of a setting on the images that choose, or on those that report."""
+    run = dataclasses.replace(choice.evaluation, method=method)
+    has_parts = isinstance(run.data, Images)
+    metrics = evaluate(dataclasses.replace(run, data=dataclasses.replace(run.data, split=part)) if has_parts else run)
+    if not has_parts:
+        rows = predictions(run.results_dir / metrics["run_id"])
+        rows = rows[rows.index % 2 == _PARTS[part]]
+        metrics |= {"n_images": len(rows), **faithfulness(rows)}
     if metrics["kl"] is None:
+        raise UserError(f"data={run.data.name}: no image with finite outputs {part}s; at least two are needed")
+    about = {"method": name, "knob": method.knob, "value": method.setting, "part": part}
+    about |= {column: metrics[column] for column in ("flops_g", "flops_reduction_pct", "n_images")}
+    for column in ("kl", "agreement"):
+        about[column] = metrics[column]
+        about[f"{column}_low"], about[f"{column}_high"] = metrics[f"{column}_ci95"]
+    return about
+
+
+def _latency_ms(choice: Choice, method: Method) -> float:
+    """Time one image, in turn with the unmerged model; return the median of the method."""
+    unmerged, merged = time_methods(_benchmark(choice, {"": method}, batch_size=1)).latency_ms
+    if unmerged <= choice.max_latency_ms:
         raise UserError(
-            f"method={method.name}: its weights were trained with it, so there is no unmerged model to compare with"
+            f"max_latency_ms={choice.max_latency_ms:g}: the unmerged model needs {unmerged:.1f} ms for one image, nothing has "
+            "to be merged"
         )
-    ends = dict(zip(("kl_low", "kl_high"), metrics["kl_ci95"], strict=True))
-    ends |= dict(zip(("agreement_low", "agreement_high"), metrics["agreement_ci95"], strict=True))
-    names = ("flops_g", "flops_reduction_pct", "kl", "agreement", "n_images")
-    about = {"method": method.name, "knob": method.knob, "value": method.setting, "split": split}
-    return about | {name: metrics[name] for name in names} | ends
+    return float(merged)
+
+
+def _benchmark(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> Benchmark:
+    run = choice.evaluation
+    batch_size = batch_size or run.batch_size or pick_batch_size(pick_device(run.device))
+    return Benchmark(
+        run.backbone, methods, rounds=choice.rounds, batch_size=batch_size, dtype=run.dtype, device=run.device
+    )
+
+
+def _missed(choice: Choice, rows: list[dict]) -> str:
+    """Say how near to the bound a method came."""
+    key, limit = choice.bound
+    if key == "max_latency_ms":
+        best = min(rows, key=lambda row: row["latency_ms"])
+        reached = f"the shortest time for one image is {best['latency_ms']:.1f} ms"
+    else:
+        best = min(rows, key=lambda row: row["kl_high"])
+        reached = (
+            f"the smallest KL is {best['kl']:.2g} [{best['kl_low']:.2g}, {best['kl_high']:.2g}] nats, with agreement "
+            f"{best['agreement']:.2f} [{best['agreement_low']:.2f}, {best['agreement_high']:.2f}]%"
+        )
+    return (
+        f"method={best['method']}: no setting meets {key}={limit:g}; {reached}, at {best['knob']}={best['value']:g} "
+        f"({best['flops_reduction_pct']:.1f}% fewer FLOPs, {best['n_images']} images)"
+    )
 
 
 def python_line(method: Method) -> str:

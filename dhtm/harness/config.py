@@ -24,7 +24,7 @@ from dhtm.harness.core.files import expanded
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.cost import Target, solve
-from dhtm.harness.models.methods import Method
+from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.tracking import Tracker
 from dhtm.harness.training.embedded import EmbeddedTraining, Stage
@@ -117,11 +117,11 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
 def choice(config: DictConfig) -> Choice:
     """Return the choice that a config of scripts/choose.py describes."""
     values = _values(config)
-    methods = [_method(named(name, values["seed"])) for name in values.pop("methods")]
+    methods = {name: _method(named(name, values["seed"])) for name in values.pop("methods")}
     own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
-    run = {"method": methods[0], "backbone": _typed(Backbone, values["backbone"], "backbone")}
-    run["data"] = _data(values["data"] | {"split": own["choose_on"]})
-    return _typed(Choice, own | {"evaluation": _typed(Evaluation, values | run), "methods": methods})
+    run = {"method": UNMERGED, "backbone": _typed(Backbone, values["backbone"], "backbone")}
+    evaluation = _typed(Evaluation, values | run | {"data": _data(values["data"])})
+    return _typed(Choice, own | {"evaluation": evaluation, "methods": methods})
 
 
 def premise(config: DictConfig) -> Premise:

@@ -1,5 +1,5 @@
 """Tables, figures and pictures, made from finished runs, the published numbers and models."""
 
-from dhtm.report.regions import draw_regions
+from dhtm.report.regions import draw_regions, draw_strips
 
-__all__ = ["draw_regions"]
+__all__ = ["draw_regions", "draw_strips"]

@@ -1,66 +1,92 @@
 """What scripts/choose.py found: the settings within a bound as a table, and the trade-off as a figure."""
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dhtm.harness.choose import Choice
-from dhtm.report.registry import GREY, entry_of
+from dhtm.harness.choose import BOUNDS, Choice
+from dhtm.report.registry import BACKBONES, DATA, GREY, entry_of
 from dhtm.report.style import plt
-from dhtm.report.tables import Table, faithfulness_cells, number, with_interval
+from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, with_interval
+
+_LABELS = {
+    "kl": "KL from the unmerged model (nats)",
+    "agreement": "agreement with the unmerged model (%)",
+    "latency_ms": "ms for one image",
+}
+_RING = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "color": "black", "linestyle": "none", "zorder": 4}
 
 
-def choice_table(frame: pd.DataFrame, choice: Choice) -> Table:
-    """Make the table of the chosen settings from the frame of :func:`dhtm.harness.choose.choose`."""
-    reported = frame[frame.split == choice.report_on]
+def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Table:
+    """Make the table of the chosen settings from what :func:`dhtm.harness.choose.choose` returns."""
+    tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     rows = []
     for row in reported.itertuples():
-        cells = {"method": entry_of(row.method).label, "setting": f"{row.knob}={row.value:g}"}
+        cells = {"method": entry_of(row.method).label, "setting": f"{row.knob} = {row.value:g}"}
         cells |= {"GFLOPs": number(row.flops_g, 3), "reduction %": number(row.flops_reduction_pct, 1)}
         cells |= faithfulness_cells(row)
         cells["speed-up [quartiles]"] = with_interval(row.speedup, row.speedup_q1, row.speedup_q3)
-        cells |= {"images/s": number(row.images_per_s, 1), "ms for one image": number(row.latency_ms, 1)}
+        cells |= {"images/s": number(row.images_per_s, 1), "1 image, ms": number(row.latency_ms, 1)}
         rows.append(cells)
     backbone, data = choice.evaluation.backbone.name, choice.evaluation.data.name
-    n_chose = frame.n_images[frame.split == choice.choose_on].max()
-    caption = f"{backbone} on {data}, {bound(choice)}, {reported.n_images.max():,} images that did not choose"
+    is_latency = choice.max_latency_ms is not None
     notes = [
-        "Each setting saves the most FLOPs of those that meet the bound, with the far end of the 95% interval, on "
-        f"{n_chose:,} other images (split {choice.choose_on}); for a bound on latency it is the one that merges least. The "
-        f"figures above are of split {choice.report_on}, which had no part in the choice and may exceed the bound by chance.",
+        (
+            "Each setting merges least of those that meet the bound, a median. "
+            if is_latency
+            else "Each setting saves the most FLOPs of those that meet the bound with the far end of the 95% interval. "
+        )
+        + f"It was chosen on {tried.n_images.max():,} images. The figures above are of the other images, which had no part in "
+        "the choice and may exceed the bound by chance.",
         "KL and agreement compare the outputs with the unmerged model's, without labels. They say how much merging changes, "
-        "not whether for the better. The speed-up is over the unmerged model in the same round.",
+        "not whether for the better. The speed-up is over the unmerged model in the same round, medians.",
+        *missed,
     ]
+    caption = caption_of(backbone, data, reported.n_images, "which did not choose", _described(choice))
     return Table(frame, [(caption, pd.DataFrame(rows))], notes)
 
 
 def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
-    """Draw KL, or agreement or latency where that is bounded, over the reduction of FLOPs; the chosen settings are ringed."""
-    names = {"max_kl": "kl", "min_agreement": "agreement", "max_latency_ms": "latency_ms"}
-    labels = {"kl": "KL from the unmerged model (nats)", "agreement": "agreement (%)", "latency_ms": "ms for one image"}
-    (key,) = [key for key in names if getattr(choice, key) is not None]
-    y = names[key]
-    figure, ax = plt.subplots(figsize=(5.2, 3.8))
-    tried = frame[frame.split == choice.choose_on].sort_values("flops_reduction_pct")
-    for method, points in tried.groupby("method", sort=False):
-        entry = entry_of(method)
-        style = {"color": entry.colour, "marker": entry.marker, "capsize": 2}
-        errors = None
-        if y != "latency_ms":
-            errors = [points[y] - points[f"{y}_low"], points[f"{y}_high"] - points[y]]
-        ax.errorbar(points.flops_reduction_pct, points[y], errors, label=entry.label, **style)
-        ring = {"markersize": 13, "markerfacecolor": "none", "color": entry.colour, "linestyle": "none", "marker": "o"}
-        ax.plot(points.flops_reduction_pct[points.chosen], points[y][points.chosen], **ring)
-    ax.axhline(getattr(choice, key), color=GREY, linestyle="--", linewidth=1, label="bound")
-    ax.set(xlabel="FLOPs reduction (%)", ylabel=labels[y], yscale="log" if y == "kl" else "linear", xlim=(0, None))
-    ax.set_title(f"{choice.evaluation.backbone.name} on {choice.evaluation.data.name}, {tried.n_images.max():,} images")
-    ax.legend()
+    """Draw KL, and beside it what is bounded if this is not KL, over the reduction of FLOPs; chosen settings are ringed."""
+    key, limit = choice.bound
+    columns = list(dict.fromkeys(["kl", BOUNDS[key]]))
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.8 * len(columns), 3.8), squeeze=False)
+    tried = frame[frame.part == "choose"].sort_values("flops_reduction_pct")
+    for ax, column in zip(axes[0], columns, strict=True):
+        for method in choice.methods:
+            _draw(ax, method, tried[tried.method == method], column)
+        if column == BOUNDS[key]:
+            ax.axhline(limit, color=GREY, linestyle="--", linewidth=1, label="bound")
+        ax.plot([], [], **_RING, label="chosen")
+        scale = "log" if column == "kl" else "linear"
+        ax.set(xlabel="FLOPs reduction (%)", ylabel=_LABELS[column], yscale=scale, xlim=(0, None))
+    axes[0][-1].legend()
+    backbone, data = choice.evaluation.backbone.name, choice.evaluation.data.name
+    intervals = f"the {tried.n_images.max():,} images that chose, 95% intervals"
+    title = f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}, {_described(choice)}\n{intervals}"
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
     return figure
 
 
-def bound(choice: Choice) -> str:
+def _draw(ax: Axes, method: str, points: pd.DataFrame, column: str) -> None:
+    """Draw one method; a KL that is only rounding has no place on the logarithmic axis."""
+    entry = entry_of(method)
+    points = points[points.kl > 5e-7] if column == "kl" else points
+    errors = None
+    if column != "latency_ms":
+        errors = [points[column] - points[f"{column}_low"], points[f"{column}_high"] - points[column]]
+    style = {"color": entry.colour, "marker": entry.marker, "linewidth": 1.2, "markersize": 6}
+    style |= {"ecolor": (entry.colour, 0.6), "elinewidth": 0.8, "capsize": 2}
+    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
+    ax.errorbar(points.flops_reduction_pct, points[column], errors, label=entry.label, **style, **outline)
+    chosen = points[points.chosen]
+    ax.plot(chosen.flops_reduction_pct, chosen[column], **_RING)
+
+
+def _described(choice: Choice) -> str:
     """Describe the bound in words."""
-    if choice.max_kl is not None:
-        return f"KL at most {choice.max_kl:g} nats"
-    if choice.min_agreement is not None:
-        return f"agreement at least {choice.min_agreement:g}%"
-    return f"at most {choice.max_latency_ms:g} ms for one image"
+    key, limit = choice.bound
+    if key == "max_kl":
+        return f"KL at most {limit:g} nats"
+    return f"agreement at least {limit:g}%" if key == "min_agreement" else f"at most {limit:g} ms for one image"

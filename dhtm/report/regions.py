@@ -2,23 +2,28 @@
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import dhtm
 from dhtm.harness.data.splits import Split, batches, mask
+from dhtm.regions import SoftRegions
 from dhtm.vit import image_ids
 
 BORDER = (230, 159, 0)  # the paper's orange, DHTM's colour in the figures
 MIN_HEIGHT = 224  # of a picture; smaller images are enlarged by whole numbers
 GAP = 8  # white pixels between the parts of a strip
-MAX_STAGES = 3  # layers in a strip
+MAX_STAGES = 3  # layers in a strip for a tracker
+PANEL_INCHES = 2.4  # width of a part of a figure
 
 
 def draw_regions(image: np.ndarray, regions: dhtm.Regions, index: int = 0) -> np.ndarray:
     """Draw every region of an image in its mean colour, with borders between regions.
+
+    Borders are one pixel wide for every MIN_HEIGHT pixels of the image's height.
 
     Args:
         image: uint8 [H, W, 3].
@@ -36,10 +41,46 @@ def draw_regions(image: np.ndarray, regions: dhtm.Regions, index: int = 0) -> np
     sums = [np.bincount(token.ravel(), image[..., c].ravel(), minlength=regions.n_tokens) for c in range(3)]
     drawn = (np.stack(sums, axis=-1) / n_pixels[:, None])[token].round().astype(np.uint8)
     border = np.zeros((height, width), dtype=bool)
-    border[:, 1:] |= token[:, 1:] != token[:, :-1]
-    border[1:] |= token[1:] != token[:-1]
+    wide = max(1, height // MIN_HEIGHT)
+    border[:, wide:] |= token[:, wide:] != token[:, :-wide]
+    border[wide:] |= token[wide:] != token[:-wide]
     drawn[border] = BORDER
     return drawn
+
+
+@torch.inference_mode()
+def draw_strips(models: list[tuple[str, VisionTransformer]], image: Image.Image) -> Figure:
+    """Draw an image beside its regions after each layer that merges, one row per model, with the number of tokens below.
+
+    Args:
+        models: a title and a patched model for each row.
+        image: RGB, of any size; it is resized and cropped as the model's preprocessing does.
+    """
+    rows = []
+    for title, model in models:
+        batch = batch_of(model, image)
+        model.eval()(batch.to(next(model.parameters())))
+        pixels, stages = pixels_of(batch, model)[0], merging_layers(model)
+        is_soft = any(isinstance(regions, SoftRegions) for _, regions in stages)
+        below = f"{model.patch_embed.num_patches} patches" + (", each in its arg-max token" if is_soft else "")
+        drawn = [
+            (f"layer {layer}", f"{regions.n_tokens} tokens", draw_regions(pixels, regions)) for layer, regions in stages
+        ]
+        rows.append([(title, below, pixels), *drawn])
+    n_columns = max(map(len, rows))
+    heights = [PANEL_INCHES * row[0][2].shape[0] / row[0][2].shape[1] + 0.5 for row in rows]
+    figure = Figure((PANEL_INCHES * n_columns, sum(heights)), dpi=200, layout="tight")
+    axes = figure.subplots(len(rows), n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for row, cells in zip(axes, rows, strict=True):
+        for ax, (above, below, pixels) in zip(row, cells, strict=False):
+            ax.imshow(pixels, interpolation="nearest")
+            ax.set_title(above, fontsize=8)
+            ax.set_xlabel(below, fontsize=8)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax in row[len(cells) :]:
+            ax.axis("off")
+    return figure
 
 
 @torch.inference_mode()
@@ -84,6 +125,13 @@ def merging_layers(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
             merged.append((layer, regions))
         n_before = regions.n_tokens
     return merged
+
+
+def batch_of(model: VisionTransformer, image: Image.Image) -> Tensor:
+    """Return an RGB image as the model's preprocessing leaves it, [1, C, H, W]."""
+    preprocessing = resolve_data_config(model=model)
+    is_grey = preprocessing["input_size"][0] == 1
+    return create_transform(**preprocessing)(image.convert("L") if is_grey else image)[None]
 
 
 def pixels_of(batch: Tensor, model: VisionTransformer) -> np.ndarray:

@@ -3,11 +3,8 @@
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from tqdm import tqdm
 
 from dhtm.harness.config import Visualization
@@ -15,10 +12,8 @@ from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.data.photographs import decode
 from dhtm.harness.models.methods import Method
 from dhtm.harness.models.weights import load_model
-from dhtm.regions import SoftRegions
-from dhtm.report.regions import draw_regions, merging_layers, pixels_of
+from dhtm.report.regions import batch_of, draw_regions, draw_strips, pixels_of
 from dhtm.report.registry import entry_of
-from dhtm.report.style import plt
 
 FRAME_MS = 80
 
@@ -40,44 +35,9 @@ def visualize(wanted: Visualization) -> None:
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]
             frames[0].save(wanted.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
         else:
-            figure = draw_strips(models, image)
-            figure.savefig(wanted.output)
-            plt.close(figure)
+            draw_strips([(_title(method), model) for method, model in models], image).savefig(wanted.output)
     except (OSError, ValueError) as error:
         raise UserError(f"output={wanted.output}: cannot be written ({one_line(error)})") from error
-
-
-def draw_strips(models: list[tuple[Method, VisionTransformer]], image: Image.Image) -> Figure:
-    """Draw an image beside its regions after each merging layer, one row per method.
-
-    Args:
-        models: each method and the model that is patched with it.
-        image: RGB, of any size; it is resized and cropped as the model's preprocessing does.
-    """
-    rows = []
-    for method, model in models:
-        batch = _input(model, image)
-        with torch.inference_mode():
-            model.eval()(batch)
-        pixels = pixels_of(batch, model)[0]
-        label = entry_of(method.name).label + (f", {method.knob} = {method.setting:g}" if method.knob else "")
-        stages = merging_layers(model)
-        soft = any(isinstance(regions, SoftRegions) for _, regions in stages)
-        cells = [(label + (", arg-max" if soft else ""), pixels)]
-        cells += [
-            (f"layer {layer}: {regions.n_tokens} tokens", draw_regions(pixels, regions)) for layer, regions in stages
-        ]
-        rows.append(cells)
-    n_columns = max(map(len, rows))
-    figure, axes = plt.subplots(len(rows), n_columns, figsize=(2.4 * n_columns, 2.7 * len(rows)), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, cells in zip(axes, rows, strict=True):
-        for ax, (title, pixels) in zip(row, cells, strict=False):
-            ax.imshow(pixels)
-            ax.set_title(title, fontsize=8)
-    figure.tight_layout()
-    return figure
 
 
 def draw_merges(method: Method, model: VisionTransformer, image: Image.Image) -> list[Image.Image]:
@@ -88,7 +48,7 @@ def draw_merges(method: Method, model: VisionTransformer, image: Image.Image) ->
     """
     if method.knob != "k":
         raise UserError(f"method={method.name}: it does not merge pair by pair; animate one with a knob k, method=dhtm")
-    seen, batch = [], _input(model, image)
+    seen, batch = [], batch_of(model, image)
     handle = model.reducer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     with torch.inference_mode():
         model.eval()(batch)
@@ -116,7 +76,5 @@ def _read(file: Path | None) -> Image.Image:
         raise UserError(f"image={file}: cannot be read ({one_line(error)})") from error
 
 
-def _input(model: VisionTransformer, image: Image.Image) -> Tensor:
-    preprocessing = resolve_data_config(model=model)
-    grey = preprocessing["input_size"][0] == 1
-    return create_transform(**preprocessing)(image.convert("L") if grey else image)[None]
+def _title(method: Method) -> str:
+    return entry_of(method.name).label + (f", {method.knob} = {method.setting:g}" if method.knob else "")

@@ -1,40 +1,119 @@
 """Choosing a setting: where a bound is met, on which images, and what a user gets."""
 
+import math
 import re
 
 import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import baselines  # noqa: F401
-import dhtm  # noqa: F401  the printed line uses it
-from dhtm.harness.choose import boundary, python_line
+import dhtm  # noqa: F401  the printed lines use it
+from dhtm.harness import choose as module
+from dhtm.harness import config
+from dhtm.harness.choose import boundary, choose, python_line
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.methods import Method
+from dhtm.harness.runs.directory import predictions
+from dhtm.harness.runs.metrics import faithfulness
+from dhtm.report.choices import choice_table
 
 
 @settings(deadline=None)
-@given(st.floats(0, 100), st.integers(1, 9))
-def test_the_boundary_is_where_the_condition_begins_to_hold(start, n_points):
+@given(start=st.integers(1, 80), last=st.integers(5, 70), per_setting=st.floats(0.3, 1.4))
+def test_the_boundary_is_between_two_neighbouring_settings(start, last, per_setting):
+    """A made-up knob k = 1, 2, …, last that saves ``per_setting`` percent each; the condition begins to hold at ``start``."""
     asked = []
 
-    def holds(x):
-        asked.append(x)
-        return x >= start
+    def holds(k):
+        asked.append(k)
+        return k >= start
 
-    points = [10.0 * (i + 1) for i in range(n_points)]
-    below, above = boundary(holds, points)
-    assert below is None or not holds(below)
-    assert above is None or holds(above)
-    if points[0] <= start <= points[-1]:
-        assert below <= start <= above or above - start <= 0.5
-        assert above - below <= 0.5
-    if start > points[-1]:
-        assert (below, above) == (points[-1], None)
-    assert len(asked) <= n_points + 5 + 2
+    def at(percent):
+        return round(percent / per_setting) if percent <= last * per_setting else None
+
+    points = [0.0, *(point for point in range(10, 100, 10) if at(point) is not None), last * per_setting]
+    found = boundary(holds, at, points)
+    assert found == (min(start - 1, last) or None, start if start <= last else None)
+    n_between = 10 / per_setting + 1
+    assert len(asked) <= len(points) - 1 + math.ceil(math.log2(n_between))
+
+
+@pytest.fixture
+def on_digits(tmp_path):
+    """Return what scripts/choose.py is to do with the embedded model on 24 scenes, for this process."""
+    folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
+    common = ["backbone=deit_micro", "data=digits", "data.limit=24", "device=cpu", "batch_size=8", "rounds=1", *folders]
+
+    def choice(*overrides):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return config.choice(compose("choose", [*common, *overrides]))
+
+    return choice
+
+
+def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, tmp_path, monkeypatch):
+    """The bound lies between a mean and the upper end of its interval: this setting must not be chosen."""
+    monkeypatch.setattr(module, "STEP", 20)
+    monkeypatch.setattr(module, "FINEST", 20)  # the trade-off is enough
+    frame, *_ = choose(on_digits("max_kl=100"))
+    tried = frame[frame.part == "choose"].sort_values("kl")
+    assert (frame.n_images == 12).all()
+    for row in frame.itertuples():
+        (metrics,) = [
+            folder.parent
+            for folder in (tmp_path / "results").glob("*/config.yaml")
+            if re.search(rf"^  k: {row.value}$", folder.read_text(), re.M)
+        ]
+        half = predictions(metrics).iloc[0 if row.part == "choose" else 1 :: 2]
+        assert row.kl == pytest.approx(half.kl.mean()) and row.kl_high == faithfulness(half)["kl_ci95"][1]
+
+    before, between = tried.iloc[-2], tried.iloc[-1]
+    assert before.kl_high < between.kl < between.kl_high, "the test needs settings that differ"
+    bound = (between.kl + between.kl_high) / 2
+    frame, chosen, missed = choose(on_digits(f"max_kl={bound}"))
+    assert chosen["dhtm"].setting == before.value and not missed
+    (reported,) = frame[frame.part == "report"].itertuples()
+    assert reported.value == before.value and reported.speedup > 0 and reported.latency_ms > 0
+
+
+@pytest.fixture
+def made_up_machine(monkeypatch):
+    """One image takes 100 ms by the unmerged model, and half a millisecond less for each k."""
+
+    def time_methods(benchmark):
+        ms = [100.0, *(100 - method.setting / 2 for method in benchmark.methods.values())]
+        frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_ms": ms})
+        return frame.assign(speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
+
+    monkeypatch.setattr(module, "time_methods", time_methods)
+
+
+def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, made_up_machine):
+    _, chosen, _ = choose(on_digits("max_latency_ms=90.3", "data.limit=2"))
+    assert chosen["dhtm"].setting == 20
+    with pytest.raises(UserError, match=r"no setting meets max_latency_ms=1; the shortest .* 67.5 ms, at k=65 \("):
+        choose(on_digits("max_latency_ms=1", "data.limit=2"))
+    with pytest.raises(UserError, match=r"the unmerged model needs 100.0 ms for one image, nothing has to be merged"):
+        choose(on_digits("max_latency_ms=100", "data.limit=2"))
+
+
+def test_methods_that_miss_the_bound_are_named_and_others_go_on(on_digits):
+    frame, chosen, missed = choose(on_digits("max_kl=1e-4", "methods=[random,dhtm]"))
+    assert list(chosen) == ["dhtm"] and list(frame.method[frame.part == "report"]) == ["dhtm"]
+    of_random = frame[frame.method == "random"]
+    assert not of_random.chosen.any() and of_random.value.min() == 1 and of_random.value.max() == 65
+    (sentence,) = missed
+    assert re.match(
+        r"method=random: no setting meets max_kl=0.0001; the smallest KL is 0\.0\d+ \[.*at k=\d+ \(", sentence
+    )
+    assert sentence in choice_table(frame, missed, on_digits("max_kl=1e-4")).markdown()
 
 
 @pytest.fixture
@@ -48,7 +127,8 @@ def chosen(script, photos, tmp_path):
 
     def run(*overrides):
         backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors"]
-        return script("choose", *backbone, f"data.root={photos}/val", *places, "rounds=1", "device=cpu", *overrides)
+        fast = ["rounds=1", "batch_size=2", "device=cpu"]
+        return script("choose", *backbone, f"data.root={photos}/val", *places, *fast, *overrides)
 
     return run
 
@@ -57,7 +137,7 @@ def test_several_methods_side_by_side(chosen, tmp_path):
     result = chosen("method=dhtm,lotm", "max_kl=0.01")
     assert result.returncode == 0, result.stderr
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
-    tried, reported = (frame[frame.split == split] for split in ("choose", "report"))
+    tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     assert (frame.n_images == 4).all(), "half of the eight choose, the other half reports"
     assert set(reported.method) == {"dhtm", "lotm"}
     for row in reported.itertuples():
@@ -68,7 +148,8 @@ def test_several_methods_side_by_side(chosen, tmp_path):
         line = rf"dhtm\.patch\(model, \S+\(k={row.value:.0f}.*\)\)"
         model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
         exec(re.search(line, result.stdout).group())
-    assert (tmp_path / "output" / "choice.png").stat().st_size > 10_000
+    for ending in ("csv", "md", "tex", "pdf", "png"):
+        assert (tmp_path / "output" / f"choice.{ending}").stat().st_size > 500
 
 
 @pytest.mark.parametrize(
@@ -77,9 +158,11 @@ def test_several_methods_side_by_side(chosen, tmp_path):
         ([], "0 bounds: give one of max_kl=, min_agreement= and max_latency_ms="),
         (["max_kl=1", "min_agreement=99"], "2 bounds: give one of"),
         (["max_kl=-1"], "max_kl=-1: "),
-        (["min_agreement=99"], "no setting of any method meets the bound"),
-        (["max_kl=1", "method=sit"], "method=sit: no weights trained for sit_keep_rate_"),
+        (["min_agreement=99"], "method=dhtm: no setting meets min_agreement=99; the smallest KL is "),
+        (["max_kl=1", "method=sit"], "method=sit: its weights are trained with it"),
+        (["max_kl=1", "method=unmerged"], "method=unmerged: it has no knob"),
         (["max_kl=1", "data.root=/nowhere"], "data.root=/nowhere: no such directory"),
+        (["max_kl=1", "backbone=deit_micro", "backbone.checkpoint=null"], "choose a backbone for this data"),
     ],
 )
 def test_mistakes_get_one_line(chosen, overrides, message):

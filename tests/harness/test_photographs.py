@@ -224,6 +224,7 @@ def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
 
 
 def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images, tmp_path, caplog):
+    unmerged = ("method=unmerged", "method.k=0", "method.layers=all")  # which other runs would carry out first
     flat_with_devkit(made(tmp_path / "root"), images)
     files = sorted((tmp_path / "root" / "val").iterdir())
     broken = [files[1], files[8]]
@@ -232,7 +233,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
     message = rf"image 1 cannot be read: {broken[0]}: .* and 1 more, listed in .*failed.csv"
     for options in ([], ["cache_dir=null"]):  # the second time without the predictions that are stored
         with pytest.raises(UserError, match=message):
-            run(tmp_path / "root", "num_workers=0", *options)
+            run(tmp_path / "root", *unmerged, "num_workers=0", *options)
         assert all(str(file) in caplog.text for file in broken), "each is named"
         caplog.clear()
         (folder,) = [file.parent for file in (tmp_path / "runs").glob("*/failed.csv")]
@@ -240,21 +241,21 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
         assert listed["index"].tolist() == [1, 8] and listed.file.tolist() == [str(file) for file in broken]
         stored = pd.concat(map(pd.read_parquet, (folder / "shards").glob("*.parquet")))
         assert sorted(stored["index"]) == [0, *range(2, 8), 9, 10, 11] and not (folder / "metrics.json").exists()
-    metrics, rows = run(tmp_path / "root", "data.on_error=skip")
+    metrics, rows = run(tmp_path / "root", *unmerged, "data.on_error=skip")
     assert metrics["images_per_s"] is None, "none was predicted this time"
     for options in ([], ["force=true", "cache_dir=null"], ["force=true", "num_workers=0"]):
-        metrics, again = run(tmp_path / "root", "data.on_error=skip", *options)
+        metrics, again = run(tmp_path / "root", *unmerged, "data.on_error=skip", *options)
         assert (metrics["n_images"], metrics["n_failed"]) == (10, 2)
         assert metrics["top1"] == pytest.approx(10 * sum(rows.class_1 == rows.label))
         pd.testing.assert_frame_equal(again, rows)
     assert rows.index.tolist() == [0, *range(2, 8), 9, 10, 11]
     with pytest.raises(UserError, match=r"finished with data\.on_error=skip, without the 2 images"):
-        run(tmp_path / "root")
+        run(tmp_path / "root", *unmerged)
     for file in files:
         file.write_bytes(b"nothing")
     module._listed.cache_clear()
     with pytest.raises(UserError, match=r"none of its 12 images can be read; image 0 cannot be read"):
-        run(tmp_path / "root", "data.on_error=skip", "num_workers=0")
+        run(tmp_path / "root", *unmerged, "data.on_error=skip", "num_workers=0")
 
 
 class Deadly(torch.utils.data.Dataset):

@@ -146,7 +146,7 @@ def test_a_run_resumes_from_what_is_stored_and_damaged_shards_are_predicted_agai
     assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
     os.truncate(shards[1], 100)
     content = bytearray(shards[3].read_bytes())
-    content[len(content) // 3] ^= 4
+    content[len(content) // 3 : len(content) // 3 + 64] = bytes(64)
     shards[3].write_bytes(content)
     rows, metrics = run(results=tmp_path / "runs")
     assert asked[1] == [4, 5, 6, 7, 12, 13, 14, 15, *range(20, 40)]
@@ -338,6 +338,8 @@ def test_ranks_share_a_run_image_by_image(ranks, composed, tmp_path):
         found, expected = (
             pd.read_parquet(tmp_path / results / run_id / "predictions.parquet") for results in ("runs", "alone")
         )
+        close = {"rtol": 0.01, "atol": 1e-6}  # other batches round differently
+        pd.testing.assert_series_equal(found.pop("kl"), expected.pop("kl"), **close)
         pd.testing.assert_frame_equal(found, expected)
         assert "".join(result.stdout for result in results).count(run_id) == 1, "one rank tells"
 

@@ -101,7 +101,7 @@ def test_every_method_has_a_colour_of_its_own():
 def test_a_panel_of_figure_1_needs_three_targets_on_the_same_images(tmp_path):
     assert len(figure1(runs_over_targets(tmp_path, targets=(20.0, 30.0))).axes) == 1
     # Four targets now, but two on each set of images.
-    assert len(figure1(runs_over_targets(tmp_path, targets=(40.0, 50.0), n_images=1000)).axes) == 1
+    assert len(figure1(runs_over_targets(tmp_path, targets=(40.0, 50.0), n_images=5000)).axes) == 1
 
 
 def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
