@@ -26,16 +26,17 @@ def visualize(wanted: Visualization) -> None:
     """
     image = _read(wanted.image)
     models = [
-        (method, load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed)[0])
+        (method, *load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed))
         for method in wanted.methods
     ]
     try:
         if wanted.animate:
-            frames = draw_merges(*models[0], image)
+            frames = draw_merges(*models[0][:2], image)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]
             frames[0].save(wanted.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
         else:
-            draw_strips([(_title(method), model) for method, model in models], image).savefig(wanted.output)
+            rows = [(_title(method, weights is not None), model) for method, model, weights in models]
+            draw_strips(rows, image).savefig(wanted.output)
     except (OSError, ValueError) as error:
         raise UserError(f"output={wanted.output}: cannot be written ({one_line(error)})") from error
 
@@ -76,5 +77,6 @@ def _read(file: Path | None) -> Image.Image:
         raise UserError(f"image={file}: cannot be read ({one_line(error)})") from error
 
 
-def _title(method: Method) -> str:
-    return entry_of(method.name).label + (f", {method.knob} = {method.setting:g}" if method.knob else "")
+def _title(method: Method, is_trained: bool) -> str:
+    knob = f", {method.knob} = {method.setting:g}" if method.knob else ""
+    return entry_of(method.name).label + knob + (", trained" if is_trained else "")

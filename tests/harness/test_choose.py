@@ -1,5 +1,6 @@
 """Choosing a setting: where a bound is met, on which images, and what a user gets."""
 
+import itertools
 import math
 import re
 
@@ -85,23 +86,37 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
 
 @pytest.fixture
 def made_up_machine(monkeypatch):
-    """One image takes 100 ms by the unmerged model, and half a millisecond less for each k."""
+    """One image takes 100 ms by the unmerged model, and half a millisecond less for each k; later all take twice as long."""
+    load = itertools.chain([1], itertools.repeat(2))
 
     def time_methods(benchmark):
-        ms = [100.0, *(100 - method.setting / 2 for method in benchmark.methods.values())]
-        frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_ms": ms})
-        return frame.assign(speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
+        ms = pd.Series([100.0, *(100 - method.options["k"] / 2 for method in benchmark.methods.values())])
+        frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_speedup": 100 / ms})
+        return frame.assign(latency_ms=ms * next(load), speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
 
     monkeypatch.setattr(module, "time_methods", time_methods)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (1, r"method=dhtm: no setting meets max_latency_ms=1; the shortest time for one image is 67\.5 ms, at k=65 \("),
+        (100, r"max_latency_ms=100: the unmerged model needs 100\.0 ms for one image, nothing has to be merged"),
+    ],
+)
+def test_bounds_on_latency_that_cannot_choose(limit, message, on_digits, made_up_machine):
+    with pytest.raises(UserError, match=message):
+        choose(on_digits(f"max_latency_ms={limit}", "data.limit=2"))
 
 
 def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, made_up_machine):
     _, chosen, _ = choose(on_digits("max_latency_ms=90.3", "data.limit=2"))
     assert chosen["dhtm"].setting == 20
-    with pytest.raises(UserError, match=r"no setting meets max_latency_ms=1; the shortest .* 67.5 ms, at k=65 \("):
-        choose(on_digits("max_latency_ms=1", "data.limit=2"))
-    with pytest.raises(UserError, match=r"the unmerged model needs 100.0 ms for one image, nothing has to be merged"):
-        choose(on_digits("max_latency_ms=100", "data.limit=2"))
+
+
+def test_one_image_cannot_both_choose_and_report(on_digits):
+    with pytest.raises(UserError, match="data=digits: one image is too few"):
+        choose(on_digits("max_kl=1", "data.limit=1"))
 
 
 def test_methods_that_miss_the_bound_are_named_and_others_go_on(on_digits):

@@ -45,6 +45,13 @@ def test_regions_are_drawn_in_their_mean_colours_with_borders_between():
     assert not (draw_regions(image, regions, index=0) == BORDER).all(axis=-1).any(), "one region has no borders"
 
 
+def test_borders_of_large_images_are_wider():
+    image = np.full((448, 448, 3), 7, dtype=np.uint8)
+    regions = dhtm.Regions(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[2, 2]]), (2, 2))
+    border = (draw_regions(image, regions) == BORDER).all(axis=-1)
+    assert border[:, 224:226].all() and border.sum() == 448 * 2
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "unmerged"])
 def test_any_method_that_merges_has_pictures(split, method):
     pictures = sample_regions(model_with(method), split)

@@ -1,17 +1,57 @@
-"""scripts/visualize.py: pictures and animations of real images, and one line where one cannot be made."""
+"""Strips and animations of real images, by scripts/visualize.py too, and one line where one cannot be made."""
 
 import itertools
 
 import numpy as np
 import pytest
-import torch
+import timm
 from PIL import Image
 
 import dhtm
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
+from dhtm.report import draw_regions, draw_strips
 from dhtm.report.regions import BORDER
 from dhtm.report.visualize import draw_merges
+
+DHTM = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5]})
+SOFT = Method("patch_merger", "baselines.PatchMerger", "keep_rate", options={"keep_rate": 0.7, "layers": [4, 7, 10]})
+
+
+def model_with(method):
+    return method.put_into(Backbone("deit_micro", "deit_micro", num_classes=10).bare(), "deit_micro")
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+
+
+def test_a_strip_is_the_image_and_the_regions_after_each_layer(image):
+    model = model_with(DHTM)
+    title = "A title as long as the longest of methods"
+    figure = draw_strips([(title, model), ("soft", model_with(SOFT))], image)
+    cells = [ax for ax in figure.axes if ax.images]
+    shown = [(ax.get_title(), ax.get_xlabel()) for ax in cells]
+    assert shown[:3] == [(title, "196 patches"), ("layer 2", "193 tokens"), ("layer 5", "190 tokens")]
+    assert shown[3] == ("soft", "196 patches, each in its arg-max token")
+    assert shown[4:] == [("layer 4", "137 tokens"), ("layer 7", "96 tokens"), ("layer 10", "67 tokens")]
+    pixels, *maps = (np.asarray(ax.images[0].get_array()) for ax in cells[:3])
+    for layer, drawn in zip((2, 5), maps, strict=True):
+        assert (drawn == draw_regions(pixels, dhtm.regions(model, layer))).all()
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for ax in cells for text in (ax.title, ax.xaxis.label)]
+    boxes += [ax.get_window_extent() for ax in cells]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_a_strip_is_as_wide_as_the_model_sees_the_image(image):
+    model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=(64, 128), num_classes=2).double()
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 128)}
+    figure = draw_strips([("wide", dhtm.patch(model, dhtm.DHTM(k=5, layers=(2,))))], image)
+    assert [ax.get_xlabel() for ax in figure.axes] == ["32 patches", "27 tokens"]
+    assert [ax.images[0].get_array().shape for ax in figure.axes] == [(256, 512, 3)] * 2
 
 
 def test_methods_are_drawn_side_by_side(script, photos, tmp_path):
@@ -27,26 +67,28 @@ def test_methods_are_drawn_side_by_side(script, photos, tmp_path):
         assert (row == BORDER).all(axis=-1).sum() > 200
 
 
-def test_every_merge_is_a_frame(script, tmp_path):
-    output = tmp_path / "merges.webp"
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_every_merge_is_a_frame(script, tmp_path, ending):
+    output = tmp_path / f"merges.{ending}"
     result = script("visualize", "animate=true", "target.reduction_pct=5", f"output={output}")
     assert result.returncode == 0, result.stderr
     with Image.open(output) as animation:
-        assert animation.n_frames > 12
+        assert animation.n_frames > 12 and animation.n_frames % 3 == 1, (
+            "the image, and k merges in each of three layers"
+        )
 
 
-def test_frames_are_the_regions_of_ever_larger_k():
-    method = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5]})
-    model = method.put_into(Backbone("deit_micro", "deit_micro", num_classes=10).bare(), "deit_micro")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    frames = draw_merges(method, model, image)
+def test_frames_are_the_regions_of_ever_larger_k(image):
+    model = model_with(DHTM)
+    frames = draw_merges(DHTM, model, image)
     assert len(frames) == 1 + 2 * 3
     assert model.reducer.k == 3, "the model is as it was"
     n_borders = [(np.asarray(frame) == BORDER).all(axis=-1).sum() for frame in frames[1:]]
     assert all(a >= b for a, b in itertools.pairwise(n_borders)) and n_borders[0] > n_borders[-1]
-    with torch.inference_mode():
-        model(torch.zeros(1, 1, 56, 56))
-    assert dhtm.regions(model).n_tokens == 190
+    seen = draw_strips([("", model)], image)  # a forward pass as usual, whose regions are those of the last merges
+    pixels = np.asarray(seen.axes[0].images[0].get_array())
+    for layer, frame in ((2, frames[3]), (5, frames[6])):
+        assert (np.asarray(frame) == draw_regions(pixels, dhtm.regions(model, layer))).all()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +96,7 @@ def test_frames_are_the_regions_of_ever_larger_k():
     [
         (["image=/nowhere.jpg"], "image=/nowhere.jpg: cannot be read ("),
         (["image=pyproject.toml"], "image=pyproject.toml: cannot be read ("),
+        (["backbone=deit_tiny"], "backbone deit_tiny_patch16_224: its pretrained weights are not available ("),
         (["method=sinkhorn", "backbone=deit_tiny"], "method=sinkhorn: no weights trained for sinkhorn_keep_rate_"),
         (["output=regions.gif"], "output=regions.gif: it ends in .gif or .webp with animate=true"),
         (["animate=true", "output=x.gif", "method=tome"], "method=tome: it does not merge pair by pair"),
