@@ -1,15 +1,13 @@
 """Choose a method's setting on images without labels: `python scripts/choose.py --help`."""
 
 import logging
-import re
-import sys
 
 import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
 from dhtm.harness.choose import choose, python_line
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import accept_method_lists, command, start
 from dhtm.harness.core.files import require_writable
 from dhtm.report.choices import choice_figure, choice_table
 from dhtm.report.style import save_figure
@@ -33,6 +31,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # method=a,b would be a sweep to Hydra.
-    sys.argv = [re.sub(r"^method=\[?([^\]]*)\]?$", r"methods=[\1]", argument) for argument in sys.argv]
+    accept_method_lists()
     start(main, resumes=True)

@@ -1,14 +1,12 @@
 """Draw the regions of an image under one method or several: `python scripts/visualize.py --help`."""
 
 import logging
-import re
-import sys
 
 import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import accept_method_lists, command, start
 from dhtm.report.visualize import visualize
 
 log = logging.getLogger(__name__)
@@ -24,6 +22,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # method=a,b would be a sweep to Hydra.
-    sys.argv = [re.sub(r"^method=\[?([^\]]*)\]?$", r"methods=[\1]", argument) for argument in sys.argv]
+    accept_method_lists()
     start(main, resumes=False)

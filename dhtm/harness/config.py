@@ -117,7 +117,7 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
 def choice(config: DictConfig) -> Choice:
     """Return the choice that a config of scripts/choose.py describes."""
     values = _values(config)
-    methods = {name: _method(named(name, values["seed"])) for name in values.pop("methods")}
+    methods = _named_methods(values.pop("methods"), values["seed"])
     own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
     run = {"method": UNMERGED, "backbone": _typed(Backbone, values["backbone"], "backbone")}
     evaluation = _typed(Evaluation, values | run | {"data": _data(values["data"])})
@@ -140,16 +140,16 @@ def _solved(values: dict[str, Any]) -> dict[str, Any]:
     """Replace the backbone's settings and the names of methods by objects, the knobs solved for ``target``."""
     target = _typed(Target, values.pop("target"), "target")
     backbone = _typed(Backbone, values["backbone"], "backbone")
-    methods = {name: _method(named(name, values["seed"])) for name in values["methods"]}
+    methods = _named_methods(values["methods"], values["seed"])
     return values | {
         "backbone": backbone,
         "methods": {name: solve(backbone, method, target)[0] for name, method in methods.items()},
     }
 
 
-def named(method: str, seed: int) -> dict[str, Any]:
-    """Return the config of a method by its name, as method=NAME composes it."""
-    return _values(compose("evaluate", [f"method={method}", f"seed={seed}"]).method)
+def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
+    """Return methods by their names, each as method=NAME composes it."""
+    return {name: _method(_values(compose("evaluate", [f"method={name}", f"seed={seed}"]).method)) for name in names}
 
 
 def training(config: DictConfig) -> Training:

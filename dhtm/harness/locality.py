@@ -25,6 +25,7 @@ from dhtm.harness.core.devices import exact, pick_batch_size, pick_device
 from dhtm.harness.data.splits import Split, batches, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
+from dhtm.harness.runs.faithfulness import kl_divergence
 from dhtm.harness.runs.metrics import bootstrap_interval
 from dhtm.harness.runs.predict import stop
 from dhtm.reducer import Attention, Reducer
@@ -188,8 +189,7 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         for d in premise.distances:
             reducer = OnePair(premise.layer, d, mode, premise.seed)
             merged = torch.cat(forwards(reducer, log_p, f"one merge: {mode}, distance {d}"))
-            kl = (unmerged.exp() * (unmerged - merged)).sum(dim=1).clamp_min(0).numpy()
-            costs.append({"mode": mode, "distance": d, **summary(kl)})
+            costs.append({"mode": mode, "distance": d, **summary(kl_divergence(unmerged, merged).numpy())})
     frames = {"similarity": similarity, "regions": looks, "one_merge": costs}
     return {name: pd.DataFrame(rows).assign(n_images=len(chosen)) for name, rows in frames.items()}
 

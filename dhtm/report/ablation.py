@@ -7,12 +7,15 @@ import pandas as pd
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import SERIES
 from dhtm.report.runs import solved_for
-from dhtm.report.statistics import compare_kl, compare_top1, holm
+from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, p_cell, two_digits, with_interval
 
 TARGETS = (30, 40)  # percent fewer FLOPs
 _SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
 _DEFAULT = "the paper's"
+_COMPARED = [
+    f"{prefix}{name}" for prefix in ("kl_", "") for name in ("difference", "difference_low", "difference_high", "p")
+]
 NOTES = [
     "Each row differs from the paper's DHTM in the options that it names, and has the same FLOPs by its k. KL and agreement "
     "are against the unmerged model's outputs, see the notes of Table 2; a smaller KL is not a better accuracy.",
@@ -53,32 +56,18 @@ def _changed(runs: pd.DataFrame) -> list[str]:
 def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     """Add the comparisons of each run with the paper's options."""
     default = predictions(results_dir / frame[frame.changed == _DEFAULT].run_id.iloc[0])
-    rows = []
-    for run in frame.itertuples():
-        if run.changed == _DEFAULT:
-            rows.append({})
-            continue
-        own = predictions(results_dir / run.run_id)
-        kl = compare_kl(own, default)
-        row = {"kl_difference": kl.difference, "kl_low_difference": kl.low, "kl_high_difference": kl.high, "kl_p": kl.p}
-        if (own.label >= 0).all():
-            top1 = compare_top1(own, default)
-            row |= {
-                "difference": top1.difference,
-                "difference_low": top1.low,
-                "difference_high": top1.high,
-                "p": top1.p,
-            }
-        rows.append(row)
-    columns = ["kl_difference", "kl_low_difference", "kl_high_difference", "kl_p"]
-    columns += ["difference", "difference_low", "difference_high", "p"]
-    return pd.concat([frame.reset_index(drop=True), pd.DataFrame(rows, columns=columns).astype(float)], axis=1)
+    found = [
+        {} if run.changed == _DEFAULT else compare(predictions(results_dir / run.run_id), default)
+        for run in frame.itertuples()
+    ]
+    compared = pd.DataFrame(found).reindex(columns=_COMPARED).astype(float)
+    return pd.concat([frame.reset_index(drop=True), compared], axis=1)
 
 
 def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
-        kl = (row.kl_difference, row.kl_low_difference, row.kl_high_difference)
+        kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
         cells = {"options": row.changed, "k": number(row.k, 0), "reduction %": number(row.flops_reduction_pct, 1)}
         cells |= faithfulness_cells(row)
         cells["KL − the paper's, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)

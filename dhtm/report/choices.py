@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from dhtm.harness.choose import BOUNDS, Choice
 from dhtm.report.registry import BACKBONES, DATA, GREY, entry_of
-from dhtm.report.style import plt
+from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, with_interval
 
 _LABELS = {
@@ -73,13 +73,9 @@ def _draw(ax: Axes, method: str, points: pd.DataFrame, column: str) -> None:
     """Draw one method; a KL that is only rounding has no place on the logarithmic axis."""
     entry = entry_of(method)
     points = points[points.kl > 5e-7] if column == "kl" else points
-    errors = None
-    if column != "latency_ms":
-        errors = [points[column] - points[f"{column}_low"], points[f"{column}_high"] - points[column]]
-    style = {"color": entry.colour, "marker": entry.marker, "linewidth": 1.2, "markersize": 6}
-    style |= {"ecolor": (entry.colour, 0.6), "elinewidth": 0.8, "capsize": 2}
-    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
-    ax.errorbar(points.flops_reduction_pct, points[column], errors, label=entry.label, **style, **outline)
+    interval = [] if column == "latency_ms" else [f"{column}_low", f"{column}_high"]
+    style = {"color": entry.colour, "marker": entry.marker}
+    draw_intervals(ax, points, "flops_reduction_pct", [column, *interval], entry.label, style)
     chosen = points[points.chosen]
     ax.plot(chosen.flops_reduction_pct, chosen[column], **_RING)
 

@@ -1,4 +1,4 @@
-"""Figures 1 and 4: top-1 over the cost, published points beside ours."""
+"""Figures 1 and 4: top-1 and KL over the cost, published points beside ours."""
 
 import textwrap
 from collections.abc import Callable
@@ -9,13 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series
+from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, entry_of, named
 from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, published
-from dhtm.report.style import plt
+from dhtm.report.style import SIZES, draw_intervals, plt
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
-_SIZES = {"linewidth": 1.2, "markersize": 6}
 COMPARED = [Series(METHODS[method].label, method, "4,7,11", False) for method in ("dhtm", "random")]  # in Figure 4
 
 
@@ -112,24 +111,14 @@ def _axes(
 
 def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> Line2D:
     """Draw top-1 with its intervals over a column; return the line for a legend."""
-    _draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), label, style)
-    return Line2D([], [], **_SIZES, **style)
+    draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), label, style)
+    return Line2D([], [], **SIZES, **style)
 
 
 def _draw_kl(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
     """Draw the KL with its intervals, except where nothing is merged: it is zero there."""
     merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
-    _draw_intervals(ax, merged, x, ("kl", "kl_low", "kl_high"), label, style)
-
-
-def _draw_intervals(
-    ax: Axes, points: pd.DataFrame, x: str, columns: tuple[str, str, str], label: str, style: dict[str, Any]
-) -> None:
-    points = points.sort_values(x)
-    value, low, high = (points[column] for column in columns)
-    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
-    bars = {"ecolor": (style["color"], 0.6), "elinewidth": 0.8, "capsize": 2}
-    ax.errorbar(points[x], value, [value - low, high - value], label=label, **bars, **_SIZES, **style, **outline)
+    draw_intervals(ax, merged, x, ("kl", "kl_low", "kl_high"), label, style)
 
 
 def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, label: str, style: dict[str, Any]) -> None:
@@ -146,7 +135,7 @@ def _draw_published_reductions(ax: Axes) -> dict[str, Line2D]:
         points = table1 if name == "DHTM" else table2[table2.index == name]
         if series.label and len(points):
             _draw_hollow(ax, 100 * (1 - points.flops_g / table1.flops_g[0]), points.top1, series.label, series.style)
-            handles[series.label] = Line2D([], [], linewidth=1.2, markersize=6, **series.style)
+            handles[series.label] = Line2D([], [], **SIZES, **series.style)
     ax.axhline(table1.top1[0], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     handles["published"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle=":")
     return handles
@@ -189,8 +178,8 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
     return (
-        f"{_named(pair)}, 30% fewer FLOPs, off the shelf: {_series_name(least)} changes the outputs least (KL "
-        f"{least.kl:.2g} nats, top-1 {least.top1:.1f}%), {_series_name(most)} most (KL {most.kl:.2g} nats, top-1 "
+        f"{named(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least (KL "
+        f"{least.kl:.2g} nats, top-1 {least.top1:.1f}%), {entry_of(most.method).label} most (KL {most.kl:.2g} nats, top-1 "
         f"{most.top1:.1f}%)."
     )
 
@@ -203,14 +192,5 @@ def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
         return ""
     ratio = kl["random"] / kl["dhtm"]
     return (
-        f"{_named(pair)}: random merging has {ratio.min():.0f} to {ratio.max():.0f} times the KL of DHTM at the same k."
+        f"{named(*pair)}: random merging has {ratio.min():.0f} to {ratio.max():.0f} times the KL of DHTM at the same k."
     )
-
-
-def _named(pair: Pair) -> str:
-    backbone, data = pair
-    return f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}"
-
-
-def _series_name(run: pd.Series) -> str:
-    return METHODS[run.method].label if run.method in METHODS else run.method

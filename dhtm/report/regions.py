@@ -1,8 +1,11 @@
 """Pictures of images and of the regions into which a model merged their patches."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
@@ -12,6 +15,9 @@ import dhtm
 from dhtm.harness.data.splits import Split, batches, mask
 from dhtm.regions import SoftRegions
 from dhtm.vit import image_ids
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BORDER = (230, 159, 0)  # the paper's orange, DHTM's colour in the figures
 MIN_HEIGHT = 224  # of a picture; smaller images are enlarged by whole numbers
@@ -56,6 +62,8 @@ def draw_strips(models: list[tuple[str, VisionTransformer]], image: Image.Image)
         models: a title and a patched model for each row.
         image: RGB, of any size; it is resized and cropped as the model's preprocessing does.
     """
+    from matplotlib.figure import Figure  # here, because evaluations need the other functions alone
+
     rows = []
     for title, model in models:
         batch = batch_of(model, image)

@@ -100,6 +100,11 @@ SERIES = {
 }
 
 
+def named(backbone: str, data: str) -> str:
+    """Name a backbone on a data set for readers."""
+    return f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}"
+
+
 def entry_of(method: str) -> MethodEntry:
     """Return a method's entry; an unknown method gets its own name, and a colour that depends on the name alone."""
     return METHODS.get(method) or MethodEntry(method, _NEW[sum(method.encode()) % len(_NEW)], ".")

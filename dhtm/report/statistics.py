@@ -80,6 +80,28 @@ def _compare(
     )
 
 
+def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
+    """Compare two runs by all that both have, as columns of a table.
+
+    Returns:
+        difference, difference_low, difference_high, p, first_only and second_only of :func:`compare_top1`, where the images
+        have labels; the first four with the prefix "kl_" of :func:`compare_kl`, where both runs were compared with the
+        unmerged model.
+    """
+    columns = {}
+    if (first.label >= 0).all():
+        found = compare_top1(first, second)
+        columns |= _columns(found) | {"first_only": found.first_more, "second_only": found.second_more}
+    if "kl" in first and "kl" in second:
+        columns |= {f"kl_{name}": value for name, value in _columns(compare_kl(first, second)).items()}
+    return columns
+
+
+def _columns(found: Comparison) -> dict[str, float]:
+    ends = {"difference_low": found.low, "difference_high": found.high}
+    return {"difference": found.difference, **ends, "p": found.p}
+
+
 def mcnemar(first_only: int, second_only: int) -> float:
     """Return the two-sided p of the exact McNemar test: a fair coin is tossed for each image on which two models disagree.
 

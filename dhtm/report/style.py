@@ -1,11 +1,15 @@
 """The look of all figures, and how they are saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dhtm.harness.core.files import write_atomically
@@ -23,6 +27,26 @@ plt.rcParams.update(
         "savefig.dpi": 200,
     }
 )
+
+
+SIZES = {"linewidth": 1.2, "markersize": 6}
+
+
+def draw_intervals(
+    ax: Axes, points: pd.DataFrame, x: str, columns: Sequence[str], label: str, style: dict[str, Any]
+) -> None:
+    """Draw a line of points over a column.
+
+    Args:
+        columns: the value and, if it has an interval, the interval's ends.
+        style: Matplotlib's properties of the line, its color among them.
+    """
+    points = points.sort_values(x)
+    value, *ends = (points[column] for column in columns)
+    errors = [value - ends[0], ends[1] - value] if ends else None
+    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
+    bars = {"ecolor": (style["color"], 0.6), "elinewidth": 0.8, "capsize": 2}
+    ax.errorbar(points[x], value, errors, label=label, **bars, **SIZES, **style, **outline)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -10,7 +10,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.claims import N_IMAGENET, claim_cells, paper_claims
 from dhtm.report.registry import METHODS, SERIES, entry_of
 from dhtm.report.runs import Pair, at_target, of_series, pairs, published, solved_for
-from dhtm.report.statistics import compare_kl, compare_top1, holm
+from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import (
     FAITHFULNESS,
     Table,
@@ -108,32 +108,20 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
     paper = paper.query("backbone == @backbone and data == @data and target == @target").set_index("method")
     ours = at_target(runs, backbone, data, target)
     dhtm = _run(ours, "DHTM")
+    reference = None if dhtm is None else predictions(results_dir / dhtm.run_id)
     rows = []
     for name, group, run in _rows(ours, backbone):
         row = {"backbone": backbone, "data": data, "target": target, "group": group, "method": name}
         row |= {"published_top1": paper.top1.get(name), "published_flops_g": paper.flops_g.get(name)}
         if run is not None:
             row |= run[_OURS].to_dict()
-        if run is not None and dhtm is not None and name != "DHTM":
-            row |= _compared(results_dir / dhtm.run_id, results_dir / run.run_id)
+        if run is not None and reference is not None and name != "DHTM":
+            found = compare(reference, predictions(results_dir / run.run_id))
+            only = {"first_only": "dhtm_only", "second_only": "other_only"}
+            row |= {only.get(column, column): value for column, value in found.items()}
         if run is not None or target == TARGET:
             rows.append(row)
     return pd.DataFrame(rows, columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
-
-
-def _compared(dhtm: Path, other: Path) -> dict:
-    """Compare the runs of two directories image by image."""
-    first, second = predictions(dhtm), predictions(other)
-    compared = {}
-    if (first.label >= 0).all():
-        found = compare_top1(first, second)
-        compared |= {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
-        compared |= {"dhtm_only": found.first_more, "other_only": found.second_more, "p": found.p}
-    if "kl" in first and "kl" in second:
-        found = compare_kl(first, second)
-        compared |= {"kl_difference": found.difference, "kl_p": found.p}
-        compared |= {"kl_difference_low": found.low, "kl_difference_high": found.high}
-    return compared
 
 
 def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series | None]]:

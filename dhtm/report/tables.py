@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from dhtm.harness.core.files import write_atomically
-from dhtm.report.registry import BACKBONES, DATA
+from dhtm.report.registry import named
 from dhtm.report.statistics import LEVEL
 
 DASH = "–"
@@ -62,7 +62,7 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
     """Return a part's caption, with the number of images if there are runs."""
     counts = n_images.dropna()
     images = [] if counts.empty else [f"{int(counts.max()):,} images"]
-    return ", ".join([f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}", *images, *details])
+    return ", ".join([named(backbone, data), *images, *details])
 
 
 def number(value: float, decimals: int, signed: bool = False) -> str:

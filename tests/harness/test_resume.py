@@ -197,16 +197,23 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     assert re.search(r" stopped +.* of 1999 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
-def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, monkeypatch):
-    expected, _ = run()
-    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_store
+@pytest.fixture
+def carried_out(tmp_path, monkeypatch):
+    """A file that grows by a byte for each run that this process or one forked from it carries out."""
+    marks, carry_out = tmp_path / "carried out", evaluation.predict_and_store
 
     def counted(*arguments, **options):
-        with carried_out.open("a") as file:
+        with marks.open("a") as file:
             file.write("x")
-        return keep(*arguments, **options)
+        return carry_out(*arguments, **options)
 
     monkeypatch.setattr(evaluation, "predict_and_store", counted)
+    return marks
+
+
+def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, carried_out):
+    expected, _ = run()
+    carried_out.unlink()  # it counts from here
     once = door.evaluation(composed(*RUN, f"results_dir={tmp_path}/runs"))
     both = [child(once, slow=0.05)[0] for _ in range(2)]
     for process in both:
@@ -216,15 +223,7 @@ def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, t
     pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
 
 
-def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, monkeypatch):
-    carried_out, keep = tmp_path / "carried out", evaluation.predict_and_store
-
-    def counted(*arguments, **options):
-        with carried_out.open("a") as file:
-            file.write("x")
-        return keep(*arguments, **options)
-
-    monkeypatch.setattr(evaluation, "predict_and_store", counted)
+def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, carried_out):
     shared = [*RUN, f"results_dir={tmp_path}/runs"]
     runs = [door.evaluation(composed(*shared, *method)) for method in (["method=tome"], ["method=dhtm", "method.k=56"])]
     for process in [child(run, slow=0.05)[0] for run in runs]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -52,6 +53,11 @@ def start(main: Callable, resumes: bool) -> None:
     logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
     register_resolvers()
     command(resumes)(main)()
+
+
+def accept_method_lists() -> None:
+    """Turn method=a,b on the command line, which would be a sweep to Hydra, into methods=[a,b]."""
+    sys.argv = [re.sub(r"^method=\[?([^\]]*)\]?$", r"methods=[\1]", argument) for argument in sys.argv]
 
 
 def register_resolvers() -> None:

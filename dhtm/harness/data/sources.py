@@ -82,7 +82,18 @@ class Part(Source):
         return self.source.read(self.chosen[index])
 
 
-class Folder(Source):
+class Files(Source):
+    """Images that are files below a folder; each image's class, or None if there are none."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None):
+        names = [str(file.relative_to(folder)) for file in files]
+        super().__init__(str(folder), names, [file.stat().st_size for file in files], classes)
+
+    def read(self, index: int) -> BinaryIO:
+        return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
+
+
+class Folder(Files):
     """A folder of images, or of one folder per class."""
 
     def __init__(self, folder: Path):
@@ -91,14 +102,10 @@ class Folder(Source):
             _require_no_classes(folder, files[0])
         else:
             files, classes = _by_class(folder)
-        names = [str(file.relative_to(folder)) for file in files]
-        super().__init__(str(folder), names, [file.stat().st_size for file in files], classes)
-
-    def read(self, index: int) -> BinaryIO:
-        return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
+        super().__init__(folder, files, classes)
 
 
-class Tree(Source):
+class Tree(Files):
     """All images below a folder, without classes.
 
     Raises:
@@ -110,11 +117,7 @@ class Tree(Source):
         if not files:
             what = "no image in it" if folder.is_dir() else "no such directory"
             raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
-        names = [str(file.relative_to(folder)) for file in files]
-        super().__init__(str(folder), names, [file.stat().st_size for file in files], None)
-
-    def read(self, index: int) -> BinaryIO:
-        return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
+        super().__init__(folder, files, None)
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -71,9 +71,8 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    rows, columns = (
-        at(0).put_into(backbone.bare(), backbone.name).patch_embed.grid_size
-    )  # or an error that says why not
+    unmerged = at(0).put_into(backbone.bare(), backbone.name)  # or an error that says why not
+    rows, columns = unmerged.patch_embed.grid_size
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible, and each costs less than the one before, until a method merges no more.

@@ -19,6 +19,11 @@ from dhtm.harness.runs.directory import outputs
 Observe = Callable[[np.ndarray, Tensor, np.ndarray], dict[str, Any]]
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) in nats of each row of log-probabilities [B, C], at least 0 whatever rounding does: [B]."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp_min(0)
+
+
 def keep(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
     """Return the columns of the float32 unmerged model, which is compared with nothing.
 
@@ -56,11 +61,9 @@ class UnmergedOutputs:
     def compare(self, ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
         """Return KL(unmerged ‖ merged) in nats and the unmerged model's best class for each image of a batch."""
         rows = self.index.get_indexer(ids)
-        unmerged = (
-            torch.from_numpy(self.log_probabilities[rows]).float().log_softmax(dim=1)
-        )  # sums to 1 after rounding too
-        kl = (unmerged.exp() * (unmerged - log_probabilities.cpu())).sum(dim=1)
-        return {"kl": kl.clamp_min(0).numpy(), "unmerged_class": self.best[rows]}
+        # Their probabilities sum to 1 after rounding to half precision too.
+        unmerged = torch.from_numpy(self.log_probabilities[rows]).float().log_softmax(dim=1)
+        return {"kl": kl_divergence(unmerged, log_probabilities.cpu()).numpy(), "unmerged_class": self.best[rows]}
 
     def compare_and_keep(self, ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
         """Do both: for the unmerged model in another dtype, which is compared with float32."""

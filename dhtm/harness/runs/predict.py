@@ -57,6 +57,7 @@ def predict(
     """
     model.to(device=device, dtype=dtype).eval()
     added = mask(model.num_classes, split, device)
+    asked = added.isfinite().nonzero().flatten()
     n_best = min(5, model.num_classes)
     with tqdm(total=len(indices), desc=title, unit=" images", disable=True if title is None else None) as bar:
         for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
@@ -69,7 +70,7 @@ def predict(
             frame["correct"] = frame.class_1 == frame.label
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
             if observe is not None:
-                frame = frame.assign(**observe(ids.numpy(), logits[:, added == 0].log_softmax(dim=1), best[:, 0]))
+                frame = frame.assign(**observe(ids.numpy(), logits[:, asked].log_softmax(dim=1), best[:, 0]))
             if split.groups is not None:
                 frame["group"] = split.groups[ids.numpy()]
             yield frame
