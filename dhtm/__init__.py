@@ -7,12 +7,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dhtm import vit
 from dhtm.flops import count_flops
-from dhtm.merge import DHTM, hierarchical_merge
+from dhtm.merge import DHTM, DHTMPlus, hierarchical_merge
 from dhtm.reducer import Reducer
 from dhtm.regions import Regions
 from dhtm.vit import patch, unpatch
 
-__all__ = ["DHTM", "Reducer", "Regions", "count_flops", "hierarchical_merge", "patch", "regions", "unpatch"]
+__all__ = ["DHTM", "DHTMPlus", "Reducer", "Regions", "count_flops", "hierarchical_merge", "patch", "regions", "unpatch"]
 
 
 class _RegionsModule(types.ModuleType):

@@ -71,8 +71,8 @@ def _attention_flops(inputs, outputs) -> int:
 
 
 def _merge_flops(inputs, outputs) -> int:
-    tokens, features, assignment = (_shape(value) for value in inputs[:3])
-    k, height, width, connectivity = (value.toIValue() for value in inputs[4:8])
+    tokens, features, _, assignment = (_shape(value) for value in inputs[:4])
+    k, height, width, connectivity = (value.toIValue() for value in inputs[5:9])
     batch, n, channels = tokens
     channels = channels if features is None else features[-1]
     n_pairs = 0 if connectivity == kernels.ALL_PAIRS else len(grid_pairs((height, width), connectivity))

@@ -18,6 +18,7 @@ from dhtm.regions import Regions
 CONNECTIVITIES = (8, 4, "all")
 LINKAGES = ("mean", "size")
 FEATURES = ("tokens", "keys", "attention_output")
+MASSES = (None, "size", "attention")
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -55,6 +56,7 @@ def algorithm_1(
     similarity: str,
     linkage: str,
     features: list[Tensor] | None = None,
+    masses: list[float] | None = None,
 ) -> tuple[list[Tensor], list[dict[int, float]]]:
     """Run Algorithm 1 of the paper on the tokens of one image in one layer.
 
@@ -65,16 +67,21 @@ def algorithm_1(
         adjacent_patches: the grid's pairs of adjacent patches, lower first; None if all pairs are adjacent.
         similarity, linkage: as in :func:`hierarchical_merge`.
         features: N vectors to measure similarity on instead of the tokens; they are averaged with them.
+        masses: N numbers by which similarities are discounted, an addition to the paper; a new token has the sum of two.
 
     Returns:
         T', N - N_merge vectors, and for each of them a dict from the tokens in T that it averages to their weights.
     """
     tokens, patches = list(tokens), list(patches)
     features = list(tokens if features is None else features)
+    masses = None if masses is None else list(masses)
     members = [{i: 1.0} for i in range(len(tokens))]
     for _ in range(n_merge):  # line 6
         candidates = get_neighbors(patches, adjacent_patches)  # line 8, Eq. 7
         sigma = [get_similarity(features[i], features[j], similarity) for i, j in candidates]  # line 9, Eq. 8
+        if masses is not None:
+            pairs = zip(candidates, sigma, strict=True)
+            sigma = [discount(score, masses[i], masses[j], similarity) for (i, j), score in pairs]
         # Line 12, Eq. 9. Pairs are in lexicographic order and max() takes the first of equals.
         t1, t2 = candidates[max(range(len(sigma)), key=sigma.__getitem__)]
         n1, n2 = (1, 1) if linkage == "mean" else (len(patches[t1]), len(patches[t2]))
@@ -83,7 +90,9 @@ def algorithm_1(
         patches[t1] = patches[t1] | patches[t2]
         shares = ((members[t1], n1 / (n1 + n2)), (members[t2], n2 / (n1 + n2)))
         members[t1] = {i: weight * share for part, share in shares for i, weight in part.items()}
-        for values in (tokens, features, patches, members):
+        if masses is not None:
+            masses[t1] += masses[t2]
+        for values in (tokens, features, patches, members, *([] if masses is None else [masses])):
             del values[t2]
     return tokens, members
 
@@ -99,8 +108,21 @@ def get_neighbors(patches: list[set[int]], adjacent_patches: set[tuple[int, int]
 
 def get_similarity(a: Tensor, b: Tensor, similarity: str) -> float:
     """Eq. 8, summed in float64 and rounded to float32: pairs that differ by less are ties. NaN counts as the lowest."""
-    score = SIMILARITIES[similarity](a.double(), b.double()).float().item()
-    lowest = torch.finfo(torch.float32).min
+    return _rounded(SIMILARITIES[similarity](a.double(), b.double()).item())
+
+
+def discount(score: float, mass_a: float, mass_b: float, similarity: str) -> float:
+    """Multiply the distance behind a similarity by m₁m₂ / (m₁ + m₂), and round it to float32.
+
+    The distance is 1 − cosine, or minus any other similarity. For cosines this is Ward's criterion (1963) on unit vectors,
+    by which a merge costs its two tokens' share in the variance within regions.
+    """
+    distance = score - (1 if similarity == "cosine" else 0)
+    return _rounded(distance * (mass_a * mass_b / (mass_a + mass_b)))
+
+
+def _rounded(score: float) -> float:
+    score, lowest = torch.tensor(score, dtype=torch.float64).float().item(), torch.finfo(torch.float32).min
     return lowest if score != score else min(max(score, lowest), -lowest)
 
 
@@ -119,6 +141,7 @@ def hierarchical_merge(
     linkage: str = "mean",
     backend: str = "auto",
     features: Tensor | None = None,
+    masses: Tensor | None = None,
 ) -> tuple[Tensor, Regions]:
     """Merge the most similar pair of adjacent tokens, k times, in every image of a batch (Algorithm 1).
 
@@ -142,6 +165,7 @@ def hierarchical_merge(
         backend: "reference" (Algorithm 1, image by image), "torch" (whole batch, any device), "numba" (CPU), "triton"
             (CUDA), or "auto", the fastest available.
         features: [B, N, F], measured instead of the tokens and averaged with them.
+        masses: [B, N], positive numbers by which :func:`discount` changes similarities; a merge adds the two of its tokens.
 
     Returns:
         merged: [B, N - k, D], in the tokens' dtype.
@@ -170,6 +194,8 @@ def hierarchical_merge(
         )
     if features is not None and features.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"features are [B, N] = {list(features.shape[:2])}, tokens {[batch, n]}")
+    if masses is not None and masses.shape != tokens.shape[:2]:
+        raise ValueError(f"masses are {list(masses.shape)}, tokens [B, N] = {[batch, n]}")
     if not 0 <= k < n:
         raise ValueError(f"k={k} merges of N={n} tokens: k must be at least 0 and below N")
     _check_options(connectivity, similarity, linkage, backend)
@@ -177,11 +203,12 @@ def hierarchical_merge(
         return tokens, regions
     connectivity = kernels.ALL_PAIRS if connectivity == "all" else connectivity
     if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX lacks the operator but has what is in it
-        merged, token_map, _ = batched.merge(tokens, features, regions, k, connectivity, similarity, linkage)
+        merged, token_map, _ = batched.merge(tokens, features, masses, regions, k, connectivity, similarity, linkage)
         return merged, regions.merged(token_map, n - k)
     merged, token_map, _ = kernels.hierarchical_merge(
         tokens,
         features,
+        masses,
         regions.assignment,
         regions.sizes,
         k,
@@ -194,12 +221,14 @@ def hierarchical_merge(
     return merged, regions.merged(token_map, n - k)
 
 
-def _check_options(connectivity, similarity, linkage, backend):
+def _check_options(connectivity, similarity, linkage, backend, features="tokens", mass=None):
     options = {
         "connectivity": (connectivity, CONNECTIVITIES),
         "similarity": (similarity, tuple(SIMILARITIES)),
         "linkage": (linkage, LINKAGES),
         "backend": (backend, ("auto", *kernels.BACKENDS)),
+        "features": (features, FEATURES),
+        "mass": (mass, MASSES),
     }
     for name, (value, allowed) in options.items():
         if value not in allowed:
@@ -207,23 +236,27 @@ def _check_options(connectivity, similarity, linkage, backend):
 
 
 class DHTM(Reducer):
-    """Dynamic Hierarchical Token Merging: k merges of adjacent tokens after attention, in each of the given layers.
+    """Dynamic Hierarchical Token Merging: merges of adjacent tokens after attention, in each of the given layers.
 
     Args:
-        k: merges in each layer.
+        k: merges in each layer; None with ``total``.
         layers: the layers that merge, from 1, increasing; "all" and (4, 7, 11) are the paper's two schedules.
         connectivity, similarity, linkage, backend: see :func:`hierarchical_merge`.
         features: what similarity is measured on: "tokens" (the residual stream after attention), "keys" (all heads side
             by side), or "attention_output" (the attention branch before its residual add).
         proportional_attention: add the log of token sizes to the attention logits of later layers; the paper does not.
+        mass: what discounts similarity, so that tokens of little mass merge first (see :func:`discount`): "size", the
+            patches of a token; "attention", what CLS pays it in this layer; None, nothing, as in the paper.
+        total: merges over all layers, instead of k.
+        inflect: how ``total`` is shared: from -1 (merges fall linearly to 0 over the layers) through 0 (even) to 1.
 
     Raises:
-        ValueError: an option is unknown, or k is negative.
+        ValueError: an option is unknown or negative, or k and total are both given or both None.
     """
 
     def __init__(
         self,
-        k: int,
+        k: int | None = None,
         layers: Sequence[int] | str = (4, 7, 11),
         connectivity: int | str = 8,
         similarity: str = "cosine",
@@ -231,31 +264,86 @@ class DHTM(Reducer):
         features: str = "tokens",
         proportional_attention: bool = False,
         backend: str = "auto",
+        mass: str | None = None,
+        total: int | None = None,
+        inflect: float = 0.0,
     ):
         super().__init__(layers)
-        check_k(k)
-        _check_options(connectivity, similarity, linkage, backend)
-        if features not in FEATURES:
-            raise ValueError(f"features={features!r}: choose one of {', '.join(map(repr, FEATURES))}")
-        self.k = k
+        if (k is None) == (total is None):
+            raise ValueError(f"k={k!r} and total={total!r}: one of them must be a number, and the other None")
+        check_k(k if total is None else total)
+        if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
+            raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
+        _check_options(connectivity, similarity, linkage, backend, features, mass)
+        self.k, self.total, self.inflect = k, total, inflect
         self.options = {
             "connectivity": connectivity, "similarity": similarity, "linkage": linkage, "backend": backend,
         }  # fmt: skip
-        self.features = features
-        self.needs = frozenset({"keys": {"keys"}, "attention_output": {"output"}}.get(features, ()))
+        self.features, self.mass = features, mass
+        of_features = {"keys": {"keys"}, "attention_output": {"output"}}.get(features, set())
+        self.needs = frozenset(of_features | ({"cls"} if mass == "attention" else set()))
         self.proportional_attention = proportional_attention
 
+    def merges_in(self, layer: int) -> int:
+        """Return the number of merges in a layer."""
+        if self.total is None:
+            return self.k
+        n_layers, place = len(self.schedule), self.schedule.index(layer)
+        slope = self.inflect / (n_layers - 1) if n_layers > 1 else 0
+        share = [1 + slope * (2 * i - n_layers + 1) for i in range(n_layers)]
+        before, until = (round(self.total * sum(share[:end]) / n_layers) for end in (place, place + 1))
+        return until - before
+
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
-        return after_merges(n_tokens, self.k, layer)
+        return after_merges(n_tokens, self.merges_in(layer), layer)
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
-        features = None
+        features = masses = None
         if self.features == "keys":
             features = attention.keys.transpose(1, 2).flatten(2)
         elif self.features == "attention_output":
             features = attention.output
-        return hierarchical_merge(tokens, self.k, regions, features=features, **self.options)
+        if self.mass is not None:
+            masses = regions.sizes if self.mass == "size" else attention.cls
+            masses = masses.float().clamp_min(torch.finfo(torch.float32).tiny)
+        k = self.merges_in(attention.layer)
+        return hierarchical_merge(tokens, k, regions, features=features, masses=masses, **self.options)
 
     def extra_repr(self) -> str:
-        options = {"k": self.k, "layers": self.layers, **self.options, "features": self.features}
+        knob = {"k": self.k} if self.total is None else {"total": self.total, "inflect": self.inflect}
+        options = {**knob, "layers": self.layers, **self.options, "features": self.features, "mass": self.mass}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class DHTMPlus(DHTM):
+    """DHTM+: the variant of DHTM that changes a model's outputs least.
+
+    It differs from the paper's method in four ways, which were chosen on photographs kept out of training and test: merges in
+    every layer, more in early ones; averages weighted by patches; proportional attention; and similarity discounted by
+    the attention that CLS pays.
+
+    Args:
+        total: merges over all layers.
+        options: any option of :class:`DHTM`.
+
+    Raises:
+        ValueError: as DHTM.
+    """
+
+    def __init__(
+        self,
+        total: int = 100,
+        layers: Sequence[int] | str = "all",
+        connectivity: int | str = 8,
+        similarity: str = "cosine",
+        linkage: str = "size",
+        features: str = "tokens",
+        proportional_attention: bool = True,
+        backend: str = "auto",
+        mass: str | None = "attention",
+        inflect: float = -1.0,
+    ):
+        super().__init__(
+            layers=layers, connectivity=connectivity, similarity=similarity, linkage=linkage, features=features,
+            proportional_attention=proportional_attention, backend=backend, mass=mass, total=total, inflect=inflect,
+        )  # fmt: skip

@@ -15,7 +15,14 @@ _CHUNK = (
 
 
 def merge(
-    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+    tokens: Tensor,
+    features: Tensor | None,
+    masses: Tensor | None,
+    regions: Regions,
+    k: int,
+    connectivity: int,
+    similarity: str,
+    linkage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -30,11 +37,12 @@ def merge(
     measured = channels if features is None else features.shape[-1]
     described = _describe(carried[..., :measured], similarity)
     if connectivity == ALL_PAIRS:
-        pairs = _AllPairs(_all_scores(described, similarity), regions.sizes > 0)
+        scores = discounted(_all_scores(described, similarity), similarity, masses)
+        pairs = _AllPairs(scores, regions.sizes > 0)
     else:
-        pairs = _GridPairs(regions, connectivity, described, similarity)
+        pairs = _GridPairs(regions, connectivity, described, similarity, masses)
 
-    sizes = regions.sizes.clone()
+    sizes, masses = regions.sizes.clone(), None if masses is None else masses.double()
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
@@ -53,7 +61,11 @@ def merge(
         if linkage == "mean":
             weights = torch.where(joined, weights / 2, weights)
         described[at_i] = _describe(new[:, :measured], similarity)
-        pairs.contract(i, j, _scores_to(described[at_i], described, similarity))
+        to_new = _scores_to(described[at_i], described, similarity)
+        if masses is not None:
+            masses = masses.scatter_add(1, i, masses.gather(1, j))
+            to_new = _discount(to_new, similarity, masses.gather(1, i), masses)
+        pairs.contract(i, j, to_new)
 
     if not torch.onnx.is_in_onnx_export() and stuck.any():
         raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
@@ -126,10 +138,13 @@ class _GridPairs:
     end; an edge with both ends in one token is dead.
     """
 
-    def __init__(self, regions: Regions, connectivity: int, described: Tensor, similarity: str):
+    def __init__(self, regions: Regions, connectivity: int, described: Tensor, similarity: str, masses: Tensor | None):
         self.n_tokens = regions.n_tokens
         self.low, self.high = regions.adjacent_tokens(connectivity).unbind(-1)
         self.scores = _edge_scores(described, self.low, self.high, similarity)
+        if masses is not None:
+            ends = (masses.double().gather(1, end) for end in (self.low, self.high))
+            self.scores = _discount(self.scores, similarity, *ends)
         self.scores.masked_fill_(self.low == self.high, -torch.inf)
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,6 +253,20 @@ def _all_scores(described: Tensor, similarity: str) -> Tensor:
         return _mergeable(described @ described.transpose(1, 2))
     rows = [_scores_to(token, described, similarity) for token in described.unbind(1)]  # so that memory stays bounded
     return torch.stack(rows, dim=1)
+
+
+def discounted(scores: Tensor, similarity: str, masses: Tensor | None) -> Tensor:
+    """Discount the scores of all pairs of tokens, [B, N, N], by their masses [B, N]; None changes nothing."""
+    if masses is None:
+        return scores
+    masses = masses.double()
+    return _discount(scores, similarity, masses[:, :, None], masses[:, None])
+
+
+def _discount(score: Tensor, similarity: str, mass: Tensor, other: Tensor) -> Tensor:
+    """Multiply distances by m₁m₂ / (m₁ + m₂), where masses are float64: float32, as :func:`dhtm.merge.discount`."""
+    distance = score.double() - (1 if similarity == "cosine" else 0)
+    return _mergeable(distance * (mass * other / (mass + other)))
 
 
 def _mergeable(score: Tensor) -> Tensor:

@@ -138,6 +138,15 @@ def compare(kind, x, inverse, log_p, p, a, b):
 
 
 @compiled()
+def discount(s, kind, mass, a, b):
+    """Multiply the distance of two tokens by m₁m₂ / (m₁ + m₂), and round it; no masses change nothing."""
+    if len(mass) == 0:
+        return s
+    distance = np.float64(s) - (1 if kind == 0 else 0)
+    return rounded(distance * (mass[a] * mass[b] / (mass[a] + mass[b])))
+
+
+@compiled()
 def join(i, j, member, last_member, gone):
     """Append the list of the tokens that went into j to that of i; a list starts with the token itself."""
     gone[j] = True

@@ -22,6 +22,7 @@ from dhtm.kernels.compiled import (
     compare,
     compiled,
     describe,
+    discount,
     given,
     halve,
     in_parallel,
@@ -36,7 +37,14 @@ agglomerate = cpu_pairs.agglomerate
 
 
 def merge(
-    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+    tokens: Tensor,
+    features: Tensor | None,
+    masses: Tensor | None,
+    regions: Regions,
+    k: int,
+    connectivity: int,
+    similarity: str,
+    linkage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -51,8 +59,9 @@ def merge(
     merged = torch.empty(batch, n - k, channels, dtype=wide)
     token_map = torch.empty(batch, n, dtype=torch.int64)
     weights = torch.empty(batch, n, dtype=torch.float32)
+    masses = torch.empty(batch, 0, dtype=torch.float64) if masses is None else masses.double()
     arguments = (
-        array(carried), array(measured), features is not None, array(regions.sizes), KINDS[similarity],
+        array(carried), array(measured), features is not None, array(regions.sizes), array(masses), KINDS[similarity],
         linkage == "size", merged.numpy(), token_map.numpy(), weights.numpy(),
     )  # fmt: skip
     made = np.empty(batch, dtype=np.int64)
@@ -97,15 +106,16 @@ def _merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        *_IMAGES, given(real, 3), given(real, 3), bool_, given(int64, 2), int64, bool_,
+        *_IMAGES, given(real, 3), given(real, 3), bool_, given(int64, 2), given(float64, 2), int64, bool_,
         real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return compiled(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, made, k, assignment, pairs, carried, measured, two, sizes, kind, by_size, merged, token_map, weights
-):
+    first, last, made, k, assignment, pairs, carried, measured, two, sizes, masses, kind, by_size, merged, token_map,
+    weights,
+):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
     n_features, n_edges = measured.shape[2], pairs.shape[0]
@@ -114,7 +124,7 @@ def _merge_images(
     described = (n, n_features) if kind == 3 else (1, 1)
     log_p, p = np.empty(described, np.float64), np.empty(described, np.float64)
     inverse = np.empty(n, np.float64)
-    n_patches = np.empty(n, np.int64)
+    n_patches, mass = np.empty(n, np.int64), np.empty(masses.shape[1], np.float64)
 
     # Edge e has two halves: 2e is in the list of one of its tokens, 2e + 1 in that of the other; half h leads to to[h].
     to, after = np.empty(2 * n_edges, np.int64), np.empty(2 * n_edges, np.int64)
@@ -129,6 +139,7 @@ def _merge_images(
         load(measured[image], x)
         if two:
             load(carried[image], y)
+        mass[:] = masses[image]
         for t in range(n):
             describe(kind, x, inverse, log_p, p, t)
             n_patches[t] = sizes[image, t]
@@ -152,7 +163,7 @@ def _merge_images(
                         alive[e] = False
                     else:
                         seen[other] = t
-                        score[e] = compare(kind, x, inverse, log_p, p, t, other)
+                        score[e] = discount(compare(kind, x, inverse, log_p, p, t, other), kind, mass, t, other)
                 if alive[e]:
                     before = h
                 else:
@@ -176,6 +187,8 @@ def _merge_images(
                 average(y, i, j, n_i, n_j)
             describe(kind, x, inverse, log_p, p, i)
             n_patches[i] += n_patches[j]
+            if len(mass) > 0:
+                mass[i] += mass[j]
             best[j] = -np.inf
             join(i, j, member, last_member, gone)
             if not by_size:
@@ -195,7 +208,7 @@ def _merge_images(
                 if alive[e]:
                     seen[other] = n + step
                     to[h ^ 1] = i
-                    score[e] = compare(kind, x, inverse, log_p, p, i, other)
+                    score[e] = discount(compare(kind, x, inverse, log_p, p, i, other), kind, mass, i, other)
                     before = h
                 else:
                     _unlink(head, tail, after, i, before, h)

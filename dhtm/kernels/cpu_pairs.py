@@ -20,6 +20,7 @@ from dhtm.kernels.compiled import (
     compare,
     compiled,
     describe,
+    discount,
     given,
     halve,
     in_parallel,
@@ -53,14 +54,14 @@ def merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        int64, int64, int64[::1], int64, _PRODUCTS, given(real, 3), given(real, 3), bool_, given(int64, 2), int64,
-        bool_, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
+        int64, int64, int64[::1], int64, _PRODUCTS, given(real, 3), given(real, 3), bool_, given(int64, 2),
+        given(float64, 2), int64, bool_, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return compiled(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, made, k, products, carried, measured, two, sizes, kind, by_size, merged, token_map, weights
+    first, last, made, k, products, carried, measured, two, sizes, masses, kind, by_size, merged, token_map, weights
 ):
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -69,7 +70,7 @@ def _merge_images(
     described = (n, measured.shape[2]) if kind == 3 else (1, 1)
     log_p, p = np.empty(described, np.float64), np.empty(described, np.float64)
     inverse = np.empty(n, np.float64)
-    n_patches = np.empty(n, np.int64)
+    n_patches, mass = np.empty(n, np.int64), np.empty(masses.shape[1], np.float64)
     score, to_new = np.empty((n, n), np.float32), np.empty(n, np.float32)
     best, partner = np.empty(n, np.float32), np.empty(n, np.int64)
     member, last_member = np.empty(n, np.int64), np.empty(n, np.int64)
@@ -79,6 +80,7 @@ def _merge_images(
         load(measured[image], x)
         if two:
             load(carried[image], y)
+        mass[:] = masses[image]
         for t in range(n):
             describe(kind, x, inverse, log_p, p, t)
             n_patches[t] = sizes[image, t]
@@ -93,7 +95,7 @@ def _merge_images(
                     s = rounded(products[image, t, other] * (inverse[t] * inverse[other]))
                 else:
                     s = compare(kind, x, inverse, log_p, p, t, other)
-                score[t, other] = score[other, t] = s
+                score[t, other] = score[other, t] = s if s == -np.inf else discount(s, kind, mass, t, other)
         for t in range(n):
             best[t], partner[t] = _first_highest(score[t], t + 1)
 
@@ -110,12 +112,16 @@ def _merge_images(
                 average(y, i, j, n_i, n_j)
             describe(kind, x, inverse, log_p, p, i)
             n_patches[i] += n_patches[j]
+            if len(mass) > 0:
+                mass[i] += mass[j]
             join(i, j, member, last_member, gone)
             dead[j] = True
             if not by_size:
                 halve(i, member, weights[image])
             for t in range(n):
-                to_new[t] = -np.inf if dead[t] or t == i else compare(kind, x, inverse, log_p, p, i, t)
+                to_new[t] = -np.inf
+                if not dead[t] and t != i:
+                    to_new[t] = discount(compare(kind, x, inverse, log_p, p, i, t), kind, mass, i, t)
             _contract(score, to_new, best, partner, i, j)
 
         number(member, gone, token_map[image])

@@ -12,15 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, gpu_pairs
-from dhtm.kernels.batched import all_similarities
-from dhtm.kernels.gpu_common import average, compare, describe, describe_all, finish, store_places
+from dhtm.kernels.batched import all_similarities, discounted
+from dhtm.kernels.gpu_common import add_mass, average, compare, describe, describe_all, finish, store_places
 from dhtm.regions import Regions
 
 agglomerate = gpu_pairs.agglomerate
 
 
 def merge(
-    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+    tokens: Tensor,
+    features: Tensor | None,
+    masses: Tensor | None,
+    regions: Regions,
+    k: int,
+    connectivity: int,
+    similarity: str,
+    linkage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -41,6 +48,7 @@ def merge(
 
     log_p = scratch(*(measured.shape if similarity == "kl" else (1,)), dtype=torch.float64)
     inverse = scratch(batch, n, dtype=torch.float64)
+    mass = scratch(1, dtype=torch.float64) if masses is None else masses.to(torch.float64, **contiguous)
     merged = scratch(batch, n - k, channels, dtype=wide)
     token_map, weights = scratch(batch, n, dtype=torch.int64), scratch(batch, n, dtype=torch.float32)
     stuck = scratch(batch, dtype=torch.int32)
@@ -53,6 +61,7 @@ def merge(
     }
     more = {
         "TWO": features is not None,
+        "MASSIVE": masses is not None,
         "BY_SIZE": linkage == "size",
         "BLOCK_N": triton.next_power_of_2(n),
         "BLOCK_C": 16,
@@ -61,10 +70,10 @@ def merge(
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may be another
         describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
         if connectivity == ALL_PAIRS:
-            scores = all_similarities(measured, similarity)
+            scores = discounted(all_similarities(measured, similarity), similarity, masses)
             neighbours, to_new = scratch(batch, n, dtype=torch.int32), scratch(batch, n, dtype=torch.float32)
             gpu_pairs.merge_image[(batch,)](
-                carried, measured, log_p, inverse, sizes, scores, to_new, neighbours, *results, **more, **options,
+                carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, *results, **more, **options,
                 num_warps=4,
             )  # fmt: skip
         else:
@@ -72,11 +81,11 @@ def merge(
             scores = scratch(batch, n_edges, dtype=torch.float32)
             neighbours = scratch(batch, max(n, n_edges), dtype=torch.int32)
             _edge_scores[(batch, triton.cdiv(n_edges, 16))](
-                measured, log_p, inverse, assignment, scores, n, n_features, height, width,
-                BLOCK_C=16, STEPS=edges["STEPS"], **options,
+                measured, log_p, inverse, mass, assignment, scores, n, n_features, height, width,
+                MASSIVE=masses is not None, BLOCK_C=16, STEPS=edges["STEPS"], **options,
             )  # fmt: skip
             _merge_image[(batch,)](
-                carried, measured, log_p, inverse, sizes, scores, neighbours, *results, assignment, height, width,
+                carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, assignment, height, width,
                 **edges, **more, **options,
             )  # fmt: skip
     _raise_where_stuck(stuck, k)
@@ -137,8 +146,8 @@ def _edges(assignment, edge, height, width, STEPS: tl.constexpr):
 
 @triton.jit
 def _edge_scores(
-    x, log_p, inverse, assignment, scores, n, n_features, height, width,
-    KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    x, log_p, inverse, mass, assignment, scores, n, n_features, height, width,
+    KIND: tl.constexpr, MASSIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Compute the first similarities, BLOCK_C edges of an image per program; a dead edge compares a token with itself."""
     image = tl.program_id(0).to(tl.int64)
@@ -147,16 +156,17 @@ def _edge_scores(
     a, b, inside = _edges(assignment + image * n_patches, edge, height, width, STEPS)
     first = image * n
     score = compare(
-        x + first * n_features, log_p + first * n_features, inverse + first, a, b, inside, n_features, KIND, BLOCK_C, BLOCK_D
+        x + first * n_features, log_p + first * n_features, inverse + first, mass + first, a, b, inside, n_features,
+        KIND, MASSIVE, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     tl.store(scores + image * n_patches * STEPS + edge, score, inside)
 
 
 @triton.jit
 def _merge_image(
-    carried, measured, log_p, inverse, sizes, scores, neighbours, merged, token_map, weights, stuck,
+    carried, measured, log_p, inverse, mass, sizes, scores, neighbours, merged, token_map, weights, stuck,
     k, n, channels, n_features, assignment, height, width,
-    KIND: tl.constexpr, TWO: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
+    KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Make all merges of one image. ``scores`` and ``neighbours`` are overwritten, which barriers show to all threads."""
@@ -165,6 +175,7 @@ def _merge_image(
     measured += image * n * n_features
     log_p += image * n * n_features
     inverse += image * n
+    mass += image * n
     n_edges = height * width * STEPS
     scores += image * n_edges
     neighbours += image * tl.maximum(n, n_edges)
@@ -202,6 +213,8 @@ def _merge_image(
         average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
         if TWO:
             average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+        if MASSIVE:
+            add_mass(mass, i, j)
         tl.debug_barrier()
         describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
         joined = (owner == i) | (owner == j)
@@ -223,7 +236,9 @@ def _merge_image(
             at = start + tl.arange(0, BLOCK_C)
             others = tl.load(neighbours + at, at < n_touched, 0)
             new = tl.zeros((BLOCK_C,), tl.int32) + i
-            to_new = compare(measured, log_p, inverse, new, others, at < n_touched, n_features, KIND, BLOCK_C, BLOCK_D)
+            to_new = compare(
+                measured, log_p, inverse, mass, new, others, at < n_touched, n_features, KIND, MASSIVE, BLOCK_C, BLOCK_D
+            )
             tl.store(scores + at, to_new, at < n_touched)
         tl.debug_barrier()
         score = tl.where(touched, tl.load(scores + place, touched, 0.0), tl.where(dead, float("-inf"), score))

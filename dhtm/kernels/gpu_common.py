@@ -48,9 +48,13 @@ def describe_all(x, log_p, inverse, n, n_features, KIND: tl.constexpr, BLOCK_D: 
 
 @triton.jit
 def compare(
-    x, log_p, inverse, a, b, inside, n_features, KIND: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Compare tokens a and b, [BLOCK_C] each: float64 sums rounded to float32, NaN as the lowest, infinities as finite."""
+    x, log_p, inverse, mass, a, b, inside, n_features,
+    KIND: tl.constexpr, MASSIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compare tokens a and b, [BLOCK_C] each: float64 sums rounded to float32, NaN as the lowest, infinities as finite.
+
+    With MASSIVE distances are multiplied by m₁m₂ / (m₁ + m₂) and rounded again.
+    """
     columns = tl.arange(0, BLOCK_D)[None, :]
     sums = tl.zeros((BLOCK_C, BLOCK_D), tl.float64)
     for start in range(0, n_features, BLOCK_D):
@@ -72,10 +76,26 @@ def compare(
         score *= tl.load(inverse + a, inside, 0.0) * tl.load(inverse + b, inside, 0.0)
     elif KIND == _EUCLIDEAN:
         score = -tl.sqrt(score)
+    rounded = _rounded(score)
+    if MASSIVE:
+        distance = rounded.to(tl.float64) - (1 if KIND == _COSINE else 0)
+        mass_a, mass_b = tl.load(mass + a, inside, 1.0), tl.load(mass + b, inside, 1.0)
+        rounded = _rounded(distance * (mass_a * mass_b / (mass_a + mass_b)))
+    return rounded
+
+
+@triton.jit
+def _rounded(score):
     rounded = score.to(tl.float32)
     rounded = tl.where(rounded != rounded, _LOWEST, rounded)
     rounded = tl.where(rounded == 0.0, 0.0, rounded)  # not -0.0, whose bits are lower
     return tl.minimum(tl.maximum(rounded, _LOWEST), -_LOWEST)
+
+
+@triton.jit
+def add_mass(mass, i, j):
+    """Add the mass of token j to that of token i."""
+    tl.store(mass + i, tl.load(mass + i) + tl.load(mass + j))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.batched import all_similarities
-from dhtm.kernels.gpu_common import average, compare, describe, finish, store_places
+from dhtm.kernels.gpu_common import add_mass, average, compare, describe, finish, store_places
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -31,9 +31,9 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
 
 @triton.jit
 def merge_image(
-    carried, measured, log_p, inverse, sizes, scores, to_new, neighbours, merged, token_map, weights, stuck,
+    carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, merged, token_map, weights, stuck,
     k, n, channels, n_features,
-    KIND: tl.constexpr, TWO: tl.constexpr, BY_SIZE: tl.constexpr,
+    KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Make all merges of one image. ``scores``, ``to_new`` and ``neighbours`` are overwritten."""
@@ -42,6 +42,7 @@ def merge_image(
     measured += image * n * n_features
     log_p += image * n * n_features
     inverse += image * n
+    mass += image * n
     scores += image * n * n
     to_new += image * n
     neighbours += image * n
@@ -68,6 +69,8 @@ def merge_image(
         average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
         if TWO:
             average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+        if MASSIVE:
+            add_mass(mass, i, j)
         tl.debug_barrier()
         describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
         joined = (owner == i) | (owner == j)
@@ -88,7 +91,9 @@ def merge_image(
             at = start + tl.arange(0, BLOCK_C)
             other = tl.load(neighbours + at, at < n_others, 0)
             new = tl.zeros((BLOCK_C,), tl.int32) + i
-            score = compare(measured, log_p, inverse, new, other, at < n_others, n_features, KIND, BLOCK_C, BLOCK_D)
+            score = compare(
+                measured, log_p, inverse, mass, new, other, at < n_others, n_features, KIND, MASSIVE, BLOCK_C, BLOCK_D
+            )
             tl.store(to_new + other, score, at < n_others)
         tl.debug_barrier()
         score = tl.load(to_new + token, others, 0.0)

@@ -9,7 +9,14 @@ from dhtm.regions import Regions, grid_pairs
 
 
 def merge(
-    tokens: Tensor, features: Tensor | None, regions: Regions, k: int, connectivity: int, similarity: str, linkage: str
+    tokens: Tensor,
+    features: Tensor | None,
+    masses: Tensor | None,
+    regions: Regions,
+    k: int,
+    connectivity: int,
+    similarity: str,
+    linkage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, _ = tokens.shape
@@ -26,8 +33,9 @@ def merge(
             raise_runs_out(k, image)
         measured = None if features is None else list(features[image].cpu().to(wide))
         new, members = algorithm_1(
-            list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured
-        )
+            list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured,
+            None if masses is None else masses[image].tolist(),
+        )  # fmt: skip
         merged.append(torch.stack(new))
         for place, averaged in enumerate(members):
             for token, weight in averaged.items():

@@ -1,4 +1,4 @@
-"""The ablation of DHTM: one option at a time, each compared with the paper's defaults image by image."""
+"""The ablation of DHTM and DHTM+: one option at a time, each compared with the paper's DHTM image by image."""
 
 from pathlib import Path
 
@@ -17,8 +17,9 @@ _COMPARED = [
     f"{prefix}{name}" for prefix in ("kl_", "") for name in ("difference", "difference_low", "difference_high", "p")
 ]
 NOTES = [
-    "Each row differs from the paper's DHTM in the options that it names, and has the same FLOPs by its k. KL and agreement "
-    "are against the unmerged model's outputs, see the notes of Table 2; a smaller KL is not a better accuracy.",
+    "Each row differs from the paper's DHTM, or from DHTM+, in the options that it names. All have the same FLOPs by their "
+    "number of merges, which is k in each layer or, for DHTM+, the total. KL and agreement are against the unmerged model's "
+    "outputs, see the notes of Table 2; a smaller KL is not a better accuracy.",
     "Differences are this row minus the paper's options, of the mean KL and of top-1, with a paired bootstrap 95% interval. p "
     "is of the paired sign-flip permutation test; * marks those below 0.05 after Holm's correction for all tests of their "
     "kind in this table.",
@@ -26,10 +27,12 @@ NOTES = [
 
 
 def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
-    """Make the table from DHTM's runs off the shelf that were solved for a target; None if no options were varied."""
+    """Make the table from off-the-shelf runs that were solved for a target; None if no options were varied."""
     frames = []
     for target in TARGETS:
-        solved = solved_for(runs[(runs.method == "dhtm") & ~runs.trained.astype(bool) & runs.kl.notna()], target)
+        solved = solved_for(
+            runs[runs.method.isin(("dhtm", "dhtm_plus")) & ~runs.trained.astype(bool) & runs.kl.notna()], target
+        )
         solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
         for _, frame in solved.groupby(_SAME, dropna=False):
             frame = frame.drop_duplicates("changed", keep="last")
@@ -45,12 +48,12 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
 
 def _changed(runs: pd.DataFrame) -> list[str]:
     """Return in what each run differs from the paper's DHTM."""
-    paper = SERIES["DHTM"].layers
-    changed = [
-        " ".join(filter(None, [run.options, f"layers={run.layers}" if run.layers != paper else ""]))
-        for run in runs.itertuples()
-    ]
-    return [text or _DEFAULT for text in changed]
+    changed = []
+    for run in runs.itertuples():
+        name = "DHTM+" if run.method == "dhtm_plus" else ""
+        layers = "" if run.layers == SERIES[name or "DHTM"].layers else f"layers={run.layers}"
+        changed.append(" ".join(filter(None, [name, run.options, layers])) or _DEFAULT)
+    return changed
 
 
 def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
@@ -68,7 +71,11 @@ def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFram
     rows = []
     for row in frame.itertuples():
         kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-        cells = {"options": row.changed, "k": number(row.k, 0), "reduction %": number(row.flops_reduction_pct, 1)}
+        cells = {
+            "options": row.changed,
+            "merges": number(row.value, 0),
+            "reduction %": number(row.flops_reduction_pct, 1),
+        }
         cells |= faithfulness_cells(row)
         cells["KL − the paper's, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
         cells["p"] = p_cell(row.kl_p, row.kl_p_holm)

@@ -26,6 +26,7 @@ class MethodEntry:
 METHODS = {
     "unmerged": MethodEntry("unmerged", GREY, "."),
     "dhtm": MethodEntry("DHTM", "#E69F00", "o", dhtm.DHTM),
+    "dhtm_plus": MethodEntry("DHTM+", "#E31A1C", "8", dhtm.DHTMPlus),
     "random": MethodEntry("random merging", "#0072B2", "s", baselines.RandomMerge),
     "tome": MethodEntry("ToMe", "#009E73", "^", baselines.ToMe),
     "lotm": MethodEntry("LoTM", "#56B4E9", "P", baselines.LoTM),
@@ -96,6 +97,7 @@ SERIES = {
         Series("ToMe OTS", "tome", "all", False, r"ToMe$_{\mathbf{OTS}}$"),
         Series("DHTM all", "dhtm", "all", False, r"DHTM$^{\mathbf{all}}$", marker="D", line="-."),
         Series("DHTM", "dhtm", "4,7,11", False, r"DHTM$^{\mathbf{4,7,11}}$"),
+        Series("DHTM+", "dhtm_plus", "all", False, "DHTM+"),
     )
 }
 

@@ -28,6 +28,7 @@ FAST += [
         "patch_merger",
         "atc",
         "pitome",
+        "dhtm_plus",
     )
 ]
 ONE = [f"~methods.{name}" for name in ("sit", "tome")]  # DHTM alone is left

@@ -11,6 +11,7 @@ import dhtm
 METHODS = {
     "dhtm": lambda: dhtm.DHTM(k=30, layers=(1, 3), proportional_attention=True),
     "dhtm, all pairs": lambda: dhtm.DHTM(k=30, layers=(1, 3), connectivity="all"),
+    "dhtm_plus": lambda: dhtm.DHTMPlus(60),
     "tome": lambda: baselines.ToMe(13),
     "atc": lambda: baselines.ATC(0.7, layers=(1, 3)),
     "pitome": lambda: baselines.PiToMe(0.9),
@@ -35,7 +36,7 @@ def model(request):
 def test_compiled_in_one_graph(model):
     expected, regions = model(IMAGES), dhtm.regions(model)
     # Every method must be one graph; making machine code of the graph takes up to half a minute, so one method does it.
-    backend = "inductor" if isinstance(model.reducer, dhtm.DHTM) else "aot_eager"
+    backend = "inductor" if type(model.reducer) is dhtm.DHTM else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(dhtm.regions(model).assignment, regions.assignment)

@@ -15,8 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
+import dhtm
 from dhtm import Regions, hierarchical_merge, kernels
 from dhtm.kernels import merge_flops
+from dhtm.reducer import Attention
 from dhtm.regions import grid_pairs
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -37,7 +39,7 @@ def nx_similarity(a, b, name):
     return np.float32(value)
 
 
-def nx_merge(tokens, grid, k, connectivity, similarity, linkage):
+def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses=None):
     """Contract the best edge of a networkx graph k times; nodes are frozensets of patches, ordered by when they stood."""
     height, width = grid
     graph = nx.grid_2d_graph(height, width)
@@ -53,9 +55,15 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage):
     for _ in range(k):
         place = {node: i for i, node in enumerate(order)}
         edges = [tuple(sorted(edge, key=place.get)) for edge in graph.edges]
-        u, v = min(
-            edges, key=lambda e: (-nx_similarity(value[e[0]], value[e[1]], similarity), place[e[0]], place[e[1]])
-        )
+
+        def score(edge):
+            found = nx_similarity(value[edge[0]], value[edge[1]], similarity)
+            if masses is None:
+                return found
+            a, b = (masses[patches[node]].astype(np.float64).sum() for node in edge)
+            return np.float32((np.float64(found) - (similarity == "cosine")) * (a * b / (a + b)))
+
+        u, v = min(edges, key=lambda e: (-score(e), place[e[0]], place[e[1]]))
         weights = (1, 1) if linkage == "mean" else (len(patches[u]), len(patches[v]))
         mean = np.average(np.stack([value[u], value[v]]).astype(np.float64), axis=0, weights=weights)
         value[u], patches[u] = mean.astype(np.float32), patches[u] + patches[v]
@@ -82,6 +90,7 @@ def merges(draw):
         "connectivity": draw(st.sampled_from((4, 8, "all"))),
         "similarity": draw(st.sampled_from(SIMILARITIES)),
         "linkage": draw(st.sampled_from(("mean", "size"))),
+        "masses": draw(st.sampled_from((None, torch.tensor(rng.integers(1, 4, size=(batch, n)) / 2).float()))),
     }
     return torch.tensor(tokens, dtype=torch.float32), grid, draw(st.integers(0, n - 1)), options
 
@@ -92,9 +101,14 @@ def test_reference_is_the_contraction_of_a_graph(case):
     tokens, grid, k, options = case
     merged, regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
     for image in range(len(tokens)):
-        value, assignment = nx_merge(tokens[image].numpy(), grid, k, **options)
+        masses = None if options["masses"] is None else options["masses"][image].numpy()
+        value, assignment = nx_merge(tokens[image].numpy(), grid, k, **options | {"masses": masses})
         assert regions.assignment[image].tolist() == assignment.tolist()
         np.testing.assert_allclose(merged[image].numpy(), value, rtol=1e-6, atol=1e-6)
+
+
+def on(device, tensor):
+    return None if tensor is None else tensor.to(device)
 
 
 @settings(max_examples=300, deadline=None)
@@ -103,7 +117,8 @@ def test_every_backend_makes_the_reference_merges(case, backend):
     tokens, grid, k, options = case
     expected, expected_regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
     for device in ("cpu",) if backend == "numba" else DEVICES:
-        merged, regions = hierarchical_merge(tokens.to(device), k, grid=grid, backend=backend, **options)
+        there = options | {"masses": on(device, options["masses"])}
+        merged, regions = hierarchical_merge(tokens.to(device), k, grid=grid, backend=backend, **there)
         assert torch.equal(regions.assignment.cpu(), expected_regions.assignment)
         assert torch.equal(regions.sizes.cpu(), expected_regions.sizes)
         assert torch.equal(merged.cpu(), expected)
@@ -116,6 +131,7 @@ def test_backends_agree_on_regions_and_features_given(case, seed):
     tokens, grid, k, options = case
     tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
     features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
+    options |= {"masses": None if options["masses"] is None else regions.sizes.double()}
     results = [
         hierarchical_merge(tokens, (k + 1) // 2, regions, features=features, backend=backend, **options)
         for backend in HERE
@@ -146,6 +162,7 @@ def test_invariants(case, backend):
             if options["linkage"] == "size":
                 torch.testing.assert_close(merged[image, token], tokens[image, patches].mean(0), rtol=1e-5, atol=1e-5)
     order = torch.arange(batch).flip(0)
+    options |= {"masses": None if options["masses"] is None else options["masses"][order]}
     permuted, permuted_regions = hierarchical_merge(tokens[order], k, grid=grid, backend=backend, **options)
     assert torch.equal(permuted, merged[order])
     assert torch.equal(permuted_regions.assignment, regions.assignment[order])
@@ -385,7 +402,16 @@ def test_operator_checks(case, backend):
     assume(k > 0)
     regions = Regions.identity(len(tokens), grid)
     connectivity = kernels.ALL_PAIRS if options["connectivity"] == "all" else options["connectivity"]
-    arguments = (tokens.requires_grad_(), None, regions.assignment, regions.sizes, k, *grid, connectivity)
+    arguments = (
+        tokens.requires_grad_(),
+        None,
+        options["masses"],
+        regions.assignment,
+        regions.sizes,
+        k,
+        *grid,
+        connectivity,
+    )
     options = options["similarity"], options["linkage"], backend
     torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options))
 
@@ -404,6 +430,7 @@ def test_operator_checks(case, backend):
         ({"tokens": torch.ones(9, 2)}, r"\[B, N, D\]"),
         ({"tokens": torch.ones(1, 9, 2, dtype=torch.int64)}, "floats"),
         ({"features": torch.ones(1, 8, 2)}, "features"),
+        ({"masses": torch.ones(1, 8)}, "masses"),
         (
             {"grid": None, "regions": Regions(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 9), (3, 3))},
             r"regions.assignment must be int64 \[B, P\] = \[1, 9\], not torch.int64 \[1, 4\]",
@@ -456,3 +483,39 @@ def test_unmerging_gives_every_patch_its_token(k, seed):
     for image, patches in enumerate(full):
         assert all(torch.equal(patches[p], merged[image, regions.assignment[image, p]]) for p in range(12))
     assert k or torch.equal(full, tokens)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 150), st.integers(1, 12), st.sampled_from((-1, -0.5, 0, 0.3, 1)))
+def test_total_is_shared_between_the_layers(total, n_layers, inflect):
+    reducer = dhtm.DHTM(total=total, layers=tuple(range(1, n_layers + 1)), inflect=inflect)
+    merges = [reducer.merges_in(layer) for layer in reducer.schedule]
+    assert sum(merges) == total and min(merges) >= 0
+    if n_layers > 1:  # a straight line, on average total / n_layers merges high
+        ends = np.array([1 - inflect, 1 + inflect]) * total / n_layers
+        np.testing.assert_allclose(merges, np.linspace(*ends, n_layers), atol=1)
+
+
+def test_dhtm_plus_spares_what_cls_looks_at():
+    """Of two equally similar pairs the one that CLS pays less attention merges; regions keep their averages by patches."""
+    tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]]])
+    for cls, together in (([0.4, 0.4, 0.1, 0.1], [0, 1, 2, 2]), ([0.1, 0.1, 0.4, 0.4], [0, 0, 1, 2])):
+        reducer = dhtm.DHTMPlus(total=1, layers=(1,))
+        attention = Attention(layer=1, cls=torch.tensor([cls]))
+        _, regions = reducer(tokens, Regions.identity(1, (1, 4)), attention)
+        assert regions.assignment.tolist() == [together]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "k=None and total=None"),
+        ({"k": 3, "total": 3}, "one of them must be a number"),
+        ({"total": -1}, "-1"),
+        ({"total": 3, "inflect": 2}, "inflect=2"),
+        ({"k": 3, "mass": "cls"}, "mass='cls': choose one of None, 'size', 'attention'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        dhtm.DHTM(**options)

@@ -1,5 +1,6 @@
 """What every token reduction method promises in a model, and the parts that the methods share."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -21,7 +22,8 @@ METHODS = {
     method.__name__: method
     for method in (ToMe, LoTM, PiToMe, ATC, KMedoids, DPCKNN, TokenMergence, PatchMerger, Sinkhorn, SiT)
 }
-MERGING = {"ToMe": 20, "LoTM": 20, "PiToMe": 0.9}  # knobs; the other methods have a keep rate
+METHODS["DHTMPlus"] = functools.partial(dhtm.DHTMPlus, inflect=0)  # as many merges in each layer
+MERGING = {"ToMe": 20, "LoTM": 20, "PiToMe": 0.9, "DHTMPlus": 40}  # knobs; the other methods have a keep rate
 KEEP_RATE = [name for name in METHODS if name not in MERGING]
 LEARNED = ("PatchMerger", "Sinkhorn", "SiT")
 NETWORKS = {  # parameters in the state dict, where reduction is before layers 2 and 4
@@ -109,12 +111,12 @@ def test_half_precision(name):
         assert torch.nn.functional.cosine_similarity(result.float(), full).min() > 0.95
 
 
-@pytest.mark.parametrize("name", ["ToMe", "LoTM", "PiToMe", "ATC", "KMedoids", "DPCKNN", "TokenMergence"])
+@pytest.mark.parametrize("name", ["ToMe", "LoTM", "PiToMe", "ATC", "KMedoids", "DPCKNN", "TokenMergence", "DHTMPlus"])
 def test_autocast_does_not_change_which_tokens_merge(name):
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randn(4, 196, 6, generator=rng)
     attention = Attention(1, keys=torch.randn(4, 3, 196, 2, generator=rng), cls=torch.rand(4, 196, generator=rng))
-    reducer = make(name, {"ToMe": 40, "LoTM": 40, "PiToMe": 0.8}.get(name, 0.05), layers=(1,))
+    reducer = make(name, {"ToMe": 40, "LoTM": 40, "PiToMe": 0.8, "DHTMPlus": 40}.get(name, 0.05), layers=(1,))
     reducer.attach(6, 1, (14, 14), (1,))
     arguments = tokens, Regions.identity(4, (14, 14)), attention
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_every_parameter_and_patch_has_the_same_gradient_with_checkpointing(name
 @pytest.mark.parametrize("name", [*METHODS, "DPCKNN, weighted"])
 def test_gradients_reach_the_tokens(name):
     """Each token that a new one is made of, which for K-Medoids are the medoids alone."""
-    reducer = make(name, layers=(1,), knob={"ToMe": 3, "LoTM": 3}.get(name))
+    reducer = make(name, layers=(1,), knob={"ToMe": 3, "LoTM": 3, "DHTMPlus": 3}.get(name))
     reducer.attach(6, 1, (3, 4), (1,))
     tokens = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     attention = Attention(1, keys=torch.randn(2, 3, 12, 2), cls=torch.rand(2, 12))

@@ -10,7 +10,7 @@ from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_atc import clusterings
-from test_merge import SIMILARITIES, merges, smooth
+from test_merge import SIMILARITIES, merges, on, smooth
 from test_random_merge import check_draws, draws
 
 from baselines import RandomMerge
@@ -20,15 +20,15 @@ from dhtm.reducer import Attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(tokens, k, regions=None, features=None, **options):
+def check(tokens, k, regions=None, features=None, masses=None, **options):
     """The kernels make the reference's merges, bit for bit."""
     expected, expected_regions = hierarchical_merge(
-        tokens, k, regions, features=features, backend="reference", **options
+        tokens, k, regions, features=features, masses=masses, backend="reference", **options
     )
     if regions is not None:
         regions = Regions(regions.assignment.to(DEVICE), regions.sizes.to(DEVICE), regions.grid)
-    features = None if features is None else features.to(DEVICE)
-    merged, new = hierarchical_merge(tokens.to(DEVICE), k, regions, features=features, backend="triton", **options)
+    there = {"features": on(DEVICE, features), "masses": on(DEVICE, masses)}
+    merged, new = hierarchical_merge(tokens.to(DEVICE), k, regions, backend="triton", **there, **options)
     assert torch.equal(new.assignment.cpu(), expected_regions.assignment)
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -47,6 +47,7 @@ def test_regions_and_features_given(case, seed):
     assume(k > 1)
     tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
     features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
+    options |= {"masses": None if options["masses"] is None else regions.sizes.double()}
     check(tokens, (k + 1) // 2, regions, features, **options)
 
 
@@ -125,13 +126,13 @@ from dhtm.kernels import gpu, gpu_common, gpu_pairs
 
 pointers = {"log_p": "*fp64", "inverse": "*fp64", "weights": "*fp32", "scores": "*fp32", "neighbours": "*i32", "stuck": "*i32"}
 pointers |= {"assignment": "*i64", "sizes": "*i64", "ids": "*i64", "token_map": "*i64", "places": "*i32", "seed": "i64"}
-pointers |= {"to_new": "*fp32", "scratch": "*i32"}
+pointers |= {"to_new": "*fp32", "scratch": "*i32", "mass": "*fp64"}
 pointers |= dict.fromkeys(("x", "carried", "measured", "merged"), "*fp32")
 blocks = {"STEPS": 4, "BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D": 128}
 on_pairs = gpu_pairs.merge_image, gpu_pairs.cluster_image
 for kernel in (gpu_common.describe_all, gpu._edge_scores, gpu._merge_image, gpu._draw_image, *on_pairs):
     pointers["scores"] = "*fp64" if kernel is gpu_pairs.cluster_image else "*fp32"
-    constants = {"KIND": int(sys.argv[1]), "TWO": True, "BY_SIZE": True, "LINKAGE": 2, **blocks}
+    constants = {"KIND": int(sys.argv[1]), "TWO": True, "MASSIVE": True, "BY_SIZE": True, "LINKAGE": 2, **blocks}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})

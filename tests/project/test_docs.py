@@ -85,6 +85,7 @@ def shortened(photos, weights, tmp_path):
                 "random",
                 "pitome",
                 "atc",
+                "dhtm_plus",
             )
             small = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2"]
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]

@@ -1,6 +1,8 @@
 """The committed reference run: what it shows, and that a part of it comes out again."""
 
 import json
+import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.runs.evaluate import evaluate
 
 EMBEDDED = ROOT / "results" / "embedded"
+PHOTOGRAPHS = ROOT / "results" / "imagenette"
 KS = [0, 10, 20, 30, 40, 48, 56]
 
 
@@ -71,3 +74,19 @@ def test_a_part_of_it_comes_out_again(committed, composed, tmp_path, overrides):
         assert metrics["kl"] == pytest.approx(reference.kl, rel=0.05)
         assert metrics["agreement"] == pytest.approx(reference.agreement, abs=0.2)
     assert json.loads((tmp_path / metrics["run_id"] / "metrics.json").read_text()) == metrics
+
+
+def test_a_row_of_the_photographs_comes_out_again(composed, tmp_path):
+    """The cheapest one, where the photographs are at hand: IMAGENETTE=DIR names them."""
+    folder = Path(os.environ.get("IMAGENETTE", ROOT / "data" / "imagenette"))
+    if not (folder / "val").is_dir():
+        pytest.skip(f"{folder}/val is missing: set IMAGENETTE to the folder that holds Imagenette's train/ and val/")
+    runs = pd.read_csv(PHOTOGRAPHS / "tables" / "runs.csv")
+    reference = runs[(runs.method == "tome") & (runs.targets == "60")].iloc[0]
+    overrides = ["backbone=deit_mini", "data=imagenette", f"data.root={folder}", "method=tome"]
+    overrides += [f"method.r={reference.value:.0f}", f"results_dir={tmp_path}", f"cache_dir={tmp_path}", "device=cpu"]
+    metrics = evaluate(door.evaluation(composed(*overrides)))
+    assert metrics["n_images"] == reference.n_images == 3925
+    assert metrics["weights_sha256"] == reference.weights_sha256
+    assert metrics["top1"] == pytest.approx(reference.top1, abs=0.2)
+    assert metrics["kl"] == pytest.approx(reference.kl, rel=0.05)
