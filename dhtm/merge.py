@@ -246,7 +246,7 @@ class DHTM(Reducer):
             by side), or "attention_output" (the attention branch before its residual add).
         proportional_attention: add the log of token sizes to the attention logits of later layers; the paper does not.
         mass: what discounts similarity, so that tokens of little mass merge first (see :func:`discount`): "size", the
-            patches of a token; "attention", what CLS pays it in this layer; None, nothing, as in the paper.
+            patches of a token; "attention", what it receives in this layer; None, nothing, as in the paper.
         total: merges over all layers, instead of k.
         inflect: how ``total`` is shared: from -1 (merges fall linearly to 0 over the layers) through 0 (even) to 1.
 
@@ -281,7 +281,7 @@ class DHTM(Reducer):
         }  # fmt: skip
         self.features, self.mass = features, mass
         of_features = {"keys": {"keys"}, "attention_output": {"output"}}.get(features, set())
-        self.needs = frozenset(of_features | ({"cls"} if mass == "attention" else set()))
+        self.needs = frozenset(of_features | ({"received"} if mass == "attention" else set()))
         self.proportional_attention = proportional_attention
 
     def merges_in(self, layer: int) -> int:
@@ -304,7 +304,7 @@ class DHTM(Reducer):
         elif self.features == "attention_output":
             features = attention.output
         if self.mass is not None:
-            masses = regions.sizes if self.mass == "size" else attention.cls
+            masses = regions.sizes if self.mass == "size" else attention.received
             masses = masses.float().clamp_min(torch.finfo(torch.float32).tiny)
         k = self.merges_in(attention.layer)
         return hierarchical_merge(tokens, k, regions, features=features, masses=masses, **self.options)
@@ -318,9 +318,8 @@ class DHTM(Reducer):
 class DHTMPlus(DHTM):
     """DHTM+: the variant of DHTM that changes a model's outputs least.
 
-    It differs from the paper's method in four ways, which were chosen on photographs kept out of training and test: merges in
-    every layer, more in early ones; averages weighted by patches; proportional attention; and similarity discounted by
-    the attention that CLS pays.
+    It differs from the paper's method in three ways, which were chosen on images that are not tested on: merges in every
+    layer, more in early ones; averages weighted by patches; and proportional attention.
 
     Args:
         total: merges over all layers.
@@ -340,7 +339,7 @@ class DHTMPlus(DHTM):
         features: str = "tokens",
         proportional_attention: bool = True,
         backend: str = "auto",
-        mass: str | None = "attention",
+        mass: str | None = None,
         inflect: float = -1.0,
     ):
         super().__init__(

@@ -124,6 +124,25 @@ def sample_regions(model: VisionTransformer, split: Split, n_images: int = 6) ->
     return pictures
 
 
+def draw_side_by_side(models: list[VisionTransformer], split: Split, index: int) -> tuple[Image.Image, list[int]]:
+    """Draw one image of a split beside its regions at the end of each model; return the picture, and the tokens left in each.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    image = split.dataset[index][0]
+    batch = torch.as_tensor(image)[None]
+    batch = split.normalise(batch) if split.normalise else batch
+    drawn, counts = [pixels_of(batch, models[0])[0]], []
+    for model in models:
+        with image_ids(model, torch.tensor([index])):
+            model.eval()(batch)
+        regions = dhtm.regions(model)
+        drawn.append(draw_regions(drawn[0], regions))
+        counts.append(regions.n_tokens)
+    return _strip(drawn), counts
+
+
 def merging_layers(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
     """Return the numbers of the layers that merged in the last forward pass, and the regions after each."""
     merged, n_before = [], model.patch_embed.num_patches

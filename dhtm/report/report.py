@@ -8,6 +8,7 @@ from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.tracking import Tracker, log_report
 from dhtm.report.ablation import ablation
 from dhtm.report.figures import figure1, figure4
+from dhtm.report.page.page import write_page
 from dhtm.report.runs import load_runs
 from dhtm.report.style import save_figure
 from dhtm.report.table1 import table1
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) -> None:
-    """Write output_dir/tables and output_dir/figures from the runs in results_dir, and log them to the tracker.
+    """Write output_dir/tables, output_dir/figures and output_dir/report.html from the runs, and log tables and figures.
 
     Raises:
         UserError: results_dir does not exist, a run in it is damaged, or nothing can be written to output_dir.
@@ -41,6 +42,8 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
         for name, draw in (("figure1", figure1), ("figure4", figure4))
     }
     log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
+    write_page(runs, tables, figures, results_dir, output_dir / "report.html")
     log.info("tables: %s\nfigures: %s", output_dir / "tables", output_dir / "figures")
+    log.info("report: %s", output_dir / "report.html")
     if tracker is not None:
         log_report(tracker, {name: table.data for name, table in tables.items()} | {"runs": runs}, figures)

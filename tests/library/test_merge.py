@@ -496,12 +496,12 @@ def test_total_is_shared_between_the_layers(total, n_layers, inflect):
         np.testing.assert_allclose(merges, np.linspace(*ends, n_layers), atol=1)
 
 
-def test_dhtm_plus_spares_what_cls_looks_at():
-    """Of two equally similar pairs the one that CLS pays less attention merges; regions keep their averages by patches."""
+def test_mass_spares_what_receives_attention():
+    """Of two equally similar pairs the one that receives less attention merges."""
     tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]]])
-    for cls, together in (([0.4, 0.4, 0.1, 0.1], [0, 1, 2, 2]), ([0.1, 0.1, 0.4, 0.4], [0, 0, 1, 2])):
-        reducer = dhtm.DHTMPlus(total=1, layers=(1,))
-        attention = Attention(layer=1, cls=torch.tensor([cls]))
+    for received, together in (([0.4, 0.4, 0.1, 0.1], [0, 1, 2, 2]), ([0.1, 0.1, 0.4, 0.4], [0, 0, 1, 2])):
+        reducer = dhtm.DHTM(1, layers=(1,), mass="attention")
+        attention = Attention(layer=1, received=torch.tensor([received]))
         _, regions = reducer(tokens, Regions.identity(1, (1, 4)), attention)
         assert regions.assignment.tolist() == [together]
 

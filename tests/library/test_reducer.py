@@ -22,7 +22,7 @@ METHODS = {
     method.__name__: method
     for method in (ToMe, LoTM, PiToMe, ATC, KMedoids, DPCKNN, TokenMergence, PatchMerger, Sinkhorn, SiT)
 }
-METHODS["DHTMPlus"] = functools.partial(dhtm.DHTMPlus, inflect=0)  # as many merges in each layer
+METHODS["DHTMPlus"] = functools.partial(dhtm.DHTMPlus, inflect=0, mass="attention")  # as many merges in each layer
 MERGING = {"ToMe": 20, "LoTM": 20, "PiToMe": 0.9, "DHTMPlus": 40}  # knobs; the other methods have a keep rate
 KEEP_RATE = [name for name in METHODS if name not in MERGING]
 LEARNED = ("PatchMerger", "Sinkhorn", "SiT")
@@ -115,7 +115,12 @@ def test_half_precision(name):
 def test_autocast_does_not_change_which_tokens_merge(name):
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randn(4, 196, 6, generator=rng)
-    attention = Attention(1, keys=torch.randn(4, 3, 196, 2, generator=rng), cls=torch.rand(4, 196, generator=rng))
+    attention = Attention(
+        1,
+        keys=torch.randn(4, 3, 196, 2, generator=rng),
+        cls=torch.rand(4, 196, generator=rng),
+        received=torch.rand(4, 196),
+    )
     reducer = make(name, {"ToMe": 40, "LoTM": 40, "PiToMe": 0.8, "DHTMPlus": 40}.get(name, 0.05), layers=(1,))
     reducer.attach(6, 1, (14, 14), (1,))
     arguments = tokens, Regions.identity(4, (14, 14)), attention
@@ -151,7 +156,7 @@ def test_gradients_reach_the_tokens(name):
     reducer = make(name, layers=(1,), knob={"ToMe": 3, "LoTM": 3, "DHTMPlus": 3}.get(name))
     reducer.attach(6, 1, (3, 4), (1,))
     tokens = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    attention = Attention(1, keys=torch.randn(2, 3, 12, 2), cls=torch.rand(2, 12))
+    attention = Attention(1, keys=torch.randn(2, 3, 12, 2), cls=torch.rand(2, 12), received=torch.rand(2, 12))
     new, regions = reducer(tokens, Regions.identity(2, (3, 4)), attention)
     new.square().sum().backward()
     n_reached = (tokens.grad.abs().amax(dim=2) > 0).sum(1)

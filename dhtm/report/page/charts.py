@@ -1,0 +1,99 @@
+"""Charts to hover over and to filter, as Vega-Lite."""
+
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from dhtm.report.registry import BACKBONES, DATA, entry_of
+
+ALL = "all"
+TRAINING = {True: "w/ train", False: "off the shelf"}
+METRICS = {  # a run's value and the ends of its interval
+    "top-1 (%)": ("top1", "ci_low", "ci_high"),
+    "KL from the unmerged model (nats)": ("kl", "kl_low", "kl_high"),
+}
+COSTS = {"FLOPs reduction (%)": "flops_reduction_pct", "images per second": "images_per_s"}
+
+
+def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
+    """Return the runs that a chart can show, one row each, with names for readers.
+
+    Args:
+        runs: from :func:`dhtm.report.runs.load_runs`.
+        images_per_s: of each run, by its id.
+    """
+    kept = runs[runs.plain.astype(bool) & ~runs.untrained.astype(bool)]
+    return pd.DataFrame(
+        {
+            "run": kept.run_id,
+            "method": [_series_name(run) for run in kept.itertuples()],
+            "training": kept.trained.astype(bool).map(TRAINING),
+            "backbone": [BACKBONES.get(name, name) for name in kept.backbone],
+            "data": [DATA.get(name, name) for name in kept.data],
+            "knob": [f"{run.knob} = {run.value:g}" if run.knob else "" for run in kept.itertuples()],
+            "images_per_s": kept.run_id.map(images_per_s),
+            **{column: kept[column] for column in ("flops_reduction_pct", "flops_g", "agreement")},
+            **{column: kept[column] for columns in METRICS.values() for column in columns},
+        }
+    )
+
+
+def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
+    """Return the Vega-Lite specification of one metric over the cost, with lists to choose what is shown.
+
+    Args:
+        data: from :func:`chart_data`.
+        metric: a key of METRICS.
+        description: for screen readers.
+    """
+    value, low, high = METRICS[metric]
+    data = data[(data[value] > 0) & data.images_per_s.notna()]
+    chosen = [_choice(name, [ALL, *sorted(data[name].unique())]) for name in ("method", "backbone", "training", "data")]
+    cost = alt.param("cost", bind=alt.binding_select(options=list(COSTS), name="over "), value=next(iter(COSTS)))
+    names = sorted(data.method.unique())
+    colours = [entry_of(_method_of(name)).colour for name in names]
+    shared = alt.Chart(data).transform_calculate(
+        x=f"cost == '{next(iter(COSTS))}' ? datum.flops_reduction_pct : datum.images_per_s"
+    )
+    for param in chosen:
+        shared = shared.transform_filter(f"{param.name} == '{ALL}' || datum.{param.name} == {param.name}")
+    scale = alt.Scale(type="log" if value == "kl" else "linear", zero=False)
+    encoded = shared.encode(
+        x=alt.X("x:Q", title=None),
+        color=alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=alt.Legend(columns=2, title=None)),
+        tooltip=[
+            "method", "training", "backbone", "data", "knob", "run",
+            *(alt.Tooltip(f"{column}:Q", format=".4~g") for column in (value, low, high, "flops_g", *COSTS.values())),
+        ],
+    )  # fmt: skip
+    line = encoded.mark_line(opacity=0.5).encode(
+        y=alt.Y(f"{value}:Q", title=metric, scale=scale), detail=["training:N", "backbone:N", "data:N"]
+    )
+    bars = encoded.mark_rule(opacity=0.6).encode(y=alt.Y(f"{low}:Q", title=metric, scale=scale), y2=f"{high}:Q")
+    points = encoded.mark_point(filled=True, size=50).encode(
+        y=alt.Y(f"{value}:Q", scale=scale), shape=alt.Shape("training:N", legend=None)
+    )
+    layered = alt.layer(line, bars, points).add_params(cost, *chosen)
+    title = alt.TitleParams(alt.expr(f"'{metric} over ' + cost"), anchor="start", fontSize=12)
+    return layered.properties(width="container", height=320, title=title, description=description).to_dict() | {
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "usermeta": {"embedOptions": {"actions": False, "renderer": "svg"}},
+    }
+
+
+def _choice(name: str, options: list[str]) -> alt.Parameter:
+    return alt.param(name, bind=alt.binding_select(options=options, name=f"{name} "), value=ALL)
+
+
+def _series_name(run: Any) -> str:
+    layers = "" if run.method in ("unmerged", "dhtm_plus") else f", layers {run.layers}"
+    return f"{entry_of(run.method).label}{layers}"
+
+
+def _method_of(name: str) -> str:
+    """Return the harness's name of a method from :func:`_series_name`."""
+    from dhtm.report.registry import METHODS
+
+    label = name.partition(", layers")[0]
+    return next((method for method, entry in METHODS.items() if entry.label == label), label)

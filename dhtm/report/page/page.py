@@ -1,0 +1,174 @@
+"""The page: what was run, tables, figures, charts, and for every number the run that it comes from."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import torch
+import vl_convert
+from PIL import Image
+from timm.data import resolve_data_config
+
+from dhtm.harness.config import evaluation_of_run
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.files import write_atomically
+from dhtm.harness.data.splits import open_split
+from dhtm.harness.models.weights import load_model
+from dhtm.harness.runs.directory import finished_runs
+from dhtm.harness.sweeps.status import states
+from dhtm.report.page.charts import METRICS, chart, chart_data
+from dhtm.report.page.where import agreement_between, by_class, methods_at_one_cost, most_changed
+from dhtm.report.regions import draw_side_by_side
+from dhtm.report.registry import named
+from dhtm.report.runs import Pair, pairs
+from dhtm.report.tables import Table
+
+TITLES = {
+    "table1": "Table 1: DHTM over k, and the FLOPs that the paper prints",
+    "table2": "Table 2: the methods at equal FLOPs, with paired tests",
+    "ablation": "Ablation: which DHTM is best?",
+}
+FIGURES = {
+    "figure1": "Figure 1: top-1 and KL from the unmerged model over the reduction of FLOPs, for every method",
+    "figure4": "Figure 4: DHTM against random merging",
+}
+N_PICTURES = 3
+MAX_METHODS = 6  # side by side
+
+
+def write_page(
+    runs: pd.DataFrame, tables: dict[str, Table], figures: dict[str, Path], results_dir: Path, file: Path
+) -> None:
+    """Write the report as one HTML file, without anything that a reader would have to load.
+
+    Args:
+        runs: from :func:`dhtm.report.runs.load_runs`.
+        tables, figures: by name; figures as PNG files.
+        results_dir: where the run directories are.
+    """
+    measured = finished_runs(results_dir)
+    speed = measured.set_index("run_id").images_per_s if "images_per_s" in measured else pd.Series(dtype=float)
+    data = chart_data(runs, speed)
+    charts = {
+        f"chart{number}": chart(
+            data, metric, f"{metric} of every run over its cost; the table of all runs has the numbers"
+        )
+        for number, metric in enumerate(METRICS, 1)
+        if data[METRICS[metric][0]].gt(0).any() and data.images_per_s.notna().any()
+    }
+    shown = {name: [(caption, _html(frame)) for caption, frame in table.parts] for name, table in tables.items()}
+    folder = Path(__file__).parent
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("page.html.j2")
+    html = template.render(
+        what=_html(_what_was_run(runs, measured)),
+        tables=[(TITLES[name], name, parts, tables[name].notes) for name, parts in shown.items()],
+        figures=[(FIGURES[name], _embedded(path.read_bytes())) for name, path in figures.items()],
+        charts=list(charts),
+        specifications=json.dumps(charts).replace("</", "<\\/"),
+        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;") if charts else "",
+        where=[found for pair in pairs(runs) if (found := _where(runs, pair, results_dir))],
+        problems=_problems(results_dir),
+        runs=_html(_all_runs(runs, speed)),
+        results_dir=results_dir,
+    )
+    write_atomically(file, lambda path: path.write_text(html, encoding="utf-8"))
+
+
+def _what_was_run(runs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per backbone and data set: how many runs and images, when, and on what."""
+    versions = measured.set_index("run_id").versions if "versions" in measured else pd.Series(dtype=object)
+    rows = []
+    for backbone, data in pairs(runs):
+        found = runs[(runs.backbone == backbone) & (runs.data == data)]
+        used = versions.get(found.sort_values("finished").run_id.iloc[-1], {})
+        rows.append(
+            {
+                "backbone and data": named(backbone, data), "runs": len(found), "images": f"{found.n_images.max():,}",
+                "splits": ", ".join(sorted(found.split.unique())), "dtype": ", ".join(sorted(found["dtype"].unique())),
+                "device": ", ".join(sorted(found.device.unique())), "first": found.finished.min(), "last": found.finished.max(),
+                "versions": ", ".join(f"{name} {number}" for name, number in used.items()),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] | None:
+    """Return what is shown of one backbone and data set: tables by caption, and pictures; None if there is nothing."""
+    target, frame = methods_at_one_cost(runs, pair)
+    if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
+        return None
+    merged = frame[frame.method != "unmerged"]
+    parts = {}
+    if frame.top1.notna().all():
+        parts["Top-1 by class, % with 95% intervals"] = by_class(frame, results_dir)
+    if merged.kl.notna().all():
+        parts["The images whose outputs change most"] = most_changed(merged, results_dir)
+    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(frame, results_dir)
+    pictures, reason = _pictures(merged.head(MAX_METHODS), results_dir)
+    tables = [(caption, _html(table)) for caption, table in parts.items()]
+    return {"title": f"{named(*pair)}, {target}% fewer FLOPs", "tables": tables, "pictures": pictures, "reason": reason}
+
+
+def _pictures(merged: pd.DataFrame, results_dir: Path) -> tuple[list[tuple[str, str]], str]:
+    """Return pictures of a few images with their regions under each method, or the reason why there are none."""
+    try:
+        runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
+        models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
+        split = open_split(
+            runs[0].data, runs[0].data.split, resolve_data_config(model=models[0]), models[0].num_classes
+        )
+    except UserError as error:
+        return [], str(error)
+    step = max(1, len(split.dataset) // N_PICTURES)
+    pictures = []
+    for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
+        with torch.inference_mode():
+            picture = draw_side_by_side(models, split, index)
+        names = [
+            f"{label} ({model_tokens} tokens)" for label, model_tokens in zip(merged.label, picture[1], strict=True)
+        ]
+        pictures.append((_embedded(_png(picture[0])), f"Image {index}, and its regions under {', '.join(names)}"))
+    return pictures, ""
+
+
+def _problems(results_dir: Path) -> pd.DataFrame | str:
+    """Return the runs of sweeps that have no result, with the reason; "" if there are none."""
+    rows = []
+    for file in sorted(results_dir.glob("sweeps/*/sweep.json")):
+        overrides = json.loads(file.read_text())["runs"]
+        for settings, run in zip(overrides, states(file.parent), strict=True):
+            if run["state"] != "done":
+                wanted = " ".join(one for one in settings if "_dir=" not in one)
+                rows.append({"run": wanted, "state": run["state"], "reason": run.get("reason", "")})
+    return _html(pd.DataFrame(rows).drop_duplicates()) if rows else ""
+
+
+def _all_runs(runs: pd.DataFrame, speed: pd.Series) -> pd.DataFrame:
+    kept = ["run_id", "backbone", "data", "split", "method", "layers", "options", "knob", "value", "trained", "targets"]
+    kept += ["n_images", "top1", "ci_low", "ci_high", "kl", "agreement", "flops_g", "flops_reduction_pct"]
+    frame = runs[kept].assign(images_per_s=runs.run_id.map(speed))
+    digits = dict.fromkeys(("top1", "ci_low", "ci_high", "agreement", "flops_reduction_pct", "images_per_s"), "{:.2f}")
+    digits |= {"kl": "{:.2g}", "flops_g": "{:.4f}", "value": "{:g}"}
+    for column, form in digits.items():
+        frame[column] = ["" if pd.isna(value) else form.format(value) for value in frame[column].astype(float)]
+    return frame.fillna("")
+
+
+def _html(frame: pd.DataFrame) -> str:
+    return frame.to_html(index=False, border=0, escape=True, na_rep="")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

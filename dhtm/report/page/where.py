@@ -1,0 +1,76 @@
+"""Where the accuracy goes: by class, by image, and between methods."""
+
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import pandas as pd
+from sklearn.metrics import cohen_kappa_score
+
+from dhtm.harness.runs.directory import predictions
+from dhtm.harness.runs.metrics import share_interval
+from dhtm.report.registry import entry_of
+from dhtm.report.runs import Pair, at_target
+from dhtm.report.tables import number, with_interval
+
+TARGETS = (40, 30, 20, 50, 10, 60)  # percent fewer FLOPs; the first at which most methods have runs is looked at
+MOST = 5  # images whose outputs change most
+
+
+def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.DataFrame]:
+    """Return the off-the-shelf runs that were solved for the same target, the unmerged one first, and the target.
+
+    The target is the one with most methods; None if no run was solved for one.
+    """
+    found = {target: at_target(runs, *pair, target) for target in TARGETS}
+    found = {
+        target: frame[~frame.trained.astype(bool) & ~frame.untrained.astype(bool)] for target, frame in found.items()
+    }
+    target = max(found, key=lambda target: found[target].target.notna().sum())
+    frame = found[target]
+    if not frame.target.notna().any() or not (frame.method == "unmerged").any():
+        return None, frame
+    frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
+    return target, frame.sort_values("target", na_position="first", kind="stable")
+
+
+def by_class(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+    """Return top-1 in percent with its interval, one row per class and one column per method."""
+    columns = {}
+    for run in frame.itertuples():
+        found = predictions(results_dir / run.run_id)
+        columns[run.label] = {
+            str(label): with_interval(
+                100 * of_class.correct.mean(), *share_interval(of_class.correct, of_class.get("group")), 1
+            )
+            for label, of_class in found.groupby("label")
+        }
+    return pd.DataFrame(columns).rename_axis("class").reset_index()
+
+
+def most_changed(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+    """Return the images of greatest KL under each method, with their classes."""
+    rows = []
+    for run in frame[frame.method != "unmerged"].itertuples():
+        found = predictions(results_dir / run.run_id).nlargest(MOST, "kl")
+        for index, image in found.iterrows():
+            rows.append(
+                {
+                    "method": run.label, "image": f"{index}", "KL, nats": number(image.kl, 4), "class": f"{image.label:.0f}",
+                    "unmerged model": f"{image.unmerged_class:.0f}", "merged model": f"{image.class_1:.0f}",
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def agreement_between(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+    """Return Cohen's kappa of the best classes of every two methods: 1 if they always agree, 0 if as often as by chance."""
+    best = {run.label: predictions(results_dir / run.run_id).class_1 for run in frame.itertuples()}
+    table = pd.DataFrame("", index=list(best), columns=list(best))
+    for a, b in combinations_with_replacement(best, 2):
+        table.loc[b, a] = number(cohen_kappa_score(best[a], best[b]), 3)
+    return table.rename_axis("kappa").reset_index()
+
+
+def _label(run) -> str:
+    label = entry_of(run.method).label
+    return f"{label}, all layers" if run.method == "dhtm" and run.layers == "all" else label
