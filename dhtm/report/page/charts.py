@@ -5,13 +5,13 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from dhtm.report.registry import BACKBONES, DATA, entry_of
+from dhtm.report.registry import BACKBONES, DATA, METHODS, entry_of
 
 ALL = "all"
 TRAINING = {True: "w/ train", False: "off the shelf"}
 METRICS = {  # a run's value and the ends of its interval
     "top-1 (%)": ("top1", "ci_low", "ci_high"),
-    "KL from the unmerged model (nats)": ("kl", "kl_low", "kl_high"),
+    "KL (nats)": ("kl", "kl_low", "kl_high"),
 }
 COSTS = {"FLOPs reduction (%)": "flops_reduction_pct", "images per second": "images_per_s"}
 
@@ -48,7 +48,9 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
         description: for screen readers.
     """
     value, low, high = METRICS[metric]
-    data = data[(data[value] > 0) & data.images_per_s.notna()]
+    data = data[data[value].notna() & data.images_per_s.notna()]
+    if value == "kl":  # which is zero, and has no logarithm, where nothing is merged
+        data = data[(data.kl > 0) & (data.flops_reduction_pct > 0)]
     chosen = [_choice(name, [ALL, *sorted(data[name].unique())]) for name in ("method", "backbone", "training", "data")]
     cost = alt.param("cost", bind=alt.binding_select(options=list(COSTS), name="over "), value=next(iter(COSTS)))
     names = sorted(data.method.unique())
@@ -58,10 +60,11 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
     )
     for param in chosen:
         shared = shared.transform_filter(f"{param.name} == '{ALL}' || datum.{param.name} == {param.name}")
-    scale = alt.Scale(type="log" if value == "kl" else "linear", zero=False)
+    scale = alt.Scale(type="log") if value == "kl" else alt.Scale(zero=False)
+    legend = alt.Legend(columns=2, title=None, orient="bottom")
     encoded = shared.encode(
         x=alt.X("x:Q", title=None),
-        color=alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=alt.Legend(columns=2, title=None)),
+        color=alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
         tooltip=[
             "method", "training", "backbone", "data", "knob", "run",
             *(alt.Tooltip(f"{column}:Q", format=".4~g") for column in (value, low, high, "flops_g", *COSTS.values())),
@@ -93,7 +96,5 @@ def _series_name(run: Any) -> str:
 
 def _method_of(name: str) -> str:
     """Return the harness's name of a method from :func:`_series_name`."""
-    from dhtm.report.registry import METHODS
-
     label = name.partition(", layers")[0]
     return next((method for method, entry in METHODS.items() if entry.label == label), label)

@@ -58,7 +58,7 @@ def write_page(
             data, metric, f"{metric} of every run over its cost; the table of all runs has the numbers"
         )
         for number, metric in enumerate(METRICS, 1)
-        if data[METRICS[metric][0]].gt(0).any() and data.images_per_s.notna().any()
+        if (data[METRICS[metric][0]].gt(0) & data.images_per_s.notna()).any()
     }
     shown = {name: [(caption, _html(frame)) for caption, frame in table.parts] for name, table in tables.items()}
     folder = Path(__file__).parent

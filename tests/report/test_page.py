@@ -1,0 +1,95 @@
+"""The web page of the report, opened in a real browser."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from made_up import write_solved_run
+
+from dhtm.report import table1 as table1_module
+from dhtm.report.report import report
+
+BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
+METHODS = ("unmerged", "dhtm", "tome", "lotm", "atc")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    rng = np.random.default_rng(0)
+    for number, method in enumerate(METHODS):
+        kl = np.zeros(200) if method == "unmerged" else rng.exponential(0.01 * number, 200)
+        speed = {"images_per_s": 50.0 + number}
+        write_solved_run(folder / "runs", number, method, correct=rng.random(200) < 0.9, kl=kl, **speed)
+    write_solved_run(folder / "runs", 9, "sit", trained=True, correct=rng.random(200) < 0.8, images_per_s=60.0)
+    with pytest.MonkeyPatch.context() as patch:  # without counting the FLOPs of DeiT 42 times
+        patch.setattr(
+            table1_module, "gflops", lambda backbone, ks: dict.fromkeys(table1_module.SCHEDULES, [1.0] * len(ks))
+        )
+        report(folder / "runs", folder / "out")
+    return folder / "out" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not all(BROWSER):
+        pytest.skip("chromium and chromedriver (Debian's chromium-driver) are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER[0]
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(BROWSER[1]))
+    yield driver
+    driver.quit()
+
+
+def marks(browser, chart):
+    """The points of a chart, each with what a screen reader says of it, once it is drawn."""
+    for _ in range(100):
+        if found := browser.find_elements("css selector", f"#{chart} .mark-symbol.role-mark path"):
+            return [mark.get_attribute("aria-label") for mark in found]
+        time.sleep(0.1)
+    raise AssertionError(f"{chart} is not drawn")
+
+
+def test_it_is_small_and_names_the_run_of_every_method(page):
+    html = page.read_text()
+    assert len(html.encode()) < 4_000_000
+    for number in (*range(len(METHODS)), 9):
+        assert f"{number:016x}" in html
+    for heading in ("What was run", "Figures", "Where the accuracy goes", "What is missing", "All runs"):
+        assert f"<h2>{heading}</h2>" in html
+    assert html.count("<figure><img src") == html.count('" alt="') > 0
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_nothing_overflows_and_nothing_is_loaded(page, browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    marks(browser, "chart1")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+    requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
+    assert not [request for request in requests if '"url":"http' in request]
+
+
+def test_filters_change_what_is_shown(page, browser):
+    from selenium.webdriver.support.ui import Select
+
+    browser.get(page.as_uri())
+    everything = marks(browser, "chart1")
+    assert len(everything) == len(METHODS) + 1 and any("SiT" in mark for mark in everything)
+    lists = {label.text.split()[0]: label for label in browser.find_elements("css selector", "#chart1 label")}
+    for name, choice, expected in (
+        ("training", "w/ train", 1),
+        ("training", "all", 6),
+        ("method", "DHTM, layers 4,7,11", 1),
+    ):
+        Select(lists[name].find_element("css selector", "select")).select_by_visible_text(choice)
+        time.sleep(0.5)
+        assert len(marks(browser, "chart1")) == expected
