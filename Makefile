@@ -27,7 +27,8 @@ endif
 
 help: ## list the targets
 	@echo "dhtm: Dynamic Hierarchical Token Merging for Vision Transformers"
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@list() { grep -hE "^[a-z]+:.*##" $(MAKEFILE_LIST) | grep $$1 -E "^(sweep|test|report|status|bench):" | awk -F ":.*## " '{printf "  make %-12s %s\n", $$1, $$2}'; }; \
+	echo "Start with:"; list -s; echo "Also:"; list -v
 	@echo
 	@echo "  make sweep ARGS=\"backbone=deit_small data=imagenet data.root=/imagenet\"   Hydra overrides"
 	@echo "  make setup TORCH='torch==2.11.0 torchvision==0.26.0'                      another PyTorch, for an older driver"

@@ -109,6 +109,7 @@ class Sweep(Callback):
         os.environ[_RECORD] = str(file)
         file.unlink(missing_ok=True)
         record(state="running", started=_now())
+        log.info("%s", status.progress(self.folder, number))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Record how a run ended. If it failed, hide that from Hydra, which would end the sweep."""

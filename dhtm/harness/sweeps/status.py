@@ -45,6 +45,21 @@ def table(folder: Path) -> str:
     return f"{sweep['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{summary}"
 
 
+def progress(folder: Path, number: int) -> str:
+    """Say which of how many runs a sweep is at, and when it will be done if the rest takes as long as what is done."""
+    runs = states(folder)
+    done = [run for run in runs if run["state"] == "done"]
+    if not done:
+        return f"run {number + 1} of {len(runs)}"
+    now, times = (
+        datetime.datetime.now(datetime.timezone.utc),
+        [[*map(_time, (run["started"], run["ended"]))] for run in done],
+    )
+    each = sum((ended - started for started, ended in times), datetime.timedelta()) / len(done)
+    ends = (now + each * (len(runs) - number)).astimezone()
+    return f"run {number + 1} of {len(runs)}; this sweep will be done at about {ends:%H:%M}"
+
+
 def run_file(folder: Path, number: int, ending: str) -> Path:
     """Return a file of one run of a sweep: json (what became of it), log, or lock (held while it is carried out)."""
     return folder / f"{number:03d}.{ending}"
@@ -64,7 +79,11 @@ def _remark(folder: Path, number: int, run: dict) -> str:
 
 
 def _when(stamp: str) -> str:
-    return f"{datetime.datetime.fromisoformat(stamp):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{_time(stamp):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _time(stamp: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(stamp)
 
 
 def _n_stored(run: Path) -> int:
