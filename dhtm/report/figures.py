@@ -15,23 +15,27 @@ from dhtm.report.style import SIZES, draw_intervals, plt
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
+ZOOM = 2  # points of top-1 below the unmerged model that the close-up shows
 COMPARED = [Series(METHODS[method].label, method, "4,7,11", False) for method in ("dhtm", "random")]  # in Figure 4
 
 
 def figure1(runs: pd.DataFrame) -> Figure:
     """Draw DHTM against other methods over the reduction of FLOPs that was reached: top-1, and KL from the unmerged model.
 
-    There is a column for each backbone and data set with runs solved for three targets, and one with the published points.
-    Methods whose own parameters were never trained are not drawn: they would show nothing and compress the others.
+    There is a column for each backbone and data set with runs solved for three targets, and one with the published points,
+    below which the first column's top-1 is drawn again from close by. Methods whose own parameters were never trained are
+    not drawn: they would show nothing and compress the others.
     """
     panels = _panels(runs, lambda pair: at_target(runs, *pair), lambda frame: frame.target.nunique() >= MIN_TARGETS)
     figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
-    handles = {}
+    handles, zoom = {}, _zoom(axes, panels) if below[0] else None
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in [*SERIES.values(), *_unknown_series(frame)]:
             points = of_series(frame, series).drop_duplicates("run_id")
             if series.label and len(points):
                 handles[series.label] = _draw(ax, points, "flops_reduction_pct", series.label, series.style)
+                if zoom and ax is axes[0]:
+                    draw_intervals(zoom, points, "flops_reduction_pct", ["top1"], series.label, series.style)
                 if ax_kl:
                     _draw_kl(ax_kl, points, "flops_reduction_pct", series.label, series.style)
         for top1 in frame.top1[frame.method == "unmerged"]:
@@ -107,6 +111,21 @@ def _axes(
             below[-1].set(xlabel=xlabel, ylabel="KL from the unmerged model (nats)", yscale="log")
     axes[0].set_ylabel("top-1 accuracy (%)")
     return figure, axes, below
+
+
+def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
+    """Add a panel below the last one, for the top-1 of the first panel near that of the unmerged model."""
+    pair, frame = next(iter(panels.items()))
+    ax = axes[-1].figure.add_subplot(axes[-1].get_subplotspec().get_gridspec()[1, -1], sharex=axes[0])
+    top1 = frame.top1[frame.method == "unmerged"].max()
+    ax.set(
+        ylim=(top1 - ZOOM, top1 + ZOOM / 2),
+        title=f"{named(*pair)}: top-1 from close by, no intervals",
+        xlabel="FLOPs reduction (%)",
+    )
+    ax.set_ylabel("top-1 accuracy (%)")
+    ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
+    return ax
 
 
 def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> Line2D:

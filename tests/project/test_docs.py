@@ -14,6 +14,9 @@ import timm
 import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+
+from dhtm.harness.models.backbones import Backbone
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EMBEDDED = ROOT / "results" / "embedded" / "tables"
@@ -58,15 +61,31 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for size in ("tiny", "small"):
         torch.save(timm.create_model(f"deit_{size}_patch16_224").state_dict(), folder / f"deit_{size}.pth")
+    save_file(Backbone("deit_mini", "deit_mini", 10).bare().state_dict(), folder / "deit_mini.safetensors")
     return folder
 
 
+@pytest.fixture(scope="module")
+def imagenette(photos, tmp_path_factory):
+    """The ten classes of Imagenette, each with ten copies of one photograph."""
+    root = tmp_path_factory.mktemp("imagenette")
+    for number in ("01440764", "02102040", "02979186", "03000684", "03028079", "03394916", "03417042", "03425413", "03445777",
+                   "03888257"):  # fmt: skip
+        for split in ("train", "val"):
+            folder = root / split / f"n{number}"
+            folder.mkdir(parents=True)
+            for i in range(10):
+                shutil.copy(next((photos / "val").glob("*/*")), folder / f"{i}.JPEG")
+    return root
+
+
 @pytest.fixture
-def shortened(photos, weights, tmp_path):
+def shortened(photos, imagenette, weights, tmp_path):
     """Shorten a command's arguments: small data, and results in a folder of the test's own."""
 
     def shorten(script, *arguments):
-        places = {"/imagenet": photos, "/photos": photos / "val", "/weights": weights}
+        is_mini = any("imagenette" in one for one in arguments)
+        places = {"/imagenette": imagenette, "/imagenet": photos, "/photos": photos / "val", "/weights": weights}
         for place, own in places.items():
             arguments = [one.replace(f"={place}", f"={own}") for one in arguments]
         photographs = any(one.startswith("data.root=") for one in arguments)
@@ -91,7 +110,7 @@ def shortened(photos, weights, tmp_path):
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]
             others = [one for one in arguments if not one.startswith("backbone=")]
             return [*others, *small, *(f"~methods.{name}" for name in slow)]
-        if photographs and not any(one.startswith("backbone.checkpoint") for one in arguments):
+        if photographs and not is_mini and not any(one.startswith("backbone.checkpoint") for one in arguments):
             arguments = ["backbone=deit_tiny" if one.startswith("backbone=") else one for one in arguments]
             arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
         if script == "visualize":
