@@ -141,10 +141,11 @@ def _problems(results_dir: Path) -> pd.DataFrame | str:
     """Return the runs of sweeps that have no result, with the reason; "" if there are none."""
     rows = []
     for file in sorted(results_dir.glob("sweeps/*/sweep.json")):
-        overrides = json.loads(file.read_text())["runs"]
-        for settings, run in zip(overrides, states(file.parent), strict=True):
+        sweep = json.loads(file.read_text())["runs"]
+        common = set.intersection(*map(set, sweep)) if len(sweep) > 1 else set()
+        for overrides, run in zip(sweep, states(file.parent), strict=True):
             if run["state"] != "done":
-                wanted = " ".join(one for one in settings if "_dir=" not in one)
+                wanted = " ".join(override for override in overrides if override not in common)
                 rows.append({"run": wanted, "state": run["state"], "reason": run.get("reason", "")})
     return _html(pd.DataFrame(rows).drop_duplicates()) if rows else ""
 

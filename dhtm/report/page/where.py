@@ -8,7 +8,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
-from dhtm.report.registry import entry_of
+from dhtm.report.registry import METHODS, entry_of
 from dhtm.report.runs import Pair, at_target
 from dhtm.report.tables import number, with_interval
 
@@ -30,7 +30,7 @@ def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.
     if not frame.target.notna().any() or not (frame.method == "unmerged").any():
         return None, frame
     frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
-    return target, frame.sort_values("target", na_position="first", kind="stable")
+    return target, frame.sort_values("method", key=lambda methods: methods.map(_place), kind="stable")
 
 
 def by_class(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
@@ -69,6 +69,11 @@ def agreement_between(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     for a, b in combinations_with_replacement(best, 2):
         table.loc[b, a] = number(cohen_kappa_score(best[a], best[b]), 3)
     return table.rename_axis("kappa").reset_index()
+
+
+def _place(method: str) -> int:
+    """Return a method's place in the registry, where the unmerged model is first."""
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def _label(run) -> str:
