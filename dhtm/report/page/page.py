@@ -1,6 +1,7 @@
 """The page: what was run, tables, figures, charts, and for every number the run that it comes from."""
 
 import base64
+import functools
 import io
 import json
 from pathlib import Path
@@ -71,7 +72,7 @@ def write_page(
         figures=[(FIGURES[name], _embedded(path.read_bytes())) for name, path in figures.items()],
         charts=list(charts),
         specifications=json.dumps(charts).replace("</", "<\\/"),
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;") if charts else "",
+        script=_vega() if charts else "",
         where=[found for pair in pairs(runs) if (found := _where(runs, pair, results_dir))],
         problems=_problems(results_dir),
         runs=_html(_all_runs(runs, speed)),
@@ -123,17 +124,15 @@ def _pictures(merged: pd.DataFrame, results_dir: Path) -> tuple[list[tuple[str, 
         split = open_split(
             runs[0].data, runs[0].data.split, resolve_data_config(model=models[0]), models[0].num_classes
         )
+        step = max(1, len(split.dataset) // N_PICTURES)
+        pictures = []
+        for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
+            with torch.inference_mode():
+                picture, counts = draw_side_by_side(models, split, index)
+            names = [f"{label} ({n} tokens)" for label, n in zip(merged.label, counts, strict=True)]
+            pictures.append((_embedded(_png(picture)), f"Image {index}, and its regions under {', '.join(names)}"))
     except UserError as error:
         return [], str(error)
-    step = max(1, len(split.dataset) // N_PICTURES)
-    pictures = []
-    for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
-        with torch.inference_mode():
-            picture = draw_side_by_side(models, split, index)
-        names = [
-            f"{label} ({model_tokens} tokens)" for label, model_tokens in zip(merged.label, picture[1], strict=True)
-        ]
-        pictures.append((_embedded(_png(picture[0])), f"Image {index}, and its regions under {', '.join(names)}"))
     return pictures, ""
 
 
@@ -159,6 +158,12 @@ def _all_runs(runs: pd.DataFrame, speed: pd.Series) -> pd.DataFrame:
     for column, form in digits.items():
         frame[column] = ["" if pd.isna(value) else form.format(value) for value in frame[column].astype(float)]
     return frame.fillna("")
+
+
+@functools.cache
+def _vega() -> str:
+    """Return Vega and Vega-Lite as one script."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _html(frame: pd.DataFrame) -> str:
