@@ -30,21 +30,22 @@ _OURS = [
     "flops_reduction_pct",
 ]  # fmt: skip
 _COMPARED = [
-    "difference", "difference_low", "difference_high", "dhtm_only", "other_only", "p",
+    "difference", "difference_low", "difference_high", "reference_only", "other_only", "p",
     "kl_difference", "kl_difference_low", "kl_difference_high", "kl_p",
 ]  # fmt: skip
 _COLUMNS = [
-    "backbone", "data", "target", "group", "method", "published_top1", "published_flops_g", *_OURS, *_COMPARED
+    "backbone", "data", "target", "group", "method", "reference", "published_top1", "published_flops_g", *_OURS, *_COMPARED
 ]  # fmt: skip
-_NUMBERS = [column for column in _COLUMNS[5:] if column not in ("run_id", "knob", "trained", "untrained")]
+_NUMBERS = [column for column in _COLUMNS[6:] if column not in ("run_id", "knob", "trained", "untrained")]
 
 NOTES = [
     "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Methods are compared at equal "
     "counted FLOPs, not at equal knobs: the knob of each (k, r, ratio or keep rate) is solved for the target, and the table "
     "prints the reduction that was reached. Top-1 has a 95% interval.",
-    "DHTM − this is top-1 of DHTM minus top-1 of the row, with a paired bootstrap 95% interval (10,000 resamples). p is "
-    "two-sided, of the exact sign-flip permutation test over scans; without groups this is the exact McNemar test. Both "
-    "need the predictions of two runs on the same images, so nothing is compared with a published number.",
+    "DHTM − this is top-1 of DHTM, or of DHTM+ where DHTM cannot save so much, minus top-1 of the row, with a paired bootstrap "
+    "95% interval (10,000 resamples). p is two-sided, of the exact sign-flip permutation test over scans; without groups this is "
+    "the exact McNemar test. Both need the predictions of two runs on the same images, so nothing is compared with a published "
+    "number.",
     "Each scan of the embedded scenes is in four images, so their intervals and tests resample or flip whole scans. On other "
     "data images are independent, and the interval of top-1 is Wilson's.",
     "KL is the Kullback-Leibler divergence, in nats, of the unmerged model's class probabilities from the merged model's; "
@@ -107,17 +108,24 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
     paper = published("table2").assign(data="imagenet", target=TARGET)
     paper = paper.query("backbone == @backbone and data == @data and target == @target").set_index("method")
     ours = at_target(runs, backbone, data, target)
-    dhtm = _run(ours, "DHTM")
-    reference = None if dhtm is None else predictions(results_dir / dhtm.run_id)
+    reference = next((name for name in ("DHTM", "DHTM+") if _run(ours, name) is not None), None)
+    first = None if reference is None else predictions(results_dir / _run(ours, reference).run_id)
     rows = []
     for name, group, run in _rows(ours, backbone):
-        row = {"backbone": backbone, "data": data, "target": target, "group": group, "method": name}
+        row = {
+            "backbone": backbone,
+            "data": data,
+            "target": target,
+            "group": group,
+            "method": name,
+            "reference": reference,
+        }
         row |= {"published_top1": paper.top1.get(name), "published_flops_g": paper.flops_g.get(name)}
         if run is not None:
             row |= run[_OURS].to_dict()
-        if run is not None and reference is not None and name != "DHTM":
-            found = compare(reference, predictions(results_dir / run.run_id))
-            only = {"first_only": "dhtm_only", "second_only": "other_only"}
+        if run is not None and reference is not None and name != reference:
+            found = compare(first, predictions(results_dir / run.run_id))
+            only = {"first_only": "reference_only", "second_only": "other_only"}
             row |= {only.get(column, column): value for column, value in found.items()}
         if run is not None or target == TARGET:
             rows.append(row)
@@ -159,7 +167,7 @@ def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tup
         cells["GFLOPs"] = number(row.flops_g, 4 if row.flops_g < 1 else 3)
         cells["reduction %"] = number(row.flops_reduction_pct, 1)
         interval = (row.difference, row.difference_low, row.difference_high)
-        cells["DHTM − this, points"] = with_interval(*interval, signed=True)
+        cells[f"{row.reference or 'DHTM'} − this, points"] = with_interval(*interval, signed=True)
         cells["p"] = p_cell(row.p, row.p_holm)
         rows.append(cells)
     return caption_of(backbone, data, frame.n_images, f"{target}% fewer FLOPs"), pd.DataFrame(rows)
@@ -173,7 +181,7 @@ def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) ->
         cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
         cells["reduction %"] = number(row.flops_reduction_pct, 1)
         interval = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-        cells["DHTM − this, nats"] = with_interval(*interval, two_digits(row.kl_difference), signed=True)
+        cells[f"{row.reference} − this, nats"] = with_interval(*interval, two_digits(row.kl_difference), signed=True)
         cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
         rows.append(cells)
     caption = caption_of(

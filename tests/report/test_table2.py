@@ -71,7 +71,7 @@ def test_methods_are_compared_image_by_image(tmp_path):
     )
     rows = rows_of(table)
     lotm = rows.loc["LoTM"]
-    assert (lotm.dhtm_only, lotm.other_only) == (100, 70)
+    assert (lotm.reference_only, lotm.other_only) == (100, 70)
     assert lotm.difference == pytest.approx(100 * 30 / 1200)
     assert lotm.difference_low < lotm.difference < lotm.difference_high
     assert lotm.p == pytest.approx(mcnemar(100, 70))
