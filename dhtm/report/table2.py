@@ -43,7 +43,7 @@ NOTES = [
     "counted FLOPs, not at equal knobs: the knob of each (k, r, ratio or keep rate) is solved for the target, and the table "
     "prints the reduction that was reached. Top-1 has a 95% interval.",
     "DHTM − this is top-1 of DHTM, or of DHTM+ where DHTM cannot save so much, minus top-1 of the row, with a paired bootstrap "
-    "95% interval (10,000 resamples). p is two-sided, of the exact sign-flip permutation test over scans; without groups this is "
+    "95% interval (10,000 resamples). p is two-sided, of the exact sign-flip permutation test over scans; without groups it is "
     "the exact McNemar test. Both need the predictions of two runs on the same images, so nothing is compared with a published "
     "number.",
     "Each scan of the embedded scenes is in four images, so their intervals and tests resample or flip whole scans. On other "
