@@ -11,6 +11,7 @@ from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, p_cell, two_digits, with_interval
 
 TARGETS = (30, 40)  # percent fewer FLOPs
+MIN_OPTIONS = 4  # fewer are not an ablation: every sweep has DHTM, DHTM in all layers, and DHTM+
 _SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
 _DEFAULT = "the paper's"
 _COMPARED = [
@@ -36,7 +37,7 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
         solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
         for _, frame in solved.groupby(_SAME, dropna=False):
             frame = frame.drop_duplicates("changed", keep="last")
-            if len(frame) > 2 and _DEFAULT in set(frame.changed):
+            if len(frame) > MIN_OPTIONS and _DEFAULT in set(frame.changed):
                 frames.append(_compared(frame.sort_values("kl"), results_dir))
     if not frames:
         return None
