@@ -210,6 +210,5 @@ def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
     if kl.empty:
         return ""
     ratio = kl["random"] / kl["dhtm"]
-    return (
-        f"{named(*pair)}: random merging has {ratio.min():.0f} to {ratio.max():.0f} times the KL of DHTM at the same k."
-    )
+    low, high = (f"{value:.1f}" if value < 10 else f"{value:,.0f}" for value in (ratio.min(), ratio.max()))
+    return f"{named(*pair)}: random merging has {low} to {high} times the KL of DHTM at the same k."
