@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from dhtm.harness import config as door
 from dhtm.harness.data.scenes import N_TEST_SCENES, Digits, scans, scenes
+from dhtm.harness.runs.evaluate import evaluate
 
 
 def test_scans_of_the_splits_are_disjoint():
@@ -69,3 +71,9 @@ def test_a_scene_has_an_object_a_background_and_distractors():
     away = np.stack([np.hypot(columns - x, rows - y) > 20 for x, y in centres])
     assert (hard[away] > 150).any(), "distractors are as bright as digits"
     assert hard[away].std() > 5 * plain[away].std() or plain[away].std() == 0
+
+
+def test_the_training_split_can_be_evaluated(composed, tmp_path):
+    folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
+    metrics = evaluate(door.evaluation(composed("data.split=train", "data.limit=20", *folders)))
+    assert metrics["split"] == "train" and metrics["n_images"] == 20 and metrics["kl"] < 0.1

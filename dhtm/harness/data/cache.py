@@ -43,14 +43,15 @@ def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, 
         num_workers: processes that decode images; None for one per core.
 
     Returns:
-        The split with ``normalise`` set and a :class:`CachedImages`; the split itself where its images are in memory or the
-        preprocessing does not end with a conversion to a tensor and a normalisation.
+        The split with ``normalise`` set and a :class:`CachedImages`; the split itself where its images are in memory,
+        they change every epoch, or the preprocessing does not end with a conversion to a tensor and a normalisation.
 
     Raises:
         UserError: the cache lacks images and cannot be written.
     """
     *crop, to_tensor, normalize = create_transform(**preprocessing).transforms
-    if split.in_memory or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
+    kept = not split.in_memory and split.new_each_epoch is None
+    if not kept or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
         return split
     cropped = data.open(name, Compose([*crop, PILToTensor()])).dataset
     # timm's transforms do not print the colour that they fill borders with.
