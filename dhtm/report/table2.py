@@ -60,7 +60,7 @@ NOTES = [
     "training would give.",
     "(untrained): the method's own parameters were never trained, so the row shows that it runs and not what it can do.",
     "w/ train rows are of weights that were trained with the method. On embedded data all of them, including ToMe w/train, "
-    "were fine-tuned briefly from deit_micro, those of PatchMerger, Sinkhorn, SiT and DPC-KNN before the methods were changed "
+    "were fine-tuned briefly from deit_micro, those of SiT and DPC-KNN before the methods were changed "
     "to follow their authors' code. The published ones had 30 epochs from DeiT (Haurum et al. 2023) or, for ToMe, "
     "300 from scratch.",
     "Token mergence (Bian et al. 2023) is not in the paper's table; its abstract reports 33% fewer FLOPs and 0.1 points less "
