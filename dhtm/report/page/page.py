@@ -136,8 +136,8 @@ def _pictures(merged: pd.DataFrame, results_dir: Path) -> tuple[list[tuple[str, 
     return pictures, ""
 
 
-def _problems(results_dir: Path) -> pd.DataFrame | str:
-    """Return the runs of sweeps that have no result, with the reason; "" if there are none."""
+def _problems(results_dir: Path) -> str:
+    """Return a table of the runs of sweeps that have no result, with the reason; "" if there are none."""
     rows = []
     for file in sorted(results_dir.glob("sweeps/*/sweep.json")):
         sweep = json.loads(file.read_text())["runs"]
