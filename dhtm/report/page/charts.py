@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from dhtm.report.registry import BACKBONES, DATA, METHODS, entry_of
+from dhtm.report.registry import BACKBONES, DATA, entry_of
 
 ALL = "all"
 TRAINING = {True: "w/ train", False: "off the shelf"}
@@ -28,6 +28,7 @@ def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
         {
             "run": kept.run_id,
             "method": [_series_name(run) for run in kept.itertuples()],
+            "colour": [entry_of(method).colour for method in kept.method],
             "training": kept.trained.astype(bool).map(TRAINING),
             "backbone": [BACKBONES.get(name, name) for name in kept.backbone],
             "data": [DATA.get(name, name) for name in kept.data],
@@ -53,9 +54,9 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
         data = data[(data.kl > 0) & (data.flops_reduction_pct > 0)]
     chosen = [_choice(name, [ALL, *sorted(data[name].unique())]) for name in ("method", "backbone", "training", "data")]
     cost = alt.param("cost", bind=alt.binding_select(options=list(COSTS), name="over "), value=next(iter(COSTS)))
-    names = sorted(data.method.unique())
-    colours = [entry_of(_method_of(name)).colour for name in names]
-    shared = alt.Chart(data).transform_calculate(
+    colours = data.groupby("method").colour.first()
+    names, colours = list(colours.index), list(colours)
+    shared = alt.Chart(data.drop(columns="colour")).transform_calculate(
         x=f"cost == '{next(iter(COSTS))}' ? datum.flops_reduction_pct : datum.images_per_s"
     )
     for param in chosen:
@@ -92,9 +93,3 @@ def _choice(name: str, options: list[str]) -> alt.Parameter:
 def _series_name(run: Any) -> str:
     layers = "" if run.method in ("unmerged", "dhtm_plus") else f", layers {run.layers}"
     return f"{entry_of(run.method).label}{layers}"
-
-
-def _method_of(name: str) -> str:
-    """Return the harness's name of a method from :func:`_series_name`."""
-    label = name.partition(", layers")[0]
-    return next((method for method, entry in METHODS.items() if entry.label == label), label)

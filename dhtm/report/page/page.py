@@ -22,7 +22,7 @@ from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.harness.sweeps.status import states
 from dhtm.report.page.charts import METRICS, chart, chart_data
-from dhtm.report.page.where import agreement_between, by_class, methods_at_one_cost, most_changed
+from dhtm.report.page.where import agreement_between, by_class, methods_at_one_cost, most_changed, predictions_of
 from dhtm.report.regions import draw_side_by_side
 from dhtm.report.registry import named
 from dhtm.report.runs import Pair, pairs
@@ -105,12 +105,12 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
         return None
     merged = frame[frame.method != "unmerged"]
-    parts = {}
+    found, parts = predictions_of(frame, results_dir), {}
     if frame.top1.notna().all():
-        parts["Top-1 by class, % with 95% intervals"] = by_class(frame, results_dir)
+        parts["Top-1 by class, % with 95% intervals"] = by_class(found)
     if merged.kl.notna().all():
-        parts["The images whose outputs change most"] = most_changed(merged, results_dir)
-    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(frame, results_dir)
+        parts["The images whose outputs change most"] = most_changed({name: found[name] for name in merged.label})
+    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
     pictures, reason = _pictures(merged.head(MAX_METHODS), results_dir)
     tables = [(caption, _html(table)) for caption, table in parts.items()]
     return {"title": f"{named(*pair)}, {target}% fewer FLOPs", "tables": tables, "pictures": pictures, "reason": reason}

@@ -33,41 +33,43 @@ def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.
     return target, frame.sort_values("method", key=lambda methods: methods.map(_place), kind="stable")
 
 
-def by_class(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+def predictions_of(frame: pd.DataFrame, results_dir: Path) -> dict[str, pd.DataFrame]:
+    """Return the predictions of each run by its label, in the order of the runs."""
+    return {run.label: predictions(results_dir / run.run_id) for run in frame.itertuples()}
+
+
+def by_class(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return top-1 in percent with its interval, one row per class and one column per method."""
     columns = {}
-    for run in frame.itertuples():
-        found = predictions(results_dir / run.run_id)
-        columns[run.label] = {
+    for name, of_run in found.items():
+        columns[name] = {
             str(label): with_interval(
                 100 * of_class.correct.mean(), *share_interval(of_class.correct, of_class.get("group")), 1
             )
-            for label, of_class in found.groupby("label")
+            for label, of_class in of_run.groupby("label")
         }
     return pd.DataFrame(columns).rename_axis("class").reset_index()
 
 
-def most_changed(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+def most_changed(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the images of greatest KL under each method, with their classes."""
     rows = []
-    for run in frame[frame.method != "unmerged"].itertuples():
-        found = predictions(results_dir / run.run_id).nlargest(MOST, "kl")
-        for index, image in found.iterrows():
+    for name, of_run in found.items():
+        for index, image in of_run.nlargest(MOST, "kl").iterrows():
             rows.append(
                 {
-                    "method": run.label, "image": f"{index}", "KL, nats": number(image.kl, 4), "class": f"{image.label:.0f}",
+                    "method": name, "image": f"{index}", "KL, nats": number(image.kl, 4), "class": f"{image.label:.0f}",
                     "unmerged model": f"{image.unmerged_class:.0f}", "merged model": f"{image.class_1:.0f}",
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def agreement_between(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return Cohen's kappa of the best classes of every two methods: 1 if they always agree, 0 if as often as by chance."""
-    best = {run.label: predictions(results_dir / run.run_id).class_1 for run in frame.itertuples()}
-    table = pd.DataFrame("", index=list(best), columns=list(best))
-    for a, b in combinations_with_replacement(best, 2):
-        table.loc[b, a] = number(cohen_kappa_score(best[a], best[b]), 3)
+    table = pd.DataFrame("", index=list(found), columns=list(found))
+    for a, b in combinations_with_replacement(found, 2):
+        table.loc[b, a] = number(cohen_kappa_score(found[a].class_1, found[b].class_1), 3)
     return table.rename_axis("kappa").reset_index()
 
 
