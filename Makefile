@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
-.PHONY: help setup sweep status report bench test stress lint format constraints clean force
+.PHONY: help setup sweep status report bench test docs stress lint format constraints clean force
 
 ARGS ?=
 VENV := .venv
@@ -61,6 +61,9 @@ bench: $(STAMP) ## measure the speed of every method on this machine; ARGS="back
 
 test: $(STAMP) ## run the tests in two processes; ARGS="-k merge" selects some
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+docs: $(STAMP) ## build the documentation with the API, build/docs/index.html
+	@$(BIN)/sphinx-build -q -W --keep-going -j auto docs build/docs
 
 stress: $(STAMP) ## run the tests that take many minutes: hundreds of kills, many ranks
 	@$(BIN)/python -m pytest -m stress $(ARGS)

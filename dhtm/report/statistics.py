@@ -85,7 +85,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
 
     Returns:
         difference, difference_low, difference_high, p, first_only and second_only of :func:`compare_top1`, where the images
-        have labels; the first four with the prefix "kl_" of :func:`compare_kl`, where both runs were compared with the
+        have labels; the first four with the prefix ``kl_`` of :func:`compare_kl`, where both runs were compared with the
         unmerged model.
     """
     columns = {}
