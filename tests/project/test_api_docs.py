@@ -3,10 +3,7 @@
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
-
-pytest.importorskip("sphinx")
 
 
 def test_documentation_builds_without_a_warning_and_has_the_api(tmp_path):
