@@ -6,13 +6,17 @@ import types
 from timm.models.vision_transformer import VisionTransformer
 
 from dhtm import vit
-from dhtm.flops import count_flops
+from dhtm.flops import count_flops, count_flops_of_images
 from dhtm.merge import DHTM, DHTMPlus, hierarchical_merge
 from dhtm.reducer import Reducer
 from dhtm.regions import Regions
+from dhtm.thresholds import find_thresholds
 from dhtm.vit import patch, unpatch
 
-__all__ = ["DHTM", "DHTMPlus", "Reducer", "Regions", "count_flops", "hierarchical_merge", "patch", "regions", "unpatch"]
+__all__ = [
+    "DHTM", "DHTMPlus", "Reducer", "Regions", "count_flops", "count_flops_of_images", "find_thresholds",
+    "hierarchical_merge", "patch", "regions", "unpatch",
+]  # fmt: skip
 
 
 class _RegionsModule(types.ModuleType):

@@ -4,13 +4,16 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from dhtm import kernels
 from dhtm.regions import grid_pairs
+from dhtm.vit import unpatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +40,71 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     Args:
         model: on any device but "meta"; it is not changed.
         image_size: side, or height and width, in pixels; by default the size that the model was made for.
-    """
-    with warnings.catch_warnings():  # fvcore compiles a loss when imported, in a way that PyTorch has deprecated
-        warnings.simplefilter("ignore")
-        from fvcore.nn import FlopCountAnalysis  # imported here so that merging alone needs no fvcore
 
+    Raises:
+        ValueError: the model is patched with a method that leaves each image its own number of tokens.
+    """
+    if getattr(getattr(model, "reducer", None), "adaptive", False):
+        raise ValueError("the FLOPs of this model depend on the image: use count_flops_of_images")
     size = model.patch_embed.img_size if image_size is None else image_size
     height, width = (size, size) if isinstance(size, int) else size
     # Tracing runs the model, so trace a copy that shares the parameters but not the mode and the last regions.
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
     stem = next(parameter for parameter in model.parameters() if parameter.dim() == 4)  # the first convolution
     images = torch.zeros(1, stem.shape[1], height, width, dtype=stem.dtype, device=stem.device)
-    count = FlopCountAnalysis(model, images).ancestor_mode("caller")
+    by_module = _flops_by_module(model, images)
+    blocks = [by_module[f"blocks.{i}"] for i in range(len(model.blocks))]
+    return FlopCount(by_module[""], by_module["reducer"], tuple(blocks))
+
+
+def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the FLOPs for each image of a model with :class:`dhtm.DHTM` and a threshold, at the model's own image size.
+
+    They follow from the numbers of tokens by the convention of :func:`count_flops`: an image costs what it would with as
+    many merges in each layer for all.
+
+    Args:
+        model: patched.
+        tokens: int64 [B, depth], the patch tokens of each image after each layer.
+
+    Returns:
+        The total and, of it, the merging, int64 [B] each.
+    """
+    reducer, grid = model.reducer, tuple(model.patch_embed.grid_size)
+    n_patches, n_prefix, channels = grid[0] * grid[1], model.num_prefix_tokens, model.embed_dim
+    bare = unpatch(copy.deepcopy(model))
+    plain = count_flops(bare)
+    of_one, of_two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, channels)) for n in (1, 2))
+
+    def attention(n: Tensor) -> Tensor:  # a·n² + b·n
+        one, two = (count["norm1"] + count["attn"] for count in (of_one, of_two))
+        a = (two - 2 * one) // 2
+        return a * n * n + (one - a) * n
+
+    norm = _flops_by_module(bare.norm, torch.zeros(1, 1, channels))[""]
+    before = torch.cat([torch.full_like(tokens[:, :1], n_patches), tokens[:, :-1]], dim=1)
+    blocks = attention(before + n_prefix) + (of_one["norm2"] + of_one["mlp"]) * (tokens + n_prefix)
+    rest = plain.total - sum(plain.by_layer) - norm * (n_patches - tokens[:, -1])
+    merging = torch.zeros_like(rest)
+    for layer in reducer.schedule:
+        pairs = zip(before[:, layer - 1].tolist(), tokens[:, layer - 1].tolist(), strict=True)
+        merging += torch.tensor([reducer.merge_flops(n, n - left, channels, grid) for n, left in pairs])
+    return blocks.sum(dim=1) + rest + merging, merging
+
+
+def _flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
+    """Return the FLOPs of a module for an input, with "" as its key, and of all modules in it by name."""
+    with warnings.catch_warnings():  # fvcore compiles a loss when imported, in a way that PyTorch has deprecated
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis  # imported here so that merging alone needs no fvcore
+
+    count = FlopCountAnalysis(model, inputs).ancestor_mode("caller")
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
     count.set_op_handle("dhtm::hierarchical_merge", _merge_flops)
     count.set_op_handle("dhtm::agglomerate", _agglomerate_flops)
     with torch.no_grad():
-        by_module = count.by_module()
-    blocks = [int(by_module[f"blocks.{i}"]) for i in range(len(model.blocks))]
-    return FlopCount(int(by_module[""]), int(by_module["reducer"]), tuple(blocks))
+        return Counter({name: int(flops) for name, flops in count.by_module().items()})
 
 
 def _shape(value) -> list[int] | None:

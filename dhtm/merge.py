@@ -4,6 +4,7 @@ Read :func:`algorithm_1` beside section 3 of the paper: its names and line numbe
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from dhtm import kernels
 from dhtm.kernels import batched
 from dhtm.reducer import Attention, Reducer, after_merges, check_k
-from dhtm.regions import Regions
+from dhtm.regions import Regions, grid_pairs
 
 CONNECTIVITIES = (8, 4, "all")
 LINKAGES = ("mean", "size")
@@ -57,6 +58,7 @@ def algorithm_1(
     linkage: str,
     features: list[Tensor] | None = None,
     masses: list[float] | None = None,
+    threshold: float | None = None,
 ) -> tuple[list[Tensor], list[dict[int, float]]]:
     """Run Algorithm 1 of the paper on the tokens of one image in one layer.
 
@@ -68,9 +70,11 @@ def algorithm_1(
         similarity, linkage: as in :func:`hierarchical_merge`.
         features: N vectors to measure similarity on instead of the tokens; they are averaged with them.
         masses: N numbers by which similarities are discounted, an addition to the paper; a new token has the sum of two.
+        threshold: stops before a merge of less similarity, the outlook of the paper's section 5.
 
     Returns:
-        T', N - N_merge vectors, and for each of them a dict from the tokens in T that it averages to their weights.
+        T', N - N_merge vectors (or more, with a threshold), and for each of them a dict from the tokens in T that it averages
+        to their weights.
     """
     tokens, patches = list(tokens), list(patches)
     features = list(tokens if features is None else features)
@@ -82,6 +86,8 @@ def algorithm_1(
         if masses is not None:
             pairs = zip(candidates, sigma, strict=True)
             sigma = [discount(score, masses[i], masses[j], similarity) for (i, j), score in pairs]
+        if threshold is not None and max(sigma, default=-math.inf) < _rounded(threshold):
+            break
         # Line 12, Eq. 9. Pairs are in lexicographic order and max() takes the first of equals.
         t1, t2 = candidates[max(range(len(sigma)), key=sigma.__getitem__)]
         n1, n2 = (1, 1) if linkage == "mean" else (len(patches[t1]), len(patches[t2]))
@@ -142,6 +148,7 @@ def hierarchical_merge(
     backend: str = "auto",
     features: Tensor | None = None,
     masses: Tensor | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Regions]:
     """Merge the most similar pair of adjacent tokens, k times, in every image of a batch (Algorithm 1).
 
@@ -166,9 +173,12 @@ def hierarchical_merge(
             (CUDA), or "auto", the fastest available.
         features: [B, N, F], measured instead of the tokens and averaged with them.
         masses: [B, N], positive numbers by which :func:`discount` changes similarities; a merge adds the two of its tokens.
+        threshold: the least (discounted) similarity of a merge. An image ends when its best pair is below it, or after k
+            merges, so that each image has its own number of tokens.
 
     Returns:
-        merged: [B, N - k, D], in the tokens' dtype.
+        merged: [B, N - k, D], in the tokens' dtype. With a threshold [B, N, D]: the tokens of each image come first, zeros
+            follow, and ``regions.n_tokens_of_images`` counts the former.
         regions: the regions of the merged tokens.
 
     Raises:
@@ -199,12 +209,14 @@ def hierarchical_merge(
     if not 0 <= k < n:
         raise ValueError(f"k={k} merges of N={n} tokens: k must be at least 0 and below N")
     _check_options(connectivity, similarity, linkage, backend)
+    n_rows = n - k if threshold is None else n
     if k == 0:
         return tokens, regions
     connectivity = kernels.ALL_PAIRS if connectivity == "all" else connectivity
     if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX lacks the operator but has what is in it
-        merged, token_map, _ = batched.merge(tokens, features, masses, regions, k, connectivity, similarity, linkage)
-        return merged, regions.merged(token_map, n - k)
+        options = k, connectivity, similarity, linkage, threshold
+        merged, token_map, _ = batched.merge(tokens, features, masses, regions, *options)
+        return merged, regions.merged(token_map, n_rows)
     merged, token_map, _ = kernels.hierarchical_merge(
         tokens,
         features,
@@ -216,9 +228,10 @@ def hierarchical_merge(
         connectivity,
         similarity,
         linkage,
+        threshold,
         backend,
     )
-    return merged, regions.merged(token_map, n - k)
+    return merged, regions.merged(token_map, n_rows)
 
 
 def _check_options(connectivity, similarity, linkage, backend, features="tokens", mass=None):
@@ -239,7 +252,7 @@ class DHTM(Reducer):
     """Dynamic Hierarchical Token Merging: merges of adjacent tokens after attention, in each of the given layers.
 
     Args:
-        k: merges in each layer; None with ``total``.
+        k: merges in each layer; None with ``total`` or ``threshold``.
         layers: the layers that merge, from 1, increasing; "all" and (4, 7, 11) are the paper's two schedules.
         connectivity, similarity, linkage, backend: see :func:`hierarchical_merge`.
         features: what similarity is measured on: "tokens" (the residual stream after attention), "keys" (all heads side
@@ -249,9 +262,12 @@ class DHTM(Reducer):
             patches of a token; "attention", what it receives in this layer; None, nothing, as in the paper.
         total: merges over all layers, instead of k.
         inflect: how ``total`` is shared: from -1 (merges fall linearly to 0 over the layers) through 0 (even) to 1.
+        threshold: the least similarity of a merge, instead of k, for all layers or one for each: every image makes as many
+            merges as it has similar tokens (the outlook of the paper's section 5).
+        max_merges: the most merges in a layer with ``threshold``; None for no limit.
 
     Raises:
-        ValueError: an option is unknown or negative, or k and total are both given or both None.
+        ValueError: an option is unknown or negative, or not exactly one of k, total and threshold is given.
     """
 
     def __init__(
@@ -267,15 +283,31 @@ class DHTM(Reducer):
         mass: str | None = None,
         total: int | None = None,
         inflect: float = 0.0,
+        threshold: float | Sequence[float] | None = None,
+        max_merges: int | None = None,
     ):
         super().__init__(layers)
-        if (k is None) == (total is None):
-            raise ValueError(f"k={k!r} and total={total!r}: one of them must be a number, and the other None")
-        check_k(k if total is None else total)
+        given = [knob for knob in (k, total, threshold) if knob is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"k={k!r}, total={total!r}, threshold={threshold!r}: give one of them, and None for the others"
+            )
+        if threshold is None:
+            check_k(given[0])
+        elif mass is not None:
+            raise ValueError(
+                f"mass={mass!r}: with a threshold it must be None, because discounted distances have no scale"
+            )
+        if max_merges is not None:
+            if threshold is None:
+                raise ValueError(f"max_merges={max_merges!r}: it limits the merges by a threshold, and there is none")
+            check_k(max_merges)
         if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
             raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
         _check_options(connectivity, similarity, linkage, backend, features, mass)
         self.k, self.total, self.inflect = k, total, inflect
+        self.threshold = list(threshold) if isinstance(threshold, Sequence) else threshold
+        self.max_merges, self.adaptive = max_merges, threshold is not None
         self.options = {
             "connectivity": connectivity, "similarity": similarity, "linkage": linkage, "backend": backend,
         }  # fmt: skip
@@ -284,8 +316,23 @@ class DHTM(Reducer):
         self.needs = frozenset(of_features | ({"received"} if mass == "attention" else set()))
         self.proportional_attention = proportional_attention
 
-    def merges_in(self, layer: int) -> int:
-        """Return the number of merges in a layer."""
+    def attach(self, channels: int, n_prefix: int, grid: tuple[int, int], layers: tuple[int, ...]) -> None:
+        super().attach(channels, n_prefix, grid, layers)
+        thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold] * len(layers)
+        numbers = all(isinstance(one, (int, float)) for one in thresholds)
+        if self.adaptive and (not numbers or len(thresholds) != len(layers)):
+            raise ValueError(
+                f"threshold={self.threshold!r}: give one number, or one for each of the {len(layers)} layers"
+            )
+
+    def threshold_in(self, layer: int) -> float | None:
+        """Return the threshold in a layer; None if merges are counted."""
+        return self.threshold[self.schedule.index(layer)] if isinstance(self.threshold, list) else self.threshold
+
+    def merges_in(self, layer: int) -> int | None:
+        """Return the number of merges in a layer, with a threshold the most; None for no limit."""
+        if self.adaptive:
+            return self.max_merges
         if self.total is None:
             return self.k
         n_layers, place = len(self.schedule), self.schedule.index(layer)
@@ -295,22 +342,39 @@ class DHTM(Reducer):
         return until - before
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
-        return after_merges(n_tokens, self.merges_in(layer), layer)
+        return n_tokens if self.adaptive else after_merges(n_tokens, self.merges_in(layer), layer)
+
+    def measured(self, attention: Attention) -> Tensor | None:
+        """Return what similarity is measured on, [B, N, F]; None for the tokens themselves."""
+        if self.features == "keys":
+            return attention.keys.transpose(1, 2).flatten(2)
+        return attention.output if self.features == "attention_output" else None
+
+    def merge_flops(self, n_tokens: int, n_merges: int, channels: int, grid: tuple[int, int]) -> int:
+        """Count the FLOPs of merges in one layer, see :func:`dhtm.kernels.merge_flops`."""
+        connectivity = self.options["connectivity"]
+        if connectivity == "all":
+            return kernels.merge_flops(n_tokens, n_merges, channels, 0, 0, kernels.ALL_PAIRS)
+        n_pairs = len(grid_pairs(grid, connectivity))
+        return kernels.merge_flops(n_tokens, n_merges, channels, n_pairs, grid[0] * grid[1], connectivity)
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
-        features = masses = None
-        if self.features == "keys":
-            features = attention.keys.transpose(1, 2).flatten(2)
-        elif self.features == "attention_output":
-            features = attention.output
+        masses = None
         if self.mass is not None:
             masses = regions.sizes if self.mass == "size" else attention.received
             masses = masses.float().clamp_min(torch.finfo(torch.float32).tiny)
-        k = self.merges_in(attention.layer)
-        return hierarchical_merge(tokens, k, regions, features=features, masses=masses, **self.options)
+        k, threshold = self.merges_in(attention.layer), self.threshold_in(attention.layer)
+        if threshold is not None:
+            k = min(tokens.shape[1] if k is None else k, tokens.shape[1] - 1)
+        return hierarchical_merge(
+            tokens, k, regions, features=self.measured(attention), masses=masses, threshold=threshold, **self.options
+        )
 
     def extra_repr(self) -> str:
-        knob = {"k": self.k} if self.total is None else {"total": self.total, "inflect": self.inflect}
+        if self.adaptive:
+            knob = {"threshold": self.threshold, "max_merges": self.max_merges}
+        else:
+            knob = {"k": self.k} if self.total is None else {"total": self.total, "inflect": self.inflect}
         options = {**knob, "layers": self.layers, **self.options, "features": self.features, "mass": self.mass}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
@@ -322,7 +386,7 @@ class DHTMPlus(DHTM):
     layer, more in early ones; averages weighted by patches; and proportional attention.
 
     Args:
-        total: merges over all layers.
+        total: merges over all layers; by default 100, or None with ``threshold``.
         options: any option of :class:`DHTM`.
 
     Raises:
@@ -331,7 +395,7 @@ class DHTMPlus(DHTM):
 
     def __init__(
         self,
-        total: int = 100,
+        total: int | None = None,
         layers: Sequence[int] | str = "all",
         connectivity: int | str = 8,
         similarity: str = "cosine",
@@ -341,8 +405,13 @@ class DHTMPlus(DHTM):
         backend: str = "auto",
         mass: str | None = None,
         inflect: float = -1.0,
+        threshold: float | Sequence[float] | None = None,
+        max_merges: int | None = None,
     ):
+        if total is None and threshold is None:
+            total = 100
         super().__init__(
             layers=layers, connectivity=connectivity, similarity=similarity, linkage=linkage, features=features,
             proportional_attention=proportional_attention, backend=backend, mass=mass, total=total, inflect=inflect,
+            threshold=threshold, max_merges=max_merges,
         )  # fmt: skip

@@ -47,6 +47,7 @@ class Reducer(nn.Module):
         position: "after_attention" (after its residual add, before the MLP branch) or "before_block".
         needs: which of "keys", "output", "cls" and "received" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
+        adaptive: each image has its own number of tokens; where others have more, it has zeros without a patch at the end.
         image_ids: int64 [B] or None, set with :func:`dhtm.vit.image_ids`.
         schedule: the numbers of the layers that reduce; for "all" they are known once a model is attached.
         n_prefix: the number of prefix tokens of the attached model.
@@ -58,6 +59,7 @@ class Reducer(nn.Module):
     position: str = "after_attention"
     needs: frozenset[str] = frozenset()
     proportional_attention: bool = False
+    adaptive: bool = False
     image_ids: Tensor | None = None
     n_prefix: int = 1
 
@@ -83,7 +85,7 @@ class Reducer(nn.Module):
         self.n_prefix, self.schedule = n_prefix, layers
 
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
-        """Return how many of n_tokens patch tokens this layer leaves, which depends on no image.
+        """Return how many of n_tokens patch tokens this layer leaves: in every image, or at most if the method is adaptive.
 
         Raises:
             ValueError: the reduction is impossible; the message names the layer and the numbers.

@@ -73,6 +73,11 @@ class Regions:
         """N, the same for every image of the batch."""
         return self.sizes.shape[1]
 
+    @property
+    def n_tokens_of_images(self) -> Tensor:
+        """The number of tokens with a patch, int64 [B]; below N in images that merged more than others by a threshold."""
+        return (self.sizes > 0).sum(dim=1)
+
     def merged(self, token_map: Tensor, n_tokens: int) -> "Regions":
         """Return the regions after tokens were merged.
 

@@ -6,7 +6,7 @@ branches with the reducer in between. This module assumes nothing else about a b
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import Attention as TimmAttention
@@ -27,10 +27,14 @@ class ReducingBlock(Block):
         if attn_mask is not None:
             raise ValueError("attn_mask is not supported on a patched model: its tokens change from layer to layer")
         x = self.reduction.reduce(x, self.layer, "before_block")
-        attended = self.attn(self.norm1(x), attn_mask=self.reduction.attention_bias(x.dtype, self.layer), **kwargs)
+        attended = self.reduction.attend(
+            x, self.layer, lambda x, bias: self.attn(self.norm1(x), attn_mask=bias, **kwargs)
+        )
         x = x + self.drop_path1(self.ls1(attended))
         x = self.reduction.reduce(x, self.layer, "after_attention", attended)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + self.drop_path2(
+            self.ls2(self.reduction.each_token(x, self.layer, lambda x: self.mlp(self.norm2(x))))
+        )
 
 
 class _Reduction:
@@ -42,19 +46,23 @@ class _Reduction:
         self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
         self.cls: dict[int, Tensor] = {}
         self.received: dict[int, Tensor] = {}
+        self.read_layers: set[int] = set()  # whose attention is read, of all images at once
+        self.groups: dict[
+            int, dict[int, Tensor]
+        ] = {}  # after each layer, images by their number of tokens, if these differ
+        self.places: dict[int, Tensor] = {}  # then also the tokens that are some image's, among all of the batch
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
-        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}}
+        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}, "groups": {}, "places": {}}
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         images = args[0]
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
-        self.keys.clear()
-        self.cls.clear()
-        self.received.clear()
+        for kept in (self.keys, self.cls, self.received, self.groups, self.places):
+            kept.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
@@ -78,15 +86,66 @@ class _Reduction:
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
         if position == "after_attention":  # if this layer runs again, its keys are read again
             self.keys.pop(layer, None)
+        if self._is_split():
+            self._split(layer)
+            tokens = tokens[:, : self.regions[layer].n_tokens]
         return torch.cat([prefix, tokens], dim=1)
 
+    def _is_split(self) -> bool:
+        """Whether images with different numbers of tokens are computed apart, which compiled and traced models cannot do."""
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        return self.reducer.adaptive and not tracing and not self.reducer.training
+
+    def _split(self, layer: int) -> None:
+        """Cut the regions after a layer to the most tokens of an image, and find the images with the same number of tokens."""
+        regions = self.regions[layer]
+        lengths = regions.n_tokens_of_images.cpu()
+        longest = int(lengths.amax())
+        self.regions[layer] = Regions(regions.assignment, regions.sizes[:, :longest], regions.grid)
+        used = torch.arange(self.n_prefix + longest) < self.n_prefix + lengths[:, None]
+        self.places[layer] = used.flatten().nonzero()[:, 0].to(regions.sizes.device)
+        self.groups[layer] = {
+            self.n_prefix + length: (lengths == length).nonzero()[:, 0].to(regions.sizes.device)
+            for length in lengths.unique().tolist()
+        }
+
+    def attend(self, x: Tensor, layer: int, attention: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """Run a layer's attention, a function of tokens and bias, on the images of each number of tokens by themselves."""
+        bias, before = self.attention_bias(x.dtype, layer), self._last_before(layer, self.groups)
+        if before is None or layer in self.read_layers:
+            return attention(x, bias)
+        result = torch.zeros_like(x)
+        for length, images in self.groups[before].items():
+            result[images, :length] = attention(
+                x[images, :length], None if bias is None else bias[images, ..., :length]
+            )
+        return result
+
+    def each_token(self, x: Tensor, layer: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a function that treats every token alike on the tokens of all images side by side, without what fills them up."""
+        before = self._last_before(layer + 1, self.places)
+        if before is None:
+            return function(x)
+        places, rows = self.places[before], x.flatten(0, 1)
+        return torch.zeros_like(rows).index_copy_(0, places, function(rows[places]).to(x.dtype)).view_as(x)
+
+    def _last_before(self, layer: int, done: dict) -> int | None:
+        return max((one for one in done if one < layer), default=None)
+
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
-        """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens."""
+        """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
+
+        Zeros that fill up an image have no size, so that no token attends to them. Without proportional attention this is all.
+        """
         reduced_first = self.reducer.position == "before_block"
-        regions = self.regions_before(layer + 1 if reduced_first else layer)
-        if not self.reducer.proportional_attention or regions.n_tokens == self.regions[0].n_tokens:
+        regions, adaptive = self.regions_before(layer + 1 if reduced_first else layer), self.reducer.adaptive
+        if regions is self.regions[0] or (regions.n_tokens == self.regions[0].n_tokens and not adaptive):
             return None
         sizes = regions.sizes
+        if not self.reducer.proportional_attention:
+            if not adaptive or (self._is_split() and layer not in self.read_layers):
+                return None
+            sizes = sizes.clamp(max=1)
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
         return bias.to(dtype)[:, None, None]
 
@@ -165,11 +224,12 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
     reduction = _Reduction(reducer, layers, model.num_prefix_tokens)
     reduction.hooks.append(model.patch_embed.register_forward_pre_hook(reduction.start))
     for layer, block in enumerate(model.blocks, start=1):
-        # Proportional attention concerns the layers after the first reduction too.
-        if layer in layers or (reducer.proportional_attention and layer > layers[0]):
+        # Attention with a bias, or on images of different numbers of tokens, concerns the layers after the first one too.
+        if layer in layers or ((reducer.proportional_attention or reducer.adaptive) and layer > layers[0]):
             block.__class__, block.reduction, block.layer = ReducingBlock, reduction, layer
         if layer in layers and read:
             source = layer - 1 if before else layer
+            reduction.read_layers.add(source)
             attn = model.blocks[source - 1].attn
             reader = _AttentionReader(reduction, source, layer, attn.scale, model.has_class_token)
             if read & {"cls", "received"}:
@@ -260,6 +320,11 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
         raise TypeError(f"cannot patch a {name}: only timm's VisionTransformer and its subclasses are supported{hint}")
     if reducer.position == "before_block" and "output" in reducer.needs:
         raise ValueError(f"{type(reducer).__name__} acts before a block, where its attention has no output yet")
+    if reducer.adaptive and model.global_pool != "token":
+        raise ValueError(
+            f"{type(reducer).__name__} leaves each image its own number of tokens, but this {name} pools all "
+            f"(global_pool={model.global_pool!r}): choose a model that classifies by its CLS token, or k"
+        )
     if hasattr(model, "reduction"):
         raise ValueError(f"this {name} is already patched: call dhtm.unpatch(model) first")
     for layer, block in enumerate(model.blocks, start=1):

@@ -13,19 +13,21 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from scipy.cluster.hierarchy import linkage
 from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dhtm.flops import count_flops
+from dhtm.flops import count_flops, count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_device
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.models.cost import Target, baseline_flops
+from dhtm.harness.models.cost import Target, baseline_flops, solve_thresholds
 from dhtm.harness.models.methods import Method
 from dhtm.merge import hierarchical_merge
+from dhtm.vit import regions
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,18 @@ class Benchmark:
     output_dir: Path = Path("results/benchmark")
 
 
-def time_methods(benchmark: Benchmark) -> pd.DataFrame:
+def time_methods(
+    benchmark: Benchmark, model: VisionTransformer | None = None, images: Tensor | None = None
+) -> pd.DataFrame:
     """Time forwards of every method in turn, round after round.
 
     A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
     both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
-    because the merges depend on them.
+    because the merges depend on them. Thresholds are found on other scenes.
+
+    Args:
+        model: the backbone with its weights, and
+        images: [B, C, H, W], to time these instead; thresholds then stay as they are.
 
     Returns:
         One row per method: knob, value, layers and trained (whether it has weights of its own); flops_g,
@@ -83,16 +91,24 @@ def time_methods(benchmark: Benchmark) -> pd.DataFrame:
         besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
     """
     device, dtype, rounds = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.rounds
-    backbone = copy.deepcopy(benchmark.backbone.bare()).to(device=device, dtype=dtype)
-    images = _images(backbone, benchmark.batch_size).to(device=device, dtype=dtype)
+    backbone = copy.deepcopy(model or benchmark.backbone.bare()).to(device=device, dtype=dtype)
+    given = _images(backbone, benchmark.batch_size + 64) if images is None else images
+    given = given.to(device=device, dtype=dtype)
+    images, others = given[: benchmark.batch_size], given[benchmark.batch_size :]
     plain = baseline_flops(benchmark.backbone)
     models, rows = {"unmerged": backbone}, {"unmerged": {"flops_g": plain / 1e9}}
     for name, method in benchmark.methods.items():
+        if method.knob == "threshold" and model is None:
+            method, _ = solve_thresholds(benchmark.backbone, backbone, method, benchmark.target, others)
         models[name] = method.put_into(backbone, benchmark.backbone.name)
         layers = method.options["layers"]
         layers = layers if isinstance(layers, str) else ",".join(map(str, layers))
-        rows[name] = {"knob": method.knob, "value": method.setting, "layers": layers}
-        rows[name] |= {"trained": method.weights is not None, "flops_g": count_flops(models[name]).total / 1e9}
+        rows[name] = {
+            "knob": method.knob,
+            "value": None if isinstance(method.setting, list) else method.setting,
+            "layers": layers,
+        }
+        rows[name] |= {"trained": method.weights is not None, "flops_g": _flops(models[name], images) / 1e9}
 
     batch = _speedups(_interleaved(_forwards(models, images), rounds, device, f"batch {len(images)}"))
     alone = _speedups(_interleaved(_forwards(models, images[:1]), rounds, device, "one image"))
@@ -164,6 +180,17 @@ def _tokens(n_images: int, grid: int, channels: int) -> Tensor:
     patches = interpolate(grey, size=(16 * grid, 16 * grid), mode="bicubic").unfold(2, 16, 16).unfold(3, 16, 16)
     projection = torch.randn(256, channels, generator=torch.Generator().manual_seed(0)) / 16
     return patches.reshape(n_images, grid**2, 256) @ projection
+
+
+@torch.inference_mode()
+def _flops(model: VisionTransformer, images: Tensor) -> float:
+    """Return a patched model's FLOPs for an image, the mean over images where they differ."""
+    if not model.reducer.adaptive:
+        return count_flops(model).total
+    model(images)
+    layers = range(1, len(model.blocks) + 1)
+    tokens = torch.stack([regions(model, layer).n_tokens_of_images.cpu() for layer in layers], dim=1)
+    return count_flops_of_images(copy.deepcopy(model).cpu().float(), tokens)[0].double().mean().item()
 
 
 def _forwards(models: dict[str, nn.Module], images: Tensor) -> dict[str, Callable]:

@@ -1,6 +1,7 @@
 """Which setting of a method's knob saves most within a bound on what merging changes, on images without labels."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Annotated, TypeVar
 import pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from dhtm.harness.benchmark import Benchmark, time_methods
 from dhtm.harness.core.devices import pick_batch_size, pick_device
 from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.data.photographs import Images
-from dhtm.harness.models.cost import Target, solve
-from dhtm.harness.models.methods import UNMERGED, Method
+from dhtm.harness.data.splits import choice_images
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.cost import Target, counted, solve
+from dhtm.harness.models.methods import UNMERGED, Method, knob_text
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.evaluate import Evaluation, evaluate
 from dhtm.harness.runs.metrics import faithfulness
+from dhtm.thresholds import find_thresholds
 
 STEP = 10  # percent of the FLOPs, between the settings of the trade-off
 FINEST = 0.01  # percent; settings of a knob that are closer than this are not told apart
@@ -53,6 +59,8 @@ class Choice:
         for name, method in self.methods.items():
             if method.knob is None:
                 raise UserError(f"method={name}: it has no knob to be chosen")
+            if method.knob == "threshold" and self.max_latency_ms is not None:
+                raise UserError(f"method={name}: its time depends on the image; give max_kl= or min_agreement=")
             if method.weights is not None:
                 raise UserError(
                     f"method={name}: its weights are trained with it, so there is no unmerged model to compare with; choose "
@@ -99,7 +107,7 @@ def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
     if not chosen:
         raise UserError("; ".join(missed))
     reported = pd.DataFrame([_measured(choice, name, method, "report") for name, method in chosen.items()])
-    speed = time_methods(_benchmark(choice, chosen)).set_index("method")
+    speed = _timed(choice, chosen).set_index("method")
     columns = ["speedup", "speedup_q1", "speedup_q3", "images_per_s", "latency_ms"]
     reported = reported.join(speed[columns], on="method").assign(chosen=True)
     return pd.concat([pd.DataFrame(tried), reported], ignore_index=True), chosen, missed
@@ -113,39 +121,57 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     """
     rows = {}
     key, limit = choice.bound
+    backbone = choice.evaluation.backbone
+    of_number = counted(method) if method.knob == "threshold" else method
 
     def at(reduction_pct: float) -> Method | None:
         try:
-            return solve(choice.evaluation.backbone, method, Target(reduction_pct=reduction_pct))[0]
+            found, _ = solve(backbone, of_number, Target(reduction_pct=reduction_pct))
         except UnavailableError:
             return None
+        return found if of_number is method else by_threshold(found)
+
+    @functools.cache
+    def by_threshold(found: Method) -> Method:
+        """Return the method with the thresholds that make as many merges on average."""
+        model = backbone.load()
+        thresholds, _ = find_thresholds(model, found.reducer(), _images(choice, "choose", model))
+        return dataclasses.replace(method, options={**method.options, "threshold": thresholds})
 
     def saves_enough(setting: Method) -> bool:
         """Whether it is fast enough or, for bounds that saving exceeds, whether it saves too much."""
-        if setting.setting not in rows:
-            rows[setting.setting] = _measured(choice, name, setting, "choose")
+        if setting not in rows:
+            rows[setting] = _measured(choice, name, setting, "choose")
             if key == "max_latency_ms":
-                timed = time_methods(_benchmark(choice, {name: setting}, batch_size=1))
-                rows[setting.setting]["latency_ms"] = unmerged_ms / timed.latency_speedup.iloc[-1]
-        row = rows[setting.setting]
+                timed = _timed(choice, {name: setting}, batch_size=1)
+                rows[setting]["latency_ms"] = unmerged_ms / timed.latency_speedup.iloc[-1]
+        row = rows[setting]
         if key == "max_latency_ms":
             return row["latency_ms"] <= limit
         return row["kl_high"] > limit if key == "max_kl" else row["agreement_low"] < limit
 
-    points = _reachable(at)
+    points = _reachable(lambda reduction_pct: _reaches(backbone, of_number, reduction_pct))
     if points[-1] == 0:
-        solve(choice.evaluation.backbone, method, Target(reduction_pct=STEP))  # the error names the range
+        solve(backbone, of_number, Target(reduction_pct=STEP))  # the error names the range
     before, after = boundary(saves_enough, at, points)
     return list(rows.values()), after if key == "max_latency_ms" else before
 
 
-def _reachable(at: Callable[[float], T | None]) -> list[float]:
+def _reaches(backbone: Backbone, method: Method, reduction_pct: float) -> bool:
+    try:
+        solve(backbone, method, Target(reduction_pct=reduction_pct))
+    except UnavailableError:
+        return False
+    return True
+
+
+def _reachable(reaches: Callable[[float], bool]) -> list[float]:
     """Return 0, the reductions of the trade-off that a method reaches, and the greatest of all, in percent."""
-    points = [0.0, *(float(point) for point in range(STEP, 100, STEP) if at(point) is not None)]
+    points = [0.0, *(float(point) for point in range(STEP, 100, STEP) if reaches(point))]
     low, high = points[-1], points[-1] + STEP
     while high - low > FINEST:
         middle = (low + high) / 2
-        low, high = (low, middle) if at(middle) is None else (middle, high)
+        low, high = (middle, high) if reaches(middle) else (low, middle)
     return points if low == points[-1] else [*points, low]
 
 
@@ -211,7 +237,7 @@ def _measured(choice: Choice, name: str, method: Method, part: str) -> dict:
 
 def _unmerged_ms(choice: Choice) -> float:
     """Time the unmerged model on one image; return the median in ms."""
-    ms = float(time_methods(_benchmark(choice, {"again": UNMERGED}, batch_size=1)).latency_ms.iloc[0])
+    ms = float(_timed(choice, {"again": UNMERGED}, batch_size=1).latency_ms.iloc[0])
     if ms <= choice.max_latency_ms:
         raise UserError(
             f"max_latency_ms={choice.max_latency_ms:g}: the unmerged model needs {ms:.1f} ms for one image, nothing has to be "
@@ -220,12 +246,23 @@ def _unmerged_ms(choice: Choice) -> float:
     return ms
 
 
-def _benchmark(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> Benchmark:
+def _timed(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> pd.DataFrame:
+    """Time methods on the images that report."""
     run = choice.evaluation
+    model = run.backbone.load()
     batch_size = batch_size or run.batch_size or pick_batch_size(pick_device(run.device))
-    return Benchmark(
+    images = _images(choice, "report", model, batch_size)
+    benchmark = Benchmark(
         run.backbone, methods, rounds=choice.rounds, batch_size=batch_size, dtype=run.dtype, device=run.device
     )
+    return time_methods(benchmark, model, images)
+
+
+def _images(choice: Choice, part: str, model: VisionTransformer, n_images: int = 256) -> Tensor:
+    data = choice.evaluation.data
+    if isinstance(data, Images):
+        return choice_images(data, part, model, n_images)
+    return choice_images(data, data.split, model, n_images, first=_PARTS[part], step=len(_PARTS))
 
 
 def _missed(choice: Choice, rows: list[dict]) -> str:
@@ -241,7 +278,7 @@ def _missed(choice: Choice, rows: list[dict]) -> str:
             f"{best['agreement']:.2f} [{best['agreement_low']:.2f}, {best['agreement_high']:.2f}]%"
         )
     return (
-        f"method={best['method']}: no setting meets {key}={limit:g}; {reached}, at {best['knob']}={best['value']:g} "
+        f"method={best['method']}: no setting meets {key}={limit:g}; {reached}, at {knob_text(best['knob'], best['value'])} "
         f"({best['flops_reduction_pct']:.1f}% fewer FLOPs, {best['n_images']} images)"
     )
 

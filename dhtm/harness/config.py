@@ -4,6 +4,7 @@ Each function takes the config of the script of its name. Types and ranges are c
 not fit is a :class:`UserError` that names its key.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from pydantic.dataclasses import dataclass
 
 from dhtm.harness.benchmark import Benchmark, Scaling
 from dhtm.harness.choose import Choice
+from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.core.files import expanded
+from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.models.cost import Target, solve
+from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.tracking import Tracker
@@ -90,7 +93,12 @@ def evaluation(config: DictConfig) -> Evaluation:
     values["method"] |= options or {}
     target = _typed(Target, values.pop("target"), "target")
     run = _run(Evaluation, values)
-    method, target_pct = solve(run.backbone, run.method, target)
+    if run.method.knob == "threshold" and target != Target():
+        model = copy.deepcopy(run.backbone.load()).to(pick_device(run.device))
+        images = choice_images(run.data, run.data.choice_split, model)
+        method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
+    else:
+        method, target_pct = solve(run.backbone, run.method, target)
     return dataclasses.replace(run, method=method, target_pct=target_pct)
 
 
@@ -184,7 +192,10 @@ def benchmark(config: DictConfig) -> Benchmark:
             "scaling": _typed(Scaling, values["scaling"], "scaling"),
         },
     )
-    methods = {name: solve(run.backbone, method, run.target)[0] for name, method in run.methods.items()}
+    methods = {
+        name: method if method.knob == "threshold" else solve(run.backbone, method, run.target)[0]
+        for name, method in run.methods.items()
+    }
     return dataclasses.replace(run, methods=methods)
 
 

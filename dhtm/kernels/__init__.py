@@ -2,10 +2,10 @@
 
 Each operator has several backends, which all make the same merges. A backend is a module with these functions:
 
-- ``merge(tokens, features, masses, regions, k, connectivity, similarity, linkage)``, whose arguments are those of
+- ``merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold)``, whose arguments are those of
   :func:`dhtm.hierarchical_merge` (with ``connectivity=ALL_PAIRS`` for "all"), returns ``merged`` [B, N - k, D] in the
-  tokens' dtype, ``token_map`` int64 [B, N], the place of each token among the new ones, and ``weights`` float32 [B, N],
-  the weight of each token in its average.
+  tokens' dtype, with a threshold [B, N, D]; ``token_map`` int64 [B, N], the place of each token among the new ones; and
+  ``weights`` float32 [B, N], the weight of each token in its average.
 - ``draw(regions, image_ids, k, connectivity, seed)``, whose arguments are those of :class:`baselines.RandomMerge` with
   image_ids int64 [B], returns ``token_map`` and ``weights``.
 - ``agglomerate(features, k, linkage)``, whose arguments are those of :func:`agglomerate` below, returns ``token_map``.
@@ -77,7 +77,7 @@ def _triton_compiles(device: torch.device) -> bool:
     """Check that Triton can compile for a GPU: it needs a C compiler and supports no old GPUs."""
     try:
         two = torch.ones(1, 2, 16, device=device), None, None, Regions.identity(1, (1, 2), device)
-        BACKENDS["triton"](*two, 1, 8, "cosine", "mean")
+        BACKENDS["triton"](*two, 1, 8, "cosine", "mean", None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -107,19 +107,22 @@ def hierarchical_merge(
     connectivity: int,
     similarity: str,
     linkage: str,
+    threshold: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``merge`` of a backend; :func:`dhtm.hierarchical_merge` checks the arguments."""
     regions = Regions(assignment, sizes, (height, width))
     merge = BACKENDS[pick(backend, tokens.device)]  # picked here so that an exported model may run on another device
-    return merge(tokens.detach(), features, masses, regions, k, connectivity, similarity, linkage)
+    return merge(tokens.detach(), features, masses, regions, k, connectivity, similarity, linkage, threshold)
 
 
 @hierarchical_merge.register_fake
-def _(tokens, features, masses, assignment, sizes, k, height, width, connectivity, similarity, linkage, backend):
+def _(
+    tokens, features, masses, assignment, sizes, k, height, width, connectivity, similarity, linkage, threshold, backend
+):  # fmt: skip
     batch, n, channels = tokens.shape
     return (
-        tokens.new_empty(batch, n - k, channels),
+        tokens.new_empty(batch, n if threshold is not None else n - k, channels),
         assignment.new_empty(batch, n),
         tokens.new_empty(batch, n, dtype=torch.float32),
     )
@@ -135,7 +138,7 @@ def _backward(ctx, grad_merged, _grad_map, _grad_weights):
     """Return the gradient of the averages; the choice of what to average has none."""
     token_map, weights = ctx.saved_tensors
     grad = grad_merged.gather(1, token_map[..., None].expand(-1, -1, grad_merged.shape[-1]))
-    return (grad * weights[..., None].to(grad.dtype), *[None] * 11)
+    return (grad * weights[..., None].to(grad.dtype), *[None] * 12)
 
 
 hierarchical_merge.register_autograd(_backward, setup_context=_setup_context)

@@ -23,6 +23,7 @@ def merge(
     connectivity: int,
     similarity: str,
     linkage: str,
+    threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -47,16 +48,21 @@ def merge(
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
     stuck = torch.zeros(batch, 1, dtype=torch.bool, device=tokens.device)
+    going = ~stuck  # images that have not met the threshold
     for _ in range(k):
         best, i, j = pairs.best()
-        stuck = stuck | best.isneginf()
+        if threshold is None:
+            stuck = stuck | best.isneginf()
+        else:
+            going = going & (best >= threshold)
+            j = torch.where(going, j, i)  # a token merged with itself stays what it is
         at_i, at_j = (image, i[:, 0]), (image, j[:, 0])
         n_i, n_j = (1, 1) if linkage == "mean" else (sizes[at_i][:, None], sizes[at_j][:, None])
         # Products of float32 and small integers are exact in float64: every backend rounds alike, fused or not.
         new = ((carried[at_i].double() * n_i + carried[at_j].double() * n_j) / (n_i + n_j)).to(wide)
         carried[at_i] = new
-        sizes[at_i] += sizes[at_j]
-        joined = (owner == i) | (owner == j)
+        sizes[at_i] += torch.where(going, sizes[at_j][:, None], 0)[:, 0]
+        joined = going & ((owner == i) | (owner == j))
         owner = torch.where(joined, i, owner)
         if linkage == "mean":
             weights = torch.where(joined, weights / 2, weights)
@@ -70,8 +76,12 @@ def merge(
     if not torch.onnx.is_in_onnx_export() and stuck.any():
         raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
     token_map = renumber(owner)
-    slots = torch.empty(batch, n - k, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
+    n_rows = n - k if threshold is None else n
+    slots = torch.zeros(batch, n_rows, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
     merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
+    if threshold is not None:
+        used = torch.arange(n, device=tokens.device) <= token_map.amax(dim=1, keepdim=True)
+        merged = merged * used[..., None]
     if linkage == "size":
         shares = regions.sizes / sizes.gather(1, owner)
         weights = torch.where(regions.sizes > 0, shares, 1)  # a token without a patch is never merged

@@ -45,6 +45,7 @@ def merge(
     connectivity: int,
     similarity: str,
     linkage: str,
+    threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -56,13 +57,14 @@ def merge(
     wide = torch.promote_types(tokens.dtype, torch.float32)
     carried = tokens.to(wide)
     measured = carried if features is None else features.to(wide)
-    merged = torch.empty(batch, n - k, channels, dtype=wide)
+    merged = torch.zeros(batch, n if threshold is not None else n - k, channels, dtype=wide)
     token_map = torch.empty(batch, n, dtype=torch.int64)
     weights = torch.empty(batch, n, dtype=torch.float32)
     masses = torch.empty(batch, 0, dtype=torch.float64) if masses is None else masses.double()
     arguments = (
         array(carried), array(measured), features is not None, array(regions.sizes), array(masses), KINDS[similarity],
-        linkage == "size", merged.numpy(), token_map.numpy(), weights.numpy(),
+        linkage == "size", np.float32(-np.inf if threshold is None else threshold), merged.numpy(), token_map.numpy(),
+        weights.numpy(),
     )  # fmt: skip
     made = np.empty(batch, dtype=np.int64)
     if connectivity == ALL_PAIRS:
@@ -106,15 +108,15 @@ def _merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        *_IMAGES, given(real, 3), given(real, 3), bool_, given(int64, 2), given(float64, 2), int64, bool_,
+        *_IMAGES, given(real, 3), given(real, 3), bool_, given(int64, 2), given(float64, 2), int64, bool_, float32,
         real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return compiled(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, made, k, assignment, pairs, carried, measured, two, sizes, masses, kind, by_size, merged, token_map,
-    weights,
+    first, last, made, k, assignment, pairs, carried, measured, two, sizes, masses, kind, by_size, least, merged,
+    token_map, weights,
 ):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -178,6 +180,8 @@ def _merge_images(
                 if best[t] > best[i]:
                     i = t
             j = partner[i]
+            if best[i] < least:
+                break
             if j < 0:
                 made[image] = step
                 break

@@ -55,13 +55,28 @@ def merge_images_of(dtype: np.dtype) -> Callable:
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
         int64, int64, int64[::1], int64, _PRODUCTS, given(real, 3), given(real, 3), bool_, given(int64, 2),
-        given(float64, 2), int64, bool_, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
+        given(float64, 2), int64, bool_, float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return compiled(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, made, k, products, carried, measured, two, sizes, masses, kind, by_size, merged, token_map, weights
+    first,
+    last,
+    made,
+    k,
+    products,
+    carried,
+    measured,
+    two,
+    sizes,
+    masses,
+    kind,
+    by_size,
+    least,
+    merged,
+    token_map,
+    weights,
 ):
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -102,8 +117,8 @@ def _merge_images(
         made[image] = k
         for step in range(k):
             i = _first_highest(best, 0)[1]
-            if i < 0:
-                made[image] = step
+            if i < 0 or best[i] < least:
+                made[image] = step if least == -np.inf else k
                 break
             j = partner[i]
             n_i, n_j = (n_patches[i], n_patches[j]) if by_size else (1, 1)

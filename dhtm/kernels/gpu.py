@@ -28,6 +28,7 @@ def merge(
     connectivity: int,
     similarity: str,
     linkage: str,
+    threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
@@ -49,7 +50,8 @@ def merge(
     log_p = scratch(*(measured.shape if similarity == "kl" else (1,)), dtype=torch.float64)
     inverse = scratch(batch, n, dtype=torch.float64)
     mass = scratch(1, dtype=torch.float64) if masses is None else masses.to(torch.float64, **contiguous)
-    merged = scratch(batch, n - k, channels, dtype=wide)
+    n_left = n - k if threshold is None else n
+    merged = scratch(batch, n_left, channels, dtype=wide).zero_()
     token_map, weights = scratch(batch, n, dtype=torch.int64), scratch(batch, n, dtype=torch.float32)
     stuck = scratch(batch, dtype=torch.int32)
 
@@ -66,15 +68,17 @@ def merge(
         "BLOCK_N": triton.next_power_of_2(n),
         "BLOCK_C": 16,
     }
-    results = merged, token_map, weights, stuck, k, n, channels, n_features
+    least = torch.tensor(-torch.inf if threshold is None else threshold, dtype=torch.float32)
+    results = merged, token_map, weights, stuck, k
+    shape = n_left, n, channels, n_features
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may be another
         describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
         if connectivity == ALL_PAIRS:
             scores = discounted(all_similarities(measured, similarity), similarity, masses)
             neighbours, to_new = scratch(batch, n, dtype=torch.int32), scratch(batch, n, dtype=torch.float32)
             gpu_pairs.merge_image[(batch,)](
-                carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, *results, **more, **options,
-                num_warps=4,
+                carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, *results, least.item(),
+                *shape, **more, **options, num_warps=4,
             )  # fmt: skip
         else:
             n_edges, edges = _edge_options(regions.grid, connectivity)
@@ -85,10 +89,11 @@ def merge(
                 MASSIVE=masses is not None, BLOCK_C=16, STEPS=edges["STEPS"], **options,
             )  # fmt: skip
             _merge_image[(batch,)](
-                carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, assignment, height, width,
-                **edges, **more, **options,
+                carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, _ordered(least), *shape,
+                assignment, height, width, **edges, **more, **options,
             )  # fmt: skip
-    _raise_where_stuck(stuck, k)
+    if threshold is None:
+        _raise_where_stuck(stuck, k)
     return merged.to(tokens.dtype), token_map, weights
 
 
@@ -119,6 +124,12 @@ def _edge_options(grid: tuple[int, int], connectivity: int) -> tuple[int, dict[s
     n_edges = grid[0] * grid[1] * steps
     block_e = triton.next_power_of_2(n_edges)
     return n_edges, {"STEPS": steps, "BLOCK_E": block_e, "num_warps": min(16, max(4, block_e // 256))}
+
+
+def _ordered(least: Tensor) -> int:
+    """Return the integer that :func:`_merge_image` compares a float32 by."""
+    bits = least.view(torch.int32).item()
+    return bits ^ 0x7FFFFFFF if bits < 0 else bits
 
 
 def _raise_where_stuck(stuck: Tensor, k: int) -> None:
@@ -165,7 +176,7 @@ def _edge_scores(
 @triton.jit
 def _merge_image(
     carried, measured, log_p, inverse, mass, sizes, scores, neighbours, merged, token_map, weights, stuck,
-    k, n, channels, n_features, assignment, height, width,
+    k, least, n_left, n, channels, n_features, assignment, height, width,
     KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -202,52 +213,64 @@ def _merge_image(
         best = tl.max(ordered * 4294967296 + pair)
         code = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
         i, j = code // n, code % n
-        failed = tl.where(i == j, 1, failed)  # only dead edges are left
+        if best >> 32 >= least:  # in every thread alike
+            failed = tl.where(i == j, 1, failed)  # only dead edges are left
 
-        if BY_SIZE:
-            n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
-            n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
-        else:
-            n_i = tl.full((), 1.0, tl.float64)
-            n_j = tl.full((), 1.0, tl.float64)
-        average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
-        if TWO:
-            average(carried, i, j, n_i, n_j, channels, BLOCK_D)
-        if MASSIVE:
-            add_mass(mass, i, j)
-        tl.debug_barrier()
-        describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
-        joined = (owner == i) | (owner == j)
-        owner = tl.where(joined, i, owner)
-        if BY_SIZE:
-            size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
-        else:
-            weight = tl.where(joined, weight * 0.5, weight)
+            if BY_SIZE:
+                n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
+                n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
+            else:
+                n_i = tl.full((), 1.0, tl.float64)
+                n_j = tl.full((), 1.0, tl.float64)
+            average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
+            if TWO:
+                average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+            if MASSIVE:
+                add_mass(mass, i, j)
+            tl.debug_barrier()
+            describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
+            joined = (owner == i) | (owner == j)
+            owner = tl.where(joined, i, owner)
+            if BY_SIZE:
+                size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
+            else:
+                weight = tl.where(joined, weight * 0.5, weight)
 
-        a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
-        low, high = tl.minimum(a, b), tl.maximum(a, b)
-        dead = low == high
-        touched = ((low == i) | (high == i)) & (dead == 0) & is_edge
-        place = tl.cumsum(touched.to(tl.int32), axis=0) - 1
-        n_touched = tl.sum(touched.to(tl.int32))
-        tl.store(neighbours + place, low + high - i, touched)
-        tl.debug_barrier()
-        for start in range(0, n_touched, BLOCK_C):
-            at = start + tl.arange(0, BLOCK_C)
-            others = tl.load(neighbours + at, at < n_touched, 0)
-            new = tl.zeros((BLOCK_C,), tl.int32) + i
-            to_new = compare(
-                measured, log_p, inverse, mass, new, others, at < n_touched, n_features, KIND, MASSIVE, BLOCK_C, BLOCK_D
-            )
-            tl.store(scores + at, to_new, at < n_touched)
-        tl.debug_barrier()
-        score = tl.where(touched, tl.load(scores + place, touched, 0.0), tl.where(dead, float("-inf"), score))
-        tl.debug_barrier()
+            a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
+            low, high = tl.minimum(a, b), tl.maximum(a, b)
+            dead = low == high
+            touched = ((low == i) | (high == i)) & (dead == 0) & is_edge
+            place = tl.cumsum(touched.to(tl.int32), axis=0) - 1
+            n_touched = tl.sum(touched.to(tl.int32))
+            tl.store(neighbours + place, low + high - i, touched)
+            tl.debug_barrier()
+            for start in range(0, n_touched, BLOCK_C):
+                at = start + tl.arange(0, BLOCK_C)
+                others = tl.load(neighbours + at, at < n_touched, 0)
+                new = tl.zeros((BLOCK_C,), tl.int32) + i
+                to_new = compare(
+                    measured,
+                    log_p,
+                    inverse,
+                    mass,
+                    new,
+                    others,
+                    at < n_touched,
+                    n_features,
+                    KIND,
+                    MASSIVE,
+                    BLOCK_C,
+                    BLOCK_D,
+                )
+                tl.store(scores + at, to_new, at < n_touched)
+            tl.debug_barrier()
+            score = tl.where(touched, tl.load(scores + place, touched, 0.0), tl.where(dead, float("-inf"), score))
+            tl.debug_barrier()
     tl.store(stuck + image, failed)
 
     finish(
-        carried, merged + image * (n - k) * channels, neighbours, inverse, token_map + image * n, weights + image * n,
-        size, size_before, owner, weight, n, n - k, channels, BY_SIZE, BLOCK_N, BLOCK_C, BLOCK_D,
+        carried, merged + image * n_left * channels, neighbours, inverse, token_map + image * n, weights + image * n,
+        size, size_before, owner, weight, n, n_left, channels, BY_SIZE, BLOCK_N, BLOCK_C, BLOCK_D,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
 @triton.jit
 def merge_image(
     carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, merged, token_map, weights, stuck,
-    k, n, channels, n_features,
+    k, least, n_left, n, channels, n_features,
     KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -57,51 +57,63 @@ def merge_image(
 
     failed = 0
     for _ in range(k):
-        i, j = _best_pair(best, partner, token, BLOCK_N)
-        failed = tl.where(j == BLOCK_N, 1, failed)
-        j = tl.where(j == BLOCK_N, i, j)
-        if BY_SIZE:
-            n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
-            n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
-        else:
-            n_i = tl.full((), 1.0, tl.float64)
-            n_j = tl.full((), 1.0, tl.float64)
-        average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
-        if TWO:
-            average(carried, i, j, n_i, n_j, channels, BLOCK_D)
-        if MASSIVE:
-            add_mass(mass, i, j)
-        tl.debug_barrier()
-        describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
-        joined = (owner == i) | (owner == j)
-        owner = tl.where(joined, i, owner)
-        if BY_SIZE:
-            size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
-        else:
-            weight = tl.where(joined, weight * 0.5, weight)
-        alive = alive & (token != j)
-        tl.debug_barrier()
+        if tl.max(best) >= least:  # in every thread alike
+            i, j = _best_pair(best, partner, token, BLOCK_N)
+            failed = tl.where(j == BLOCK_N, 1, failed)
+            j = tl.where(j == BLOCK_N, i, j)
+            if BY_SIZE:
+                n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
+                n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
+            else:
+                n_i = tl.full((), 1.0, tl.float64)
+                n_j = tl.full((), 1.0, tl.float64)
+            average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
+            if TWO:
+                average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+            if MASSIVE:
+                add_mass(mass, i, j)
+            tl.debug_barrier()
+            describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
+            joined = (owner == i) | (owner == j)
+            owner = tl.where(joined, i, owner)
+            if BY_SIZE:
+                size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
+            else:
+                weight = tl.where(joined, weight * 0.5, weight)
+            alive = alive & (token != j)
+            tl.debug_barrier()
 
-        others = alive & (token != i)
-        place = tl.cumsum(others.to(tl.int32), axis=0) - 1
-        n_others = tl.sum(others.to(tl.int32))
-        tl.store(neighbours + place, token, others)
-        tl.debug_barrier()
-        for start in range(0, n_others, BLOCK_C):
-            at = start + tl.arange(0, BLOCK_C)
-            other = tl.load(neighbours + at, at < n_others, 0)
-            new = tl.zeros((BLOCK_C,), tl.int32) + i
-            score = compare(
-                measured, log_p, inverse, mass, new, other, at < n_others, n_features, KIND, MASSIVE, BLOCK_C, BLOCK_D
-            )
-            tl.store(to_new + other, score, at < n_others)
-        tl.debug_barrier()
-        score = tl.load(to_new + token, others, 0.0)
-        best, partner = _contract(scores, neighbours, score, best, partner, alive, token, i, j, n, BLOCK_N)
+            others = alive & (token != i)
+            place = tl.cumsum(others.to(tl.int32), axis=0) - 1
+            n_others = tl.sum(others.to(tl.int32))
+            tl.store(neighbours + place, token, others)
+            tl.debug_barrier()
+            for start in range(0, n_others, BLOCK_C):
+                at = start + tl.arange(0, BLOCK_C)
+                other = tl.load(neighbours + at, at < n_others, 0)
+                new = tl.zeros((BLOCK_C,), tl.int32) + i
+                score = compare(
+                    measured,
+                    log_p,
+                    inverse,
+                    mass,
+                    new,
+                    other,
+                    at < n_others,
+                    n_features,
+                    KIND,
+                    MASSIVE,
+                    BLOCK_C,
+                    BLOCK_D,
+                )
+                tl.store(to_new + other, score, at < n_others)
+            tl.debug_barrier()
+            score = tl.load(to_new + token, others, 0.0)
+            best, partner = _contract(scores, neighbours, score, best, partner, alive, token, i, j, n, BLOCK_N)
     tl.store(stuck + image, failed)
     finish(
-        carried, merged + image * (n - k) * channels, neighbours, inverse, token_map + image * n, weights + image * n,
-        size, size_before, owner, weight, n, n - k, channels, BY_SIZE, BLOCK_N, BLOCK_C, BLOCK_D,
+        carried, merged + image * n_left * channels, neighbours, inverse, token_map + image * n, weights + image * n,
+        size, size_before, owner, weight, n, n_left, channels, BY_SIZE, BLOCK_N, BLOCK_C, BLOCK_D,
     )  # fmt: skip
 
 

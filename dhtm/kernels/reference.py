@@ -17,6 +17,7 @@ def merge(
     connectivity: int,
     similarity: str,
     linkage: str,
+    threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, _ = tokens.shape
@@ -29,14 +30,15 @@ def merge(
         patches = [set() for _ in range(n)]
         for patch, token in enumerate(regions.assignment[image].tolist()):
             patches[token].add(patch)
-        if sum(map(bool, patches)) <= k:  # tokens without a patch touch no other
+        if threshold is None and sum(map(bool, patches)) <= k:  # tokens without a patch touch no other
             raise_runs_out(k, image)
         measured = None if features is None else list(features[image].cpu().to(wide))
         new, members = algorithm_1(
             list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured,
-            None if masses is None else masses[image].tolist(),
+            None if masses is None else masses[image].tolist(), threshold,
         )  # fmt: skip
-        merged.append(torch.stack(new))
+        n_rows = n - k if threshold is None else n
+        merged.append(torch.stack(new + [torch.zeros_like(new[0])] * (n_rows - len(new))))
         for place, averaged in enumerate(members):
             for token, weight in averaged.items():
                 token_map[image, token], weights[image, token] = place, weight

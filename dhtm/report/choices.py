@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dhtm.harness.choose import BOUNDS, Choice
+from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import BACKBONES, DATA, GREY, entry_of
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, with_interval
@@ -22,7 +23,7 @@ def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Tabl
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     rows = []
     for row in reported.itertuples():
-        cells = {"method": entry_of(row.method).label, "setting": f"{row.knob} = {row.value:g}"}
+        cells = {"method": entry_of(row.method).label, "setting": knob_text(row.knob, row.value)}
         cells |= {"GFLOPs": number(row.flops_g, 3), "reduction %": number(row.flops_reduction_pct, 1)}
         cells |= faithfulness_cells(row)
         cells["speed-up [quartiles]"] = with_interval(row.speedup, row.speedup_q1, row.speedup_q3)

@@ -27,9 +27,9 @@ Pair = tuple[str, str]  # a backbone and a data set
 def load_runs(results_dir: Path) -> pd.DataFrame:
     """Return all finished runs, one row per run.
 
-    ``value`` is the value of the knob. ``targets`` are the FLOPs reductions in percent that the knob was solved for, joined
-    by commas, and "" where the knob was given. ``options`` are those that are not the paper's, ``plain`` says that there are
-    none.
+    ``value`` is the value of the knob, NaN where it has one for each layer. ``targets`` are the FLOPs reductions in percent
+    that the knob was solved for, joined by commas, and "" where the knob was given. ``options`` are those that are not the
+    paper's, ``plain`` says that there are none.
     """
     runs = finished_runs(results_dir)
     if runs.empty:
@@ -37,7 +37,8 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "kl_ci95", "agreement_ci95"])))
     runs["targets"] = [",".join(f"{target:g}" for target in targets) for targets in runs.targets_reduction_pct]
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
-    runs["value"] = pd.Series([knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)], dtype=float)
+    values = [knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)]
+    runs["value"] = pd.Series([None if isinstance(value, list) else value for value in values], dtype=float)
     for interval, name in (("top1_ci95", "ci"), ("kl_ci95", "kl"), ("agreement_ci95", "agreement")):
         # None: the images have no labels, or the run is compared with nothing; NaN: it is of an earlier version.
         ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]

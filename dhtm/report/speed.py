@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import GREY, METHODS, Series, entry_of
 from dhtm.report.runs import of_series, solved_for
 from dhtm.report.style import plt
@@ -15,7 +16,7 @@ def speed_table(frame: pd.DataFrame, caption: str) -> Table:
     shown = pd.DataFrame(
         {
             "method": entry_of(row.method).label,
-            "knob": "" if pd.isna(row.knob) else f"{row.knob} = {row.value:g}",
+            "knob": knob_text(row.knob, row.value),
             "reduction %": number(row.flops_reduction_pct, 1),
             "images/s": number(row.images_per_s, 1),
             "speed-up [quartiles]": with_interval(row.speedup, row.speedup_q1, row.speedup_q3),

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dhtm.harness.config import Visualization
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.data.photographs import decode
-from dhtm.harness.models.methods import Method
+from dhtm.harness.models.methods import Method, knob_text
 from dhtm.harness.models.weights import load_model
 from dhtm.report.regions import batch_of, draw_regions, draw_strips, pixels_of
 from dhtm.report.registry import entry_of
@@ -78,5 +78,5 @@ def _read(file: Path | None) -> Image.Image:
 
 
 def _title(method: Method, is_trained: bool) -> str:
-    knob = f", {method.knob} = {method.setting:g}" if method.knob else ""
+    knob = f", {knob_text(method.knob, method.setting)}" if method.knob else ""
     return entry_of(method.name).label + knob + (", trained" if is_trained else "")

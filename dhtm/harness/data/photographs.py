@@ -57,6 +57,11 @@ class Photographs:
     limit: PositiveInt | None = None
     holdout: Annotated[int, Field(ge=2)] | None = None
 
+    @property
+    def choice_split(self) -> str:
+        """The split for choices: images that are kept out of training, or else those of training."""
+        return "holdout" if self.holdout is not None else self.train_split
+
     def open(self, split: str, transform: Callable) -> Split:
         """Open a split.
 
@@ -109,6 +114,11 @@ class Images:
     split: Literal["all", "choose", "report"] = "all"
     on_error: Literal["collect", "skip"] = "collect"
     limit: PositiveInt | None = None
+
+    @property
+    def choice_split(self) -> str:
+        """The split for choices."""
+        return "choose"
 
     def open(self, split: str, transform: Callable) -> Split:
         """Open a split; its labels are all −1.

@@ -50,6 +50,11 @@ class Digits:
     limit: PositiveInt | None = None
     on_error: Literal["collect", "skip"] = "collect"
 
+    @property
+    def choice_split(self) -> str:
+        """The split for choices."""
+        return "train"
+
     def open(self, split: str, transform: Callable) -> Split:
         """Open the split "test" or "train".
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -105,6 +106,22 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
 def describe(preprocessing: dict) -> str:
     """Describe in one line what a backbone's preprocessing does to images."""
     return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
+
+
+def choice_images(
+    data, split: str, model: VisionTransformer, n_images: int = 256, first: int = 0, step: int = 1
+) -> Tensor:
+    """Return evenly spaced images of a split for choices, as a model takes them: [n, C, H, W] on its device.
+
+    Args:
+        first, step: only the images first, first + step, … of the split.
+    """
+    opened = open_split(data, split, resolve_data_config(model=model), model.num_classes)
+    indices = np.arange(first, len(opened.dataset), step)
+    chosen = indices[np.linspace(0, len(indices) - 1, min(n_images, len(indices)), dtype=int)].tolist()
+    device = next(model.parameters()).device
+    loaded = batches(opened, chosen, len(chosen), device, None, lambda unreadable: None)
+    return next(images for _, images, _ in loaded)
 
 
 def mask(model_num_classes: int, split: Split, device: torch.device) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from dhtm.flops import FlopCount, count_flops
+from dhtm.flops import FlopCount, count_flops, count_flops_of_images
 from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
+from dhtm.thresholds import find_thresholds
 from dhtm.vit import patch, tokens_by_layer, unpatch
 
 _RATES = ("keep_rate", "ratio")  # knobs that are rates, also where 1 is given as an integer
@@ -54,9 +56,14 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
 
     Raises:
         UnavailableError: the target is out of reach; the message gives the range.
+        UserError: the knob is a threshold, see :func:`solve_thresholds`.
     """
     if target == Target() or method.knob is None:
         return method, None
+    if method.knob == "threshold":
+        raise UserError(
+            f"{target}: the FLOPs of method={method.name} depend on the images; give method.threshold, see scripts/choose.py"
+        )
     is_rate = method.knob in _RATES or isinstance(method.setting, float)
 
     def value(i: int) -> float | int:
@@ -88,6 +95,37 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
         )
     found = min((max(below - 1, 0), below), key=lambda i: abs(cost(i) - wanted))
     return at(found), target.reduction_pct if target.flops_g is None else round(100 * (1 - wanted / plain), 6)
+
+
+def counted(method: Method) -> Method:
+    """Return the method that makes the same number of merges in every image, shared by layers as its ``inflect`` says."""
+    options = {**method.options, "threshold": None, "max_merges": None, "total": 0}
+    return dataclasses.replace(method, knob="total", options=options)
+
+
+def solve_thresholds(
+    backbone: Backbone, model: VisionTransformer, method: Method, target: Target, images: Tensor
+) -> tuple[Method, float | None]:
+    """Set the thresholds of a method so that its mean FLOPs on images come nearest to a target.
+
+    Args:
+        model: the backbone with its weights, on the images' device.
+        images: [B, C, H, W], without labels and not those of the test.
+
+    Returns:
+        As :func:`solve`.
+    """
+    in_all, target_pct = solve(backbone, counted(method), target)
+    share = 1.0
+    for _ in range(
+        3
+    ):  # an image of few tokens costs less than in proportion, so that equal merges do not mean equal FLOPs
+        thresholds, tokens = find_thresholds(model, in_all.reducer(), images, share)
+        found = dataclasses.replace(method, options={**method.options, "threshold": thresholds})
+        total, _ = count_flops_of_images(found.put_into(backbone.bare(), backbone.name), tokens.cpu())
+        reached = 100 * (1 - total.double().mean().item() / baseline_flops(backbone))
+        share *= target_pct / reached if reached > 0 else 1
+    return found, target_pct
 
 
 @functools.cache

@@ -98,4 +98,13 @@ class Method:
             raise UserError(f"backbone={backbone_name}, method={self.name}: {one_line(error)}") from error
 
 
+def knob_text(knob: str | None, value: float | list[float] | None) -> str:
+    """Return a knob and its value for readers, as "k = 40"; "" for a method without one."""
+    if not isinstance(knob, str):  # a frame has NaN where there is none
+        return ""
+    if isinstance(value, list):
+        return f"{knob} = {', '.join(f'{one:g}' for one in value)}"
+    return f"{knob} by layer" if value is None or value != value else f"{knob} = {value:g}"
+
+
 UNMERGED = Method("unmerged", "dhtm.DHTM", options={"k": 0, "layers": "all"})  # as configs/method/unmerged.yaml

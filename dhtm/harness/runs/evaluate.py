@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
+from dhtm.flops import count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.ranks import Ranks
@@ -288,7 +291,6 @@ def _all_predictions(prepared: _Prepared, failed: list[UnreadableError]) -> pd.D
 def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, measured: dict) -> dict:
     evaluation, model, split = prepared.evaluation, prepared.model, prepared.split
     reducer, backbone = model.reducer, evaluation.backbone
-    count, plain = flops(backbone, evaluation.method), baseline_flops(backbone)
     return {
         "run_id": prepared.directory.path.name,
         "experiment": evaluation.experiment,
@@ -306,12 +308,8 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
         **accuracy(predictions),
         **faithfulness(predictions),
         **(real_accuracy(predictions, split.real_labels) if split.real_labels is not None else {}),
-        "flops_g": count.total / 1e9,
-        "flops_baseline_g": plain / 1e9,
-        "flops_reduction_pct": 100 * (1 - count.total / plain),
-        "merge_flops_g": count.merging / 1e9,
+        **_cost(prepared, predictions),
         "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        "tokens_by_layer": tokens_by_layer(model),
         **measured,
         "dtype": evaluation.dtype,
         "tf32": False,  # see dhtm.harness.core.devices.exact
@@ -323,6 +321,29 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
+    }
+
+
+def _cost(prepared: _Prepared, predictions: pd.DataFrame) -> dict:
+    """Return FLOPs and tokens by layer; where every image has its own, the means over images, and the FLOPs' quartiles."""
+    backbone, model = prepared.evaluation.backbone, prepared.model
+    plain = baseline_flops(backbone)
+    if "tokens" in predictions:
+        tokens = np.stack(predictions.tokens)
+        total, merging = (one.numpy() for one in count_flops_of_images(model, torch.from_numpy(tokens)))
+        by_layer = tokens.mean(axis=0).round(2).tolist()
+        quartiles = (np.percentile(total, [0, 25, 50, 75, 100]) / 1e9).tolist()
+        total, merging = total.mean(), merging.mean()
+    else:
+        count = flops(backbone, prepared.evaluation.method)
+        total, merging, by_layer, quartiles = count.total, count.merging, tokens_by_layer(model), None
+    return {
+        "flops_g": total / 1e9,
+        "flops_baseline_g": plain / 1e9,
+        "flops_reduction_pct": 100 * (1 - total / plain),
+        "flops_g_quartiles": quartiles,
+        "merge_flops_g": merging / 1e9,
+        "tokens_by_layer": by_layer,
     }
 
 

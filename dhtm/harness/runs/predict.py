@@ -15,7 +15,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split, UnreadableError, batches, mask
 from dhtm.harness.runs.directory import RunDirectory
 from dhtm.harness.runs.faithfulness import Observe
-from dhtm.vit import image_ids
+from dhtm.vit import image_ids, regions
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def predict(
 
     Yields:
         index, label (−1 where the data have none), class_1 … class_5 (the best first, −1 where the model has fewer outputs),
-        correct (is the first right), nonfinite (is any logit), and group where the split has groups; one row per image, in
-        order.
+        correct (is the first right), nonfinite (is any logit), tokens (after each layer) where the method leaves each image
+        its own number, and group where the split has groups; one row per image, in order.
     """
     model.to(device=device, dtype=dtype).eval()
     added = mask(model.num_classes, split, device)
@@ -71,6 +71,10 @@ def predict(
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
             if observe is not None:
                 frame = frame.assign(**observe(ids.numpy(), logits[:, asked].log_softmax(dim=1), best[:, 0]))
+            if model.reducer.adaptive:
+                layers = range(1, len(model.blocks) + 1)
+                tokens = torch.stack([regions(model, layer).n_tokens_of_images for layer in layers], dim=1)
+                frame["tokens"] = list(tokens.cpu().numpy())
             if split.groups is not None:
                 frame["group"] = split.groups[ids.numpy()]
             yield frame

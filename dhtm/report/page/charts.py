@@ -5,6 +5,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import BACKBONES, DATA, entry_of
 
 ALL = "all"
@@ -32,7 +33,7 @@ def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
             "training": kept.trained.astype(bool).map(TRAINING),
             "backbone": [BACKBONES.get(name, name) for name in kept.backbone],
             "data": [DATA.get(name, name) for name in kept.data],
-            "knob": [f"{run.knob} = {run.value:g}" if run.knob else "" for run in kept.itertuples()],
+            "knob": [knob_text(run.knob, run.value) for run in kept.itertuples()],
             "images_per_s": kept.run_id.map(images_per_s),
             **{column: kept[column] for column in ("flops_reduction_pct", "flops_g", "agreement")},
             **{column: kept[column] for columns in METRICS.values() for column in columns},
