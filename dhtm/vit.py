@@ -6,7 +6,9 @@ branches with the reducer in between. This module assumes nothing else about a b
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from timm.layers import Attention as TimmAttention
@@ -17,6 +19,7 @@ from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions
 
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_SIMILAR = 16  # images of as many tokens, rounded up to this, are computed together
 _READ = frozenset({"keys", "cls", "received"})  # what a reducer may need of queries and keys
 
 
@@ -37,6 +40,19 @@ class ReducingBlock(Block):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _UnevenBatch:
+    """A batch in which images have different numbers of tokens.
+
+    Attributes:
+        used: int64, the tokens of all images, prefix tokens included, among those of the batch.
+        groups: the most patch tokens of an image, and the images, int64, of each group.
+    """
+
+    used: Tensor
+    groups: list[tuple[int, Tensor]]
+
+
 class _Reduction:
     """The state that the blocks of a patched model share: the reducer, and the regions of the last forward by layer."""
 
@@ -47,27 +63,27 @@ class _Reduction:
         self.cls: dict[int, Tensor] = {}
         self.received: dict[int, Tensor] = {}
         self.read_layers: set[int] = set()  # whose attention is read, of all images at once
-        self.groups: dict[
-            int, dict[int, Tensor]
-        ] = {}  # after each layer, images by their number of tokens, if these differ
-        self.places: dict[int, Tensor] = {}  # then also the tokens that are some image's, among all of the batch
+        self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
-        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}, "groups": {}, "places": {}}
+        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}, "batches": {}}
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         images = args[0]
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
-        for kept in (self.keys, self.cls, self.received, self.groups, self.places):
+        for kept in (self.keys, self.cls, self.received, self.batches):
             kept.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def regions_before(self, layer: int) -> Regions:
-        # Looked up by layer, because gradient checkpointing may run a layer again after later ones.
-        return self.regions[max(done for done in self.regions if done < layer)]
+        return self._last(layer, self.regions)
+
+    def _last(self, layer: int, by_layer: dict[int, Any]) -> Any:
+        """Return the last value before a layer. Gradient checkpointing may run a layer again after later ones."""
+        return by_layer.get(max((one for one in by_layer if one < layer), default=0))
 
     def reduce(self, x: Tensor, layer: int, position: str, attended: Tensor | None = None) -> Tensor:
         """Reduce the tokens of x [B, prefix + N, D] if the reducer acts in this layer and position."""
@@ -97,55 +113,53 @@ class _Reduction:
         return self.reducer.adaptive and not tracing and not self.reducer.training
 
     def _split(self, layer: int) -> None:
-        """Cut the regions after a layer to the most tokens of an image, and find the images with the same number of tokens."""
+        """Cut the regions after a layer to the most tokens of an image, and group images of nearly as many tokens."""
         regions = self.regions[layer]
         lengths = regions.n_tokens_of_images.cpu()
-        longest = int(lengths.amax())
+        longest, device = int(lengths.amax()), regions.sizes.device
         self.regions[layer] = Regions(regions.assignment, regions.sizes[:, :longest], regions.grid)
-        used = torch.arange(self.n_prefix + longest) < self.n_prefix + lengths[:, None]
-        self.places[layer] = used.flatten().nonzero()[:, 0].to(regions.sizes.device)
-        self.groups[layer] = {
-            self.n_prefix + length: (lengths == length).nonzero()[:, 0].to(regions.sizes.device)
-            for length in lengths.unique().tolist()
-        }
+        self.batches[layer] = None
+        if (lengths < longest).any():
+            used = torch.arange(self.n_prefix + longest) < self.n_prefix + lengths[:, None]
+            rounded = (-(-lengths // _SIMILAR) * _SIMILAR).clamp(max=longest)
+            groups = [(int(n), (rounded == n).nonzero()[:, 0].to(device)) for n in rounded.unique()]
+            self.batches[layer] = _UnevenBatch(used.flatten().nonzero()[:, 0].to(device), groups)
 
     def attend(self, x: Tensor, layer: int, attention: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """Run a layer's attention, a function of tokens and bias, on the images of each number of tokens by themselves."""
-        bias, before = self.attention_bias(x.dtype, layer), self._last_before(layer, self.groups)
-        if before is None or layer in self.read_layers:
+        """Run a layer's attention, a function of tokens and bias, on images of nearly as many tokens at a time."""
+        bias, uneven = self.attention_bias(x.dtype, layer), self._last(layer, self.batches)
+        if uneven is None or layer in self.read_layers:
             return attention(x, bias)
         result = torch.zeros_like(x)
-        for length, images in self.groups[before].items():
-            result[images, :length] = attention(
-                x[images, :length], None if bias is None else bias[images, ..., :length]
-            )
+        for n_tokens, images in uneven.groups:
+            end = self.n_prefix + n_tokens
+            result[images, :end] = attention(x[images, :end], bias[images, ..., :end])
         return result
 
     def each_token(self, x: Tensor, layer: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a function that treats every token alike on the tokens of all images side by side, without what fills them up."""
-        before = self._last_before(layer + 1, self.places)
-        if before is None:
+        """Run a function that treats every token by itself on those of all images, without what fills images up."""
+        uneven = self._last(layer + 1, self.batches)
+        if uneven is None:
             return function(x)
-        places, rows = self.places[before], x.flatten(0, 1)
-        return torch.zeros_like(rows).index_copy_(0, places, function(rows[places]).to(x.dtype)).view_as(x)
-
-    def _last_before(self, layer: int, done: dict) -> int | None:
-        return max((one for one in done if one < layer), default=None)
+        rows = x.flatten(0, 1)
+        return torch.zeros_like(rows).index_copy_(0, uneven.used, function(rows[uneven.used]).to(x.dtype)).view_as(x)
 
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
 
-        Zeros that fill up an image have no size, so that no token attends to them. Without proportional attention this is all.
+        The zeros that fill up images of fewer tokens have no size, so that no token attends to them. This is all if attention
+        is not proportional.
         """
         reduced_first = self.reducer.position == "before_block"
-        regions, adaptive = self.regions_before(layer + 1 if reduced_first else layer), self.reducer.adaptive
-        if regions is self.regions[0] or (regions.n_tokens == self.regions[0].n_tokens and not adaptive):
+        last, adaptive = layer + 1 if reduced_first else layer, self.reducer.adaptive
+        regions, proportional = self.regions_before(last), self.reducer.proportional_attention
+        if adaptive and not proportional:
+            uneven = self._last(last, self.batches) is not None or not self._is_split()
+        else:
+            uneven = False
+        if not (proportional or uneven) or (regions.n_tokens == self.regions[0].n_tokens and not adaptive):
             return None
-        sizes = regions.sizes
-        if not self.reducer.proportional_attention:
-            if not adaptive or (self._is_split() and layer not in self.read_layers):
-                return None
-            sizes = sizes.clamp(max=1)
+        sizes = regions.sizes if proportional else regions.sizes.clamp(max=1)
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
         return bias.to(dtype)[:, None, None]
 

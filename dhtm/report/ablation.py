@@ -32,7 +32,10 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     frames = []
     for target in TARGETS:
         solved = solved_for(
-            runs[runs.method.isin(("dhtm", "dhtm_plus")) & ~runs.trained.astype(bool) & runs.kl.notna()], target
+            runs[
+                runs.method.isin(("dhtm", "dhtm_plus", "dhtm_threshold")) & ~runs.trained.astype(bool) & runs.kl.notna()
+            ],
+            target,
         )
         solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
         for _, frame in solved.groupby(_SAME, dropna=False):
@@ -51,7 +54,7 @@ def _changed(runs: pd.DataFrame) -> list[str]:
     """Return in what each run differs from the paper's DHTM."""
     changed = []
     for run in runs.itertuples():
-        name = "DHTM+" if run.method == "dhtm_plus" else ""
+        name = {"dhtm_plus": "DHTM+", "dhtm_threshold": "DHTM+ threshold"}.get(run.method, "")
         layers = "" if run.layers == SERIES[name or "DHTM"].layers else f"layers={run.layers}"
         changed.append(" ".join(filter(None, [name, run.options, layers])) or _DEFAULT)
     return changed

@@ -27,6 +27,7 @@ METHODS = {
     "unmerged": MethodEntry("unmerged", GREY, "."),
     "dhtm": MethodEntry("DHTM", "#E69F00", "o", dhtm.DHTM),
     "dhtm_plus": MethodEntry("DHTM+", "#E31A1C", "8", dhtm.DHTMPlus),
+    "dhtm_threshold": MethodEntry("DHTM+ threshold", "#6A3D9A", "H", dhtm.DHTMPlus),
     "random": MethodEntry("random merging", "#0072B2", "s", baselines.RandomMerge),
     "tome": MethodEntry("ToMe", "#009E73", "^", baselines.ToMe),
     "lotm": MethodEntry("LoTM", "#56B4E9", "P", baselines.LoTM),
@@ -98,6 +99,7 @@ SERIES = {
         Series("DHTM all", "dhtm", "all", False, r"DHTM$^{\mathbf{all}}$", marker="D", line="-."),
         Series("DHTM", "dhtm", "4,7,11", False, r"DHTM$^{\mathbf{4,7,11}}$"),
         Series("DHTM+", "dhtm_plus", "all", False, "DHTM+"),
+        Series("DHTM+ threshold", "dhtm_threshold", "all", False, r"DHTM+$_{\mathrm{threshold}}$"),
     )
 }
 

@@ -12,9 +12,9 @@ from dhtm.report.tables import FAITHFULNESS
 
 _COLUMNS = [
     "run_id", "backbone", "method", "k", "layers", "options", "knob", "value", "trained", "untrained", "targets", "data",
-    "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_baseline_g",
-    "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype", "device", "seed", "weights_sha256",
-    "data_fingerprint", "code_version", "library_version", "finished", "plain",
+    "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_g_q1", "flops_g_q3",
+    "flops_g_max", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype",
+    "device", "seed", "weights_sha256", "data_fingerprint", "code_version", "library_version", "finished", "plain",
 ]  # fmt: skip
 # Runs of one method over k must agree in these.
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
@@ -28,7 +28,8 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     """Return all finished runs, one row per run.
 
     ``value`` is the value of the knob, NaN where it has one for each layer. ``targets`` are the FLOPs reductions in percent
-    that the knob was solved for, joined by commas, and "" where the knob was given. ``options`` are those that are not the
+    that the knob was solved for, joined by commas, and "" where the knob was given. ``flops_g`` is the mean over images; its
+    quartiles and maximum are NaN where all images cost the same. ``options`` are those that are not the
     paper's, ``plain`` says that there are none.
     """
     runs = finished_runs(results_dir)
@@ -43,6 +44,9 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
         # None: the images have no labels, or the run is compared with nothing; NaN: it is of an earlier version.
         ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]
         runs[f"{name}_low"], runs[f"{name}_high"] = zip(*ends, strict=True)
+    quartiles = runs.get("flops_g_quartiles", [None] * len(runs))
+    spread = [found if isinstance(found, list) else [math.nan] * 5 for found in quartiles]
+    _, runs["flops_g_q1"], _, runs["flops_g_q3"], runs["flops_g_max"] = zip(*spread, strict=True)
     runs = runs.astype(dict.fromkeys(["top1", "top5", *FAITHFULNESS], float))
     changed = [
         changed_options(run.method, run.knobs, run.knob, run.trained or run.untrained) for run in runs.itertuples()

@@ -29,6 +29,7 @@ FAST += [
         "atc",
         "pitome",
         "dhtm_plus",
+        "dhtm_threshold",
     )
 ]
 ONE = [f"~methods.{name}" for name in ("sit", "tome")]  # DHTM alone is left

@@ -3,12 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 
 import dhtm
 from dhtm.harness import config
 from dhtm.harness.core.errors import UnavailableError, UserError
+from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.models.cost import Target, solve
+from dhtm.harness.models.cost import Target, solve, solve_thresholds
 
 MICRO = Backbone("deit_micro", "deit_micro", 10)
 PLAIN = dhtm.count_flops(MICRO.bare()).total
@@ -37,6 +39,22 @@ def test_no_neighbouring_knob_comes_nearer(method, name, reduction):
         misses.append(abs(flops(near) / PLAIN - (1 - reduction / 100)))
     assert min(misses) == misses[1] < 0.02
     assert given == method(name) != solved, "the method given stays as it is"
+
+
+def test_thresholds_meet_a_target_on_average_over_images(method):
+    images = torch.from_numpy(scenes("train", range(48))[0])[:, None].float() / 127.5 - 1
+    found, target_pct = solve_thresholds(
+        MICRO, MICRO.load(), method("dhtm_threshold"), Target(reduction_pct=40), images
+    )
+    assert target_pct == 40
+    model = found.put_into(MICRO.load(), "deit_micro")
+    with torch.no_grad():
+        model(images)
+    tokens = torch.stack([dhtm.regions(model, layer).n_tokens_of_images for layer in range(1, 13)], dim=1)
+    total, _ = dhtm.count_flops_of_images(model, tokens)
+    assert 100 * (1 - total.double().mean() / PLAIN) == pytest.approx(40, abs=1)
+    with pytest.raises(UserError, match="depend on the images"):
+        solve(MICRO, found, Target(reduction_pct=40))
 
 
 def test_a_target_in_gflops(method):

@@ -12,6 +12,7 @@ METHODS = {
     "dhtm": lambda: dhtm.DHTM(k=30, layers=(1, 3), proportional_attention=True),
     "dhtm, all pairs": lambda: dhtm.DHTM(k=30, layers=(1, 3), connectivity="all"),
     "dhtm_plus": lambda: dhtm.DHTMPlus(60),
+    "dhtm, threshold": lambda: dhtm.DHTM(threshold=[0.9, 0.5], layers=(1, 3)),
     "tome": lambda: baselines.ToMe(13),
     "atc": lambda: baselines.ATC(0.7, layers=(1, 3)),
     "pitome": lambda: baselines.PiToMe(0.9),
@@ -29,6 +30,7 @@ def micro(depth):
 
 @pytest.fixture(params=METHODS)
 def model(request):
+    torch.compiler.reset()  # every method compiles the same code again, which has a limit
     return dhtm.patch(micro(3).eval(), METHODS[request.param]())
 
 
@@ -51,7 +53,9 @@ def test_exported_for_any_batch_size_and_loaded_again(model, tmp_path):
     for images in (IMAGES, IMAGES[:1], IMAGES.repeat(3, 1, 1, 1)):
         torch.testing.assert_close(loaded(images), model(images), rtol=1e-5, atol=1e-5)
     torch.export.export(model, (IMAGES,))
-    assert dhtm.count_flops(model).merging > 0, "what the trace left in the model does not matter"
+    assert model.reducer.adaptive or dhtm.count_flops(model).merging > 0, (
+        "what the trace left in the model does not matter"
+    )
 
 
 @torch.no_grad()

@@ -412,7 +412,7 @@ def test_operator_checks(case, backend):
         *grid,
         connectivity,
     )
-    options = options["similarity"], options["linkage"], backend
+    options = options["similarity"], options["linkage"], options.get("threshold"), backend
     torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options))
 
 
@@ -509,8 +509,8 @@ def test_mass_spares_what_receives_attention():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "k=None and total=None"),
-        ({"k": 3, "total": 3}, "one of them must be a number"),
+        ({}, "k=None, total=None"),
+        ({"k": 3, "total": 3}, "give one of them"),
         ({"total": -1}, "-1"),
         ({"total": 3, "inflect": 2}, "inflect=2"),
         ({"k": 3, "mass": "cls"}, "mass='cls': choose one of None, 'size', 'attention'"),

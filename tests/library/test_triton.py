@@ -40,6 +40,13 @@ def test_any_tokens(case):
     check(tokens, k, grid=grid, **options)
 
 
+@settings(max_examples=16, deadline=None)
+@given(merges(), st.sampled_from((0.9, 0.0, -1.0, -4.0)))
+def test_thresholds(case, threshold):
+    tokens, grid, k, options = case
+    check(tokens, k, grid=grid, threshold=threshold, **options)
+
+
 @settings(max_examples=6, deadline=None)
 @given(merges(), st.integers(0, 2**32 - 1))
 def test_regions_and_features_given(case, seed):

@@ -105,6 +105,7 @@ def shortened(photos, imagenette, weights, tmp_path):
                 "pitome",
                 "atc",
                 "dhtm_plus",
+                "dhtm_threshold",
             )
             small = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2"]
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]

@@ -92,5 +92,5 @@ def _choice(name: str, options: list[str]) -> alt.Parameter:
 
 
 def _series_name(run: Any) -> str:
-    layers = "" if run.method in ("unmerged", "dhtm_plus") else f", layers {run.layers}"
+    layers = "" if run.method in ("unmerged", "dhtm_plus", "dhtm_threshold") else f", layers {run.layers}"
     return f"{entry_of(run.method).label}{layers}"
