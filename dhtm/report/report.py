@@ -13,6 +13,7 @@ from dhtm.report.runs import load_runs
 from dhtm.report.style import save_figure
 from dhtm.report.table1 import table1
 from dhtm.report.table2 import table2
+from dhtm.report.thresholds import thresholds_table
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     runs = load_runs(results_dir)
     log.info("%d finished runs in %s", len(runs), results_dir)
     require_writable(output_dir / "tables", f"output_dir={output_dir}")
-    every_run = runs.drop(columns=["plain", "finished"]).to_csv(index=False, float_format="%.8g")
+    every_run = runs.drop(columns=["plain", "finished", "knobs"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
     tables = {"table1": table1(runs), "table2": table2(runs, results_dir)}
-    if (found := ablation(runs, results_dir)) is not None:
-        tables["ablation"] = found
+    more = {"ablation": ablation, "thresholds": thresholds_table}
+    tables |= {name: found for name, make in more.items() if (found := make(runs, results_dir)) is not None}
     for name, table in tables.items():
         table.save(output_dir / "tables" / name)
     figures = {
@@ -46,4 +47,8 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     log.info("tables: %s\nfigures: %s", output_dir / "tables", output_dir / "figures")
     log.info("report: %s", output_dir / "report.html")
     if tracker is not None:
-        log_report(tracker, {name: table.data for name, table in tables.items()} | {"runs": runs}, figures)
+        log_report(
+            tracker,
+            {name: table.data for name, table in tables.items()} | {"runs": runs.drop(columns="knobs")},
+            figures,
+        )

@@ -15,6 +15,7 @@ _COLUMNS = [
     "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_g_q1", "flops_g_q3",
     "flops_g_max", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype",
     "device", "seed", "weights_sha256", "data_fingerprint", "code_version", "library_version", "finished", "plain",
+    "knobs",
 ]  # fmt: skip
 # Runs of one method over k must agree in these.
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
@@ -30,7 +31,7 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     ``value`` is the value of the knob, NaN where it has one for each layer. ``targets`` are the FLOPs reductions in percent
     that the knob was solved for, joined by commas, and "" where the knob was given. ``flops_g`` is the mean over images; its
     quartiles and maximum are NaN where all images cost the same. ``options`` are those that are not the
-    paper's, ``plain`` says that there are none.
+    paper's, ``plain`` says that there are none; ``knobs`` are all but the layers, as a dict.
     """
     runs = finished_runs(results_dir)
     if runs.empty:

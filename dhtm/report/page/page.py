@@ -32,6 +32,7 @@ TITLES = {
     "table1": "Table 1: DHTM over k, and the FLOPs that the paper prints",
     "table2": "Table 2: the methods at equal FLOPs, with paired tests",
     "ablation": "Ablation: which DHTM is best?",
+    "thresholds": "Thresholds: as many merges as an image needs, against as many in every image",
 }
 FIGURES = {
     "figure1": "Figure 1: top-1 and KL from the unmerged model over the reduction of FLOPs, for every method",

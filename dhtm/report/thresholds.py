@@ -1,0 +1,89 @@
+"""Do thresholds change a model less than as many merges in every image? Paired comparisons at equal mean FLOPs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from dhtm.harness.runs.directory import predictions
+from dhtm.report.registry import entry_of, named
+from dhtm.report.runs import solved_for
+from dhtm.report.statistics import compare, holm
+from dhtm.report.tables import Table, faithfulness_cells, number, p_cell, two_digits, with_interval
+
+_SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
+_VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
+NOTES = [
+    "Each pair has the same options and nearly the same mean FLOPs: one makes as many merges in every image, the other as many "
+    "as an image has neighbours above thresholds, which were found on images that are not tested on. GFLOPs are the mean over "
+    "images, with quartiles and the maximum where images differ.",
+    "Differences are with thresholds minus without, of the mean KL and of top-1, with a paired bootstrap 95% interval; p is of "
+    "the paired sign-flip permutation test, and * marks those below 0.05 after Holm's correction for all tests of their kind "
+    "in this table. KL and agreement are against the unmerged model's outputs; a smaller KL is not a better accuracy.",
+]
+
+
+def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
+    """Make the table from runs of DHTM that were solved for a target; None if none has thresholds."""
+    rows = []
+    off_the_shelf = runs[runs.method.str.startswith("dhtm") & ~runs.trained.astype(bool) & runs.kl.notna()]
+    for target in sorted({float(one) for joined in off_the_shelf.targets for one in joined.split(",") if one}):
+        for _, frame in solved_for(off_the_shelf, target).groupby(_SAME, dropna=False):
+            for counted, adaptive in _pairs(frame):
+                found = compare(predictions(results_dir / adaptive.run_id), predictions(results_dir / counted.run_id))
+                for run in (counted, adaptive):
+                    label = entry_of(run.method).label
+                    rows.append(
+                        {
+                            "target": target,
+                            "label": f"{label} ({run.options})" if run.options else label,
+                            **run._asdict(),
+                        }
+                    )
+                rows[-1] |= found
+    if not rows:
+        return None
+    data = pd.DataFrame(rows)
+    data["p_holm"], data["kl_p_holm"] = holm(data.p), holm(data.kl_p)
+    keys = ["backbone", "data", "split", "n_images"]
+    return Table(data, [_shown(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
+
+
+def _pairs(frame: pd.DataFrame) -> Iterator[tuple]:
+    """Yield runs that differ in nothing but how merges are limited, the one without thresholds first."""
+    newest = frame.sort_values("finished")
+    for _, alike in newest.groupby([_options(run) for run in newest.itertuples()], sort=False):
+        counted, adaptive = alike[alike.knob != "threshold"], alike[alike.knob == "threshold"]
+        if len(counted) and len(adaptive):
+            yield next(counted.tail(1).itertuples()), next(adaptive.tail(1).itertuples())
+
+
+def _options(run) -> str:
+    """Return what a run has in common with its other half, as text."""
+    return str((run.layers, sorted((name, value) for name, value in run.knobs.items() if name not in _VARIED)))
+
+
+def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    rows = []
+    for row in frame.itertuples():
+        decimals = 4 if row.flops_g < 1 else 3
+        flops = number(row.flops_g, decimals)
+        if pd.notna(row.flops_g_max):
+            spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
+            flops = f"{spread}, at most {number(row.flops_g_max, decimals)}"
+        kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
+        top1 = (row.difference, row.difference_low, row.difference_high)
+        cells = {
+            "target %": number(row.target, 0),
+            "method": row.label,
+            "reduction %": number(row.flops_reduction_pct, 1),
+        }
+        cells |= {"GFLOPs": flops, **faithfulness_cells(row)}
+        cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
+        cells["KL − without, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
+        cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
+        cells["top-1 %"] = number(row.top1, 2)
+        cells["top-1 − without, points"] = with_interval(*top1, signed=True)
+        cells["p (top-1)"] = p_cell(row.p, row.p_holm)
+        rows.append(cells)
+    return f"{named(backbone, data)}, {n_images:,} images, split {split}", pd.DataFrame(rows)
