@@ -7,6 +7,7 @@ branches with the reducer in between. This module assumes nothing else about a b
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,6 +251,7 @@ def patch(model: VisionTransformer, reducer: Reducer) -> VisionTransformer:
                 reduction.hooks.append(attn.q_norm.register_forward_hook(reader.read_queries))
             reduction.hooks.append(attn.k_norm.register_forward_hook(reader.read_keys))
     model.reduction, model.reducer = reduction, reducer
+    model.forward_intermediates = functools.partial(_forward_intermediates, model)
     return model
 
 
@@ -265,8 +267,46 @@ def unpatch(model: VisionTransformer) -> VisionTransformer:
         if isinstance(block, ReducingBlock):
             block.__class__ = Block
             del block.reduction, block.layer
-    del model.reduction, model.reducer
+    del model.reduction, model.reducer, model.forward_intermediates
     return model
+
+
+def _forward_intermediates(
+    model: VisionTransformer,
+    x: Tensor,
+    indices: int | list[int] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+    **kwargs,
+) -> Any:
+    """Run timm's method of this name, which its other feature interfaces call; every patch gets the token that it is in."""
+    plain = type(model).forward_intermediates
+    options = {"return_prefix_tokens": True, "norm": norm, "stop_early": stop_early, "output_fmt": "NLC"}
+    final, found = plain(model, x, indices, **options, **kwargs)
+    n_prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    if indices is None or isinstance(indices, int):
+        taken = range(depth - (indices or depth), depth)
+    else:
+        taken = sorted({index % depth for index in indices})
+    last = model.reduction.regions_before(depth + 1)
+    final = torch.cat([final[:, :n_prefix], last.unmerge(final[:, n_prefix:])], dim=1)
+    prefixes, grids = [], []
+    for index, tokens in zip(taken, found, strict=True):
+        tokens, prefix = tokens if n_prefix else (tokens, None)
+        after = model.reduction.regions_before(index + 2)
+        grid = after.unmerge(tokens)
+        grids.append(grid.transpose(1, 2).unflatten(2, after.grid).contiguous() if output_fmt == "NCHW" else grid)
+        prefixes.append(prefix)
+    with_prefix = return_prefix_tokens and n_prefix > 0
+    if output_dict:
+        result = {"image_intermediates": grids} | ({"image_intermediates_prefix": prefixes} if with_prefix else {})
+        return result if intermediates_only else result | {"image_features": final}
+    grids = list(zip(grids, prefixes, strict=True)) if with_prefix else grids
+    return grids if intermediates_only else (final, grids)
 
 
 def regions(model: VisionTransformer, layer: int | None = None) -> Regions:

@@ -412,3 +412,29 @@ def test_patch_dropout_is_refused_while_training():
     logits(model, images_for(model))
     with pytest.raises(RuntimeError, match="patch_drop_rate=0"):
         model.train()(images_for(model))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled", "siglip (attention pooling)"])
+def test_feature_interfaces_give_full_grids(name):
+    model = build(name)
+    images = images_for(model)
+    options = [{}, {"indices": [1, 4], "norm": True, "return_prefix_tokens": True}, {"output_fmt": "NLC", "indices": 2}]
+    options += [{"output_dict": True, "return_prefix_tokens": True, "stop_early": True, "indices": [1]}]
+    plain = [model.forward_intermediates(images, **one) for one in options]
+    dhtm.patch(model, dhtm.DHTM(k=0, layers=(2, 4)))
+    for one, expected in zip(options, plain, strict=True):
+        torch.testing.assert_close(model.forward_intermediates(images, **one), expected, rtol=0, atol=0)
+    dhtm.unpatch(model)
+
+    dhtm.patch(model, dhtm.DHTM(k=60, layers=(2, 4)))
+    outputs = []
+    model.blocks[2].register_forward_hook(lambda module, args, output: outputs.append(output))
+    (grid,) = model.get_intermediate_layers(images, [2], reshape=True)
+    tokens, regions = outputs[0][:, model.num_prefix_tokens :], dhtm.regions(model, 3)
+    assert tokens.shape[1] == 136 and grid.shape == (2, 48, 14, 14)
+    for patch in (0, 77, 195):
+        token = regions.assignment[1, patch]
+        assert torch.equal(grid[1, :, patch // 14, patch % 14], tokens[1, token])
+    assert model.forward_intermediates(images)[0].shape[1] == 196 + model.num_prefix_tokens
+    dhtm.unpatch(model)
+    assert model.forward_intermediates.__func__ is type(model).forward_intermediates
