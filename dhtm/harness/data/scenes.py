@@ -8,7 +8,7 @@ as in DeiT at 224 pixels, so k means the same number of merges on both.
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,9 @@ N_TEST_SCANS = 500
 N_TEST_SCENES = 4 * N_TEST_SCANS  # the test split: every scan in four scenes
 N_TRAIN_SCENES = 6_400  # in one epoch of training
 MAX_DISTRACTORS = 6
+PATCH_CLASSES = ("ground", "digit", "distractor")
 _SPLITS = {"train": 0, "test": 1}
+_INK = 0.2  # mean over a patch from which it is not ground
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class Digits:
         images, labels, fingerprint = _test_scenes(self.seed, min(self.limit or N_TEST_SCENES, N_TEST_SCENES))
         dataset, groups = DrawnScenes(images, labels, transform), np.arange(len(images)) % N_TEST_SCANS
         return Split(dataset, fingerprint=fingerprint, in_memory=True, groups=groups, **options)
+
+    def patch_classes(self, split: str, indices: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
+        """Return what most of the ink in each patch of some scenes is of, as a number in PATCH_CLASSES: int64 [n, P]."""
+        _, placed = _drawn(split, indices, self.seed, 1.0)
+        ink = F.adaptive_avg_pool2d(torch.from_numpy(placed), grid).flatten(2)
+        digit, distractor = ink[:, 0], ink[:, 1:].amax(dim=1)
+        classes = torch.where(digit >= distractor, 1, 2)
+        return torch.where(torch.maximum(digit, distractor) < _INK, 0, classes).numpy()
 
 
 @functools.cache
@@ -135,14 +145,20 @@ def scenes(split, indices, seed=0, difficulty=1.0):
         labels: int64 [n], the digit in each scene.
         centres: float64 [n, 2], where the digit is, (x, y) in pixels.
     """
-    drawn = [_draw(split, index, seed, difficulty) for index in indices]
-    labels, patches, centres, half_sizes, angles, grounds, noise = (np.stack(part) for part in zip(*drawn, strict=True))
-    ink = torch.from_numpy(_place(patches, centres, half_sizes, angles)).amax(dim=1)
+    (labels, centres, grounds, noise), placed = _drawn(split, indices, seed, difficulty)
+    ink = torch.from_numpy(placed).amax(dim=1)
     ground = F.interpolate(torch.from_numpy(grounds)[:, None], size=CANVAS, mode="bicubic", align_corners=True)[:, 0]
     # Ink covers the ground in proportion to its strength, then the sensor adds its noise.
     images = ground * (1 - ink) + ink + torch.from_numpy(noise)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return images.numpy(), labels, centres[:, 0]
+
+
+def _drawn(split, indices, seed, difficulty):
+    """Return labels, centres, grounds and noise of scenes, and the ink of each object on the canvas, [n, m, 56, 56]."""
+    drawn = [_draw(split, index, seed, difficulty) for index in indices]
+    labels, patches, centres, half_sizes, angles, grounds, noise = (np.stack(part) for part in zip(*drawn, strict=True))
+    return (labels, centres, grounds, noise), _place(patches, centres, half_sizes, angles)
 
 
 def _draw(split, index, seed, difficulty):

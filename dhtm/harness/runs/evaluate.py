@@ -29,6 +29,7 @@ from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import baseline_flops, flops
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.models.weights import load_model
+from dhtm.harness.runs.dense import N_PROBE, segmentation, segmenting
 from dhtm.harness.runs.directory import FAILED, RunDirectory
 from dhtm.harness.runs.faithfulness import Observe, UnmergedOutputs, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
@@ -65,6 +66,7 @@ class Evaluation:
     device: str = "auto"
     dtype: Literal[tuple(DTYPES)] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dense: bool = False
     force: bool = False
     store_every_s: NonNegativeFloat = 30
     cache_dir: Path | None = Path("results/cache")
@@ -134,6 +136,8 @@ def evaluate(
         if metrics is not None:
             return _finished_before(prepared, metrics, pictures, ranks)
         observe = _observer(prepared, ranks)
+        if evaluation.dense:
+            observe = segmenting(prepared.model, evaluation.backbone, evaluation.data, observe)
         done = ranks.gather(directory.predictions_so_far() if ranks.first else None)[0]
         with prepared.tracked(done, ranks) as tracked:
             failed, measured = _predict_missing(prepared, done, observe, ranks, tracked.progress)
@@ -166,6 +170,7 @@ def _prepare(evaluation: Evaluation) -> _Prepared:
         "dtype": evaluation.dtype,
         "among": split.among,
         "real_labels": split.real_labels is not None,
+        **({"dense": N_PROBE} if evaluation.dense else {}),
     }
     directory = RunDirectory(evaluation.results_dir, run_id(**determinants))
     options = [method.name, method.unusual_options(), "trained" if trained_weights else ""]
@@ -308,6 +313,7 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
         **accuracy(predictions),
         **faithfulness(predictions),
         **(real_accuracy(predictions, split.real_labels) if split.real_labels is not None else {}),
+        **(segmentation(predictions) if evaluation.dense else {}),
         **_cost(prepared, predictions),
         "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         **measured,
@@ -359,6 +365,8 @@ def _report(prepared: _Prepared, metrics: dict) -> None:
     is_reference = prepared.evaluation.method == UNMERGED and metrics["dtype"] == "float32"
     if metrics["kl"] is not None and not is_reference:
         results.append(f"KL {metrics['kl']:.2g} nats, agreement {metrics['agreement']:.2f}%")
+    if "miou" in metrics:
+        results.append("mIoU {:.2f}% [{:.2f}, {:.2f}]".format(metrics["miou"], *metrics["miou_ci95"]))
     results.append(f"{metrics['flops_g']:.4f} GFLOPs ({metrics['flops_reduction_pct']:.1f}% fewer)")
     if metrics["images_per_s"] is not None:
         results.append(f"{metrics['images_per_s']:.0f} images/s")
