@@ -7,6 +7,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.tracking import Tracker, log_report
 from dhtm.report.ablation import ablation
+from dhtm.report.dense import dense_figure, dense_table
 from dhtm.report.figures import figure1, figure4
 from dhtm.report.page.page import write_page
 from dhtm.report.runs import load_runs
@@ -34,13 +35,13 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     every_run = runs.drop(columns=["plain", "finished", "knobs"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
     tables = {"table1": table1(runs), "table2": table2(runs, results_dir)}
-    more = {"ablation": ablation, "thresholds": thresholds_table}
+    more = {"ablation": ablation, "thresholds": thresholds_table, "dense": dense_table}
     tables |= {name: found for name, make in more.items() if (found := make(runs, results_dir)) is not None}
     for name, table in tables.items():
         table.save(output_dir / "tables" / name)
+    drawn = {"figure1": figure1(runs), "figure4": figure4(runs), "dense": dense_figure(runs)}
     figures = {
-        name: save_figure(draw(runs), output_dir / "figures" / name)
-        for name, draw in (("figure1", figure1), ("figure4", figure4))
+        name: save_figure(figure, output_dir / "figures" / name) for name, figure in drawn.items() if figure is not None
     }
     log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
     write_page(runs, tables, figures, results_dir, output_dir / "report.html")

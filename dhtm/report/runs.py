@@ -15,8 +15,9 @@ _COLUMNS = [
     "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_g_q1", "flops_g_q3",
     "flops_g_max", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype",
     "device", "seed", "weights_sha256", "data_fingerprint", "code_version", "library_version", "finished", "plain",
-    "knobs",
+    "knobs", "miou", "miou_low", "miou_high",
 ]  # fmt: skip
+_INTERVALS = {"top1_ci95": "ci", "kl_ci95": "kl", "agreement_ci95": "agreement", "miou_ci95": "miou"}
 # Runs of one method over k must agree in these.
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
 # Runs of several methods must agree in these to be compared image by image.
@@ -36,12 +37,12 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     runs = finished_runs(results_dir)
     if runs.empty:
         return pd.DataFrame(columns=_COLUMNS)
-    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "kl_ci95", "agreement_ci95"])))
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "miou", *_INTERVALS])))
     runs["targets"] = [",".join(f"{target:g}" for target in targets) for targets in runs.targets_reduction_pct]
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
     values = [knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)]
     runs["value"] = pd.Series([None if isinstance(value, list) else value for value in values], dtype=float)
-    for interval, name in (("top1_ci95", "ci"), ("kl_ci95", "kl"), ("agreement_ci95", "agreement")):
+    for interval, name in _INTERVALS.items():
         # None: the images have no labels, or the run is compared with nothing; NaN: it is of an earlier version.
         ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]
         runs[f"{name}_low"], runs[f"{name}_high"] = zip(*ends, strict=True)

@@ -33,10 +33,12 @@ TITLES = {
     "table2": "Table 2: the methods at equal FLOPs, with paired tests",
     "ablation": "Ablation: which DHTM is best?",
     "thresholds": "Thresholds: as many merges as an image needs, against as many in every image",
+    "dense": "Dense prediction: mIoU at equal FLOPs",
 }
 FIGURES = {
     "figure1": "Figure 1: top-1 and KL from the unmerged model over the reduction of FLOPs, for every method",
     "figure4": "Figure 4: DHTM against random merging",
+    "dense": "Dense prediction: mIoU of a linear probe over the reduction of FLOPs",
 }
 N_PICTURES = 3
 MAX_METHODS = 6  # side by side
