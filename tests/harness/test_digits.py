@@ -77,3 +77,18 @@ def test_the_training_split_can_be_evaluated(composed, tmp_path):
     folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
     metrics = evaluate(door.evaluation(composed("data.split=train", "data.limit=20", *folders)))
     assert metrics["split"] == "train" and metrics["n_images"] == 20 and metrics["kl"] < 0.1
+
+
+def test_patches_have_the_class_of_their_ink():
+    """A scene drawn without distractors has none, and its digit's patches are the bright ones around its centre."""
+    digits = Digits()
+    images, _, centres = scenes("test", range(40))
+    classes = digits.patch_classes("test", range(40), (14, 14)).reshape(40, 14, 14)
+    assert set(np.unique(classes)) == {0, 1, 2}
+    means = images.reshape(40, 14, 4, 14, 4).mean(axis=(2, 4))
+    assert means[classes == 1].mean() > means[classes == 0].mean() + 50
+    rows, columns = np.mgrid[:14, :14] * 4 + 2
+    for image in range(40):
+        digit = classes[image] == 1
+        np.testing.assert_allclose([columns[digit].mean(), rows[digit].mean()], centres[image], atol=6)
+    assert (digits.patch_classes("test", [7], (14, 14))[0] == classes[7].ravel()).all()

@@ -50,6 +50,28 @@ def read(metrics, tmp_path):
     return folder, pd.read_parquet(folder / "predictions.parquet")
 
 
+def test_dense_prediction_segments_by_the_features_of_every_patch(evaluated, tmp_path):
+    metrics = evaluated("method.k=40", "data.limit=60", "dense=true")
+    _, predictions = read(metrics, tmp_path)
+    confusion = np.stack(predictions.confusion)
+    known = Digits().patch_classes("test", range(60), (14, 14))
+    for number in range(3):
+        assert (confusion[:, 3 * number : 3 * number + 3].sum(axis=1) == (known == number).sum(axis=1)).all()
+    low, high = metrics["miou_ci95"]
+    assert 70 < low < metrics["miou"] < high < 95 and metrics["iou"].keys() == {"ground", "digit", "distractor"}
+    unmerged = json.loads((tmp_path / "runs" / _other_run(metrics, tmp_path) / "metrics.json").read_text())
+    assert metrics["miou"] < unmerged["miou"], "the unmerged run, which comes first, has the same probe"
+    assert evaluated("method.k=40", "data.limit=60")["run_id"] != metrics["run_id"]
+    with pytest.raises(UserError, match="only data=digits"):
+        evaluated("dense=true", "data=images", f"data.root={tmp_path}", "backbone=deit_mini")
+
+
+def _other_run(metrics, tmp_path):
+    return next(
+        file.parent.name for file in (tmp_path / "runs").glob("*/metrics.json") if file.parent.name != metrics["run_id"]
+    )
+
+
 def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path):
     """It is found on training scenes; on others the mean cost comes near, and every image has its own."""
     run = ("method=dhtm_threshold", "target.reduction_pct=30", "data.limit=200")

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pandas as pd
 
+from dhtm.harness.runs.dense import segmentation
 from dhtm.harness.runs.metrics import faithfulness
 
 KS = [0, 10, 20, 30, 40, 48, 56]
 
 
-def write_run(folder, number, correct=None, groups=None, kl=None, **changes):
+def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None, **changes):
     """Write a finished run's metrics.json; its predictions too, if ``correct`` has one bool per image, and ``kl`` a number."""
     k, knobs = changes.pop("k", 40), changes.pop("knobs", {})
     if changes.get("method", "dhtm") in ("dhtm", "random"):
@@ -34,6 +35,9 @@ def write_run(folder, number, correct=None, groups=None, kl=None, **changes):
         if kl is not None:
             frame = frame.assign(kl=kl, unmerged_class=frame.label)
             changes = faithfulness(frame) | changes
+        if confusion is not None:
+            frame["confusion"] = list(confusion)
+            changes = segmentation(frame) | changes
         frame.to_parquet(file, index=False)
         metrics["predictions_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         changes = {"n_images": len(correct), "top1": 100 * np.mean(correct)} | changes
