@@ -9,7 +9,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import PATCH_CLASSES, Digits
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.models.backbones import Backbone
@@ -28,12 +27,7 @@ def segmenting(model: VisionTransformer, backbone: Backbone, data: Digits, obser
     Args:
         model: patched; its outputs are observed.
         observe: makes the other columns.
-
-    Raises:
-        UserError: nobody knows the classes of the patches of these images.
     """
-    if not isinstance(data, Digits):
-        raise UserError(f"dense=true: only data=digits knows the class of every patch, not data={data.name}")
     weight, bias = _probe(backbone, data)
     seen = []
     model.norm.register_forward_hook(lambda module, args, output: seen.append(output))

@@ -24,6 +24,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.core.redaction import redacted_settings
 from dhtm.harness.data.cache import cached
+from dhtm.harness.data.scenes import Digits
 from dhtm.harness.data.splits import Split, UnreadableError, describe, open_split
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import baseline_flops, flops
@@ -71,6 +72,10 @@ class Evaluation:
     store_every_s: NonNegativeFloat = 30
     cache_dir: Path | None = Path("results/cache")
     tracker: Tracker | None = None
+
+    def __post_init__(self):
+        if self.dense and not isinstance(self.data, Digits):
+            raise UserError(f"dense=true: only data=digits knows the class of every patch, not data={self.data.name}")
 
     def settings(self) -> dict:
         """Return the settings as plain values in the form of Hydra's config, passwords hidden."""
