@@ -87,6 +87,6 @@ def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFram
         top1 = (row.difference, row.difference_low, row.difference_high)
         cells["top-1 − the paper's, points"] = with_interval(*top1, signed=True)
         cells["p (top-1)"] = p_cell(row.p, row.p_holm)
-        rows.append(cells)
+        rows.append(cells | {"run": row.run_id})
     caption = caption_of(backbone, data, frame.n_images, f"split {split}", f"{target}% fewer FLOPs")
     return caption, pd.DataFrame(rows)

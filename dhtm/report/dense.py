@@ -73,6 +73,7 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
             "mIoU % [95% interval]": with_interval(run.miou, run.miou_low, run.miou_high),
             "DHTM − this, points": with_interval(run.difference, run.difference_low, run.difference_high, signed=True),
             "top-1 %": number(run.top1, 2),
+            "run": run.run_id,
         }
         for run in frame.itertuples()
     )

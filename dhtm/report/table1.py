@@ -53,7 +53,17 @@ def table1(runs: pd.DataFrame) -> Table:
             parts.append((caption_of(backbone, data, frame.n_images), _cells_beside_published(frame)))
         elif len(frame):
             frame = frame[
-                ["top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "n_images", "flops_g", "flops_reduction_pct"]
+                [
+                    "run_id",
+                    "top1",
+                    "ci_low",
+                    "ci_high",
+                    "top5",
+                    *FAITHFULNESS,
+                    "n_images",
+                    "flops_g",
+                    "flops_reduction_pct",
+                ]
             ]
             parts.append((caption_of(backbone, data, frame.n_images, "layers 4, 7, 11"), _cells(frame)))
             frame = frame.rename(columns={"flops_g": "flops_g_4_7_11"})
@@ -68,7 +78,9 @@ def table1(runs: pd.DataFrame) -> Table:
 def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
     """Return published numbers, ours, and the FLOPs that fvcore counts for each schedule, by k."""
     theirs = published("table1").query("backbone == @backbone").set_index("k")[["top1", "flops_g"]]
-    frame = theirs.add_prefix("published_").join(ours[["top1", "ci_low", "ci_high", *FAITHFULNESS, "n_images"]])
+    frame = theirs.add_prefix("published_").join(
+        ours[["run_id", "top1", "ci_low", "ci_high", *FAITHFULNESS, "n_images"]]
+    )
     frame["top1_difference"] = frame.top1 - frame.published_top1
     for layers, counts in gflops(backbone, tuple(frame.index)).items():
         name = "_".join(map(str, layers))
@@ -92,7 +104,7 @@ def _cells_beside_published(frame: pd.DataFrame) -> pd.DataFrame:
             name, shown = "_".join(map(str, layers)), ", ".join(map(str, layers))
             cells[f"ours, layers {shown}"] = number(row[f"flops_g_{name}"], 3)
             cells[f"Δ % ({shown})"] = number(row[f"flops_difference_pct_{name}"], 1, signed=True)
-        rows.append(cells)
+        rows.append(cells | {"run": row.run_id})
     return pd.DataFrame(rows)
 
 
@@ -105,6 +117,7 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
             **faithfulness_cells(row),
             "GFLOPs": number(row.flops_g, 4),
             "reduction %": number(row.flops_reduction_pct, 1),
+            "run": row.run_id,
         }
         for row in frame.itertuples()
     )

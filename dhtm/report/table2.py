@@ -174,7 +174,7 @@ def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tup
         interval = (row.difference, row.difference_low, row.difference_high)
         cells[f"{row.reference or 'DHTM'} − this, points"] = with_interval(*interval, signed=True)
         cells["p"] = p_cell(row.p, row.p_holm)
-        rows.append(cells)
+        rows.append(cells | {"run": row.run_id})
     return caption_of(backbone, data, frame.n_images, f"{target}% fewer FLOPs"), pd.DataFrame(rows)
 
 
@@ -188,7 +188,7 @@ def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) ->
         interval = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
         cells[f"{row.reference} − this, nats"] = with_interval(*interval, two_digits(row.kl_difference), signed=True)
         cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
-        rows.append(cells)
+        rows.append(cells | {"run": row.run_id})
     caption = caption_of(
         backbone, data, frame.n_images, f"{target}% fewer FLOPs", "against the unmerged model's outputs"
     )

@@ -22,7 +22,8 @@ class Table:
 
     Attributes:
         data: all numbers, one row per result; NaN where there is no number.
-        parts: the parts that readers see, each a caption and a frame of strings.
+        parts: the parts that readers see, each a caption and a frame of strings. A column "run" has the run that a row comes
+            from; only the web page shows it.
         notes: sentences below the parts.
     """
 
@@ -40,17 +41,20 @@ class Table:
         ):
             write_atomically(path.with_suffix(ending), lambda file, text=text: file.write_text(text, encoding="utf-8"))
 
+    def _printed(self) -> list[tuple[str, pd.DataFrame]]:
+        return [(caption, frame.drop(columns="run", errors="ignore")) for caption, frame in self.parts]
+
     def markdown(self) -> str:
         parts = [
             f"**{caption}**\n\n{frame.to_markdown(index=False, disable_numparse=True, colalign=['right'] * frame.shape[1])}\n"
-            for caption, frame in self.parts
+            for caption, frame in self._printed()
         ]
         return "\n".join([*parts, *(f"- {note}" for note in self.notes)]) + "\n"
 
     def latex(self) -> str:
         """Return one booktabs ``table`` per part; the document needs \\usepackage{booktabs}."""
         tables = []
-        for caption, frame in self.parts:
+        for caption, frame in self._printed():
             escaped = frame.rename(columns=_latex).map(_latex)
             tabular = escaped.to_latex(index=False, column_format="r" * frame.shape[1])
             tables.append(f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(caption)}}}\n{tabular}\\end{{table}}\n")

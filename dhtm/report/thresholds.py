@@ -31,15 +31,9 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
         for _, frame in solved_for(off_the_shelf, target).groupby(_SAME, dropna=False):
             for counted, adaptive in _pairs(frame):
                 found = compare(predictions(results_dir / adaptive.run_id), predictions(results_dir / counted.run_id))
-                for run in (counted, adaptive):
-                    label = entry_of(run.method).label
-                    rows.append(
-                        {
-                            "target": target,
-                            "label": f"{label} ({run.options})" if run.options else label,
-                            **run._asdict(),
-                        }
-                    )
+                label = " ".join(filter(None, [entry_of(counted.method).label, counted.options]))
+                for name, run in ((label, counted), (f"{label}, thresholds", adaptive)):
+                    rows.append({"target": target, "label": name, **run._asdict()})
                 rows[-1] |= found
     if not rows:
         return None
@@ -51,7 +45,7 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
 
 def _pairs(frame: pd.DataFrame) -> Iterator[tuple]:
     """Yield runs that differ in nothing but how merges are limited, the one without thresholds first."""
-    newest = frame.sort_values("finished")
+    newest = frame.sort_values(["plain", "finished"])  # DHTM itself before DHTM+ with its options
     for _, alike in newest.groupby([_options(run) for run in newest.itertuples()], sort=False):
         counted, adaptive = alike[alike.knob != "threshold"], alike[alike.knob == "threshold"]
         if len(counted) and len(adaptive):
@@ -85,5 +79,5 @@ def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFr
         cells["top-1 %"] = number(row.top1, 2)
         cells["top-1 − without, points"] = with_interval(*top1, signed=True)
         cells["p (top-1)"] = p_cell(row.p, row.p_holm)
-        rows.append(cells)
+        rows.append(cells | {"run": row.run_id})
     return f"{named(backbone, data)}, {n_images:,} images, split {split}", pd.DataFrame(rows)

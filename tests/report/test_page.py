@@ -1,5 +1,6 @@
 """The web page of the report, opened in a real browser."""
 
+import re
 import shutil
 import time
 
@@ -61,6 +62,9 @@ def test_it_is_small_and_names_the_run_of_every_method(page):
     assert len(html.encode()) < 4_000_000
     for number in (*range(len(METHODS)), 9):
         assert f"{number:016x}" in html
+    html_ids = set(re.findall(r' id="([^"]+)"', html))
+    links = re.findall(r'href="#([^"]+)"', html)
+    assert set(links) <= html_ids and {f"{number:016x}" for number in range(len(METHODS))} <= set(links)
     for heading in ("What was run", "Figures", "Where the accuracy goes", "What is missing", "All runs"):
         assert f"<h2>{heading}</h2>" in html
     assert html.count("<figure><img src") == html.count('" alt="') > 0

@@ -34,4 +34,4 @@ def test_pairs_differ_in_nothing_but_the_threshold(tmp_path):
     assert adaptive.kl_difference == pytest.approx(adaptive.kl - counted.kl) and adaptive.kl_p < 0.001
     assert np.isnan(counted.kl_difference)
     text = table.markdown()
-    assert "[0.1100, 0.1300], at most 0.1600" in text and "DHTM+ threshold" in text
+    assert "[0.1100, 0.1300], at most 0.1600" in text and "DHTM+, thresholds" in text

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import html
 import io
 import json
 from pathlib import Path
@@ -13,16 +14,26 @@ import torch
 import vl_convert
 from PIL import Image
 from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
 
 from dhtm.harness.config import evaluation_of_run
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.files import write_atomically
-from dhtm.harness.data.splits import open_split
+from dhtm.harness.data.scenes import Digits
+from dhtm.harness.data.splits import Split, open_split
 from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.harness.sweeps.status import states
 from dhtm.report.page.charts import METRICS, chart, chart_data
-from dhtm.report.page.where import agreement_between, by_class, methods_at_one_cost, most_changed, predictions_of
+from dhtm.report.page.where import (
+    agreement_between,
+    by_class,
+    by_regions,
+    methods_at_one_cost,
+    most_changed,
+    object_regions,
+    predictions_of,
+)
 from dhtm.report.regions import draw_side_by_side
 from dhtm.report.registry import named
 from dhtm.report.runs import Pair, pairs
@@ -69,10 +80,11 @@ def write_page(
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("page.html.j2")
-    html = template.render(
+    page = template.render(
         what=_html(_what_was_run(runs, measured)),
         tables=[(TITLES[name], name, parts, tables[name].notes) for name, parts in shown.items()],
         figures=[(FIGURES[name], _embedded(path.read_bytes())) for name, path in figures.items()],
+        premise=_premise(file.parent / "premise"),
         charts=list(charts),
         specifications=json.dumps(charts).replace("</", "<\\/"),
         script=_vega() if charts else "",
@@ -81,7 +93,7 @@ def write_page(
         runs=_html(_all_runs(runs, speed)),
         results_dir=results_dir,
     )
-    write_atomically(file, lambda path: path.write_text(html, encoding="utf-8"))
+    write_atomically(file, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def _what_was_run(runs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
@@ -114,29 +126,48 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     if merged.kl.notna().all():
         parts["The images whose outputs change most"] = most_changed({name: found[name] for name in merged.label})
     parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
-    pictures, reason = _pictures(merged.head(MAX_METHODS), results_dir)
+    pictures, reason = [], ""
+    try:
+        models, split, data = _loaded(merged, results_dir)
+        pictures = _pictures(merged.label, models, split)
+        if isinstance(data, Digits) and frame.top1.notna().all():
+            kept = {
+                label: object_regions(model, split, data) for label, model in zip(merged.label, models, strict=True)
+            }
+            parts["Top-1 by the number of tokens that the digit is in, % (images)"] = by_regions(found, kept)
+    except UserError as error:
+        reason = str(error)
     tables = [(caption, _html(table)) for caption, table in parts.items()]
     return {"title": f"{named(*pair)}, {target}% fewer FLOPs", "tables": tables, "pictures": pictures, "reason": reason}
 
 
-def _pictures(merged: pd.DataFrame, results_dir: Path) -> tuple[list[tuple[str, str]], str]:
-    """Return pictures of a few images with their regions under each method, or the reason why there are none."""
-    try:
-        runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
-        models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
-        split = open_split(
-            runs[0].data, runs[0].data.split, resolve_data_config(model=models[0]), models[0].num_classes
-        )
-        step = max(1, len(split.dataset) // N_PICTURES)
-        pictures = []
-        for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
-            with torch.inference_mode():
-                picture, counts = draw_side_by_side(models, split, index)
-            names = [f"{label} ({n} tokens)" for label, n in zip(merged.label, counts, strict=True)]
-            pictures.append((_embedded(_png(picture)), f"Image {index}, and its regions under {', '.join(names)}"))
-    except UserError as error:
-        return [], str(error)
-    return pictures, ""
+def _loaded(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransformer], Split, Any]:
+    """Return the patched model of each run, the split that all ran on, and its data set."""
+    runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
+    models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
+    data = runs[0].data
+    return models, open_split(data, data.split, resolve_data_config(model=models[0]), models[0].num_classes), data
+
+
+@torch.inference_mode()
+def _pictures(labels: pd.Series, models: list[VisionTransformer], split: Split) -> list[tuple[str, str]]:
+    """Return pictures of a few images with their regions under each method, and what they show."""
+    labels, models = labels.head(MAX_METHODS), models[:MAX_METHODS]
+    step = max(1, len(split.dataset) // N_PICTURES)
+    pictures = []
+    for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
+        picture, counts = draw_side_by_side(models, split, index)
+        names = [f"{label} ({n} tokens)" for label, n in zip(labels, counts, strict=True)]
+        pictures.append((_embedded(_png(picture)), f"Image {index}, and its regions under {', '.join(names)}"))
+    return pictures
+
+
+def _premise(folder: Path) -> tuple[str, list[str]] | None:
+    """Return the figure and the sentences of scripts/premise.py, if it wrote there."""
+    if not (folder / "premise.png").exists() or not (folder / "premise.md").exists():
+        return None
+    lines = (folder / "premise.md").read_text(encoding="utf-8").splitlines()
+    return _embedded((folder / "premise.png").read_bytes()), [line[2:] for line in lines if line.startswith("- ")]
 
 
 def _problems(results_dir: Path) -> str:
@@ -170,7 +201,12 @@ def _vega() -> str:
 
 
 def _html(frame: pd.DataFrame) -> str:
-    return frame.to_html(index=False, border=0, escape=True, na_rep="")
+    """Return a frame as a table; its column "run" leads to the run's row in the table of all runs, "run_id"."""
+    shown = frame.astype(object).where(frame.notna(), "").map(lambda value: html.escape(str(value)))
+    for column, form in (("run", '<a href="#{0}">{0:.6}</a>'), ("run_id", '<span id="{0}">{0}</span>')):
+        if column in shown:
+            shown[column] = [form.format(run_id) if run_id else "" for run_id in shown[column]]
+    return shown.rename(columns=html.escape).to_html(index=False, border=0, escape=False)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,18 +1,27 @@
 """Where the accuracy goes: by class, by image, and between methods."""
 
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 from sklearn.metrics import cohen_kappa_score
+from timm.models.vision_transformer import VisionTransformer
 
+from dhtm.harness.data.scenes import PATCH_CLASSES, Digits
+from dhtm.harness.data.splits import Split, batches
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
+from dhtm.harness.runs.predict import stop
 from dhtm.report.registry import METHODS, entry_of
 from dhtm.report.runs import Pair, at_target
-from dhtm.report.tables import number, with_interval
+from dhtm.report.tables import DASH, number, with_interval
+from dhtm.vit import image_ids, regions
 
 TARGETS = (40, 30, 20, 50, 10, 60)  # percent fewer FLOPs; the first at which most methods have runs is looked at
+N_SCENES = 500  # whose objects' tokens are counted
+_TOKENS = (1, 4, 7, 10, 14, 19, 10**6)  # first number of tokens in each column
 MOST = 5  # images whose outputs change most
 
 
@@ -71,6 +80,35 @@ def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     for a, b in combinations_with_replacement(found, 2):
         table.loc[b, a] = number(cohen_kappa_score(found[a].class_1, found[b].class_1), 3)
     return table.rename_axis("kappa").reset_index()
+
+
+@torch.inference_mode()
+def object_regions(model: VisionTransformer, split: Split, data: Digits) -> pd.Series:
+    """Return in how many tokens the digit of each of the first scenes is after the last layer, by index."""
+    indices = list(range(min(N_SCENES, len(split.dataset))))
+    classes = data.patch_classes(data.split, indices, model.patch_embed.grid_size)
+    counts = []
+    for ids, images, _ in batches(split, indices, 64, torch.device("cpu"), 0, stop):
+        with image_ids(model, ids):
+            model(images)
+        assignment = regions(model).assignment.numpy()
+        is_digit = classes[ids.numpy()] == PATCH_CLASSES.index("digit")
+        counts += [len(np.unique(tokens[inside])) for tokens, inside in zip(assignment, is_digit, strict=True)]
+    return pd.Series(counts, index=indices)
+
+
+def by_regions(found: dict[str, pd.DataFrame], kept: dict[str, pd.Series]) -> pd.DataFrame:
+    """Return top-1 in percent by the number of tokens that the object is in, one row per method."""
+    rows = []
+    for name, counts in kept.items():
+        correct = found[name].correct.reindex(counts.index)
+        row = {"method": name, "mean tokens": number(counts.mean(), 1)}
+        for low, high in pairwise(_TOKENS):
+            inside = correct[counts.between(low, high - 1)]
+            label = f"{low} to {high - 1}" if high < _TOKENS[-1] else f"{low} or more"
+            row[label] = f"{100 * inside.mean():.1f} ({len(inside)})" if len(inside) else DASH
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _place(method: str) -> int:

@@ -1,0 +1,39 @@
+"""Where the accuracy goes: what the page counts."""
+
+import numpy as np
+import pandas as pd
+
+import dhtm
+from dhtm.harness.data.scenes import Digits
+from dhtm.harness.data.splits import open_split
+from dhtm.harness.models.backbones import Backbone
+from dhtm.report.page import where
+
+
+def test_the_tokens_that_an_object_is_in(monkeypatch):
+    monkeypatch.setattr(where, "N_SCENES", 24)
+    data, model = Digits(), Backbone("deit_micro", "deit_micro", 10).bare()
+    preprocessing = {
+        "input_size": (1, 56, 56),
+        "mean": (0.5,),
+        "std": (0.5,),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
+    split = open_split(data, "test", preprocessing, 10)
+    digit_patches = (data.patch_classes("test", range(24), (14, 14)) == 1).sum(axis=1)
+    counts = {}
+    for k in (0, 60):
+        dhtm.patch(model, dhtm.DHTM(k=k))
+        counts[k] = where.object_regions(model, split, data)
+        dhtm.unpatch(model)
+    assert counts[0].tolist() == digit_patches.tolist(), "unmerged, every patch is a token"
+    assert (counts[60] <= counts[0]).all() and (counts[60] >= 1).all() and counts[60].sum() < counts[0].sum()
+
+
+def test_top1_by_the_number_of_tokens():
+    found = {"DHTM": pd.DataFrame({"correct": np.arange(40) % 2 == 0})}
+    table = where.by_regions(found, {"DHTM": pd.Series([2] * 10 + [8] * 20)})
+    row = table.iloc[0]
+    assert (row["1 to 3"], row["7 to 9"], row["19 or more"]) == ("50.0 (10)", "50.0 (20)", "–")
+    assert row["mean tokens"] == "6.0"
