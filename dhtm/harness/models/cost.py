@@ -62,7 +62,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
         return method, None
     if method.knob == "threshold":
         raise UserError(
-            f"{target}: the FLOPs of method={method.name} depend on the images; give method.threshold, see scripts/choose.py"
+            f"{target}: the FLOPs of method={method.name} depend on the images; set no target here, only method.threshold"
         )
     is_rate = method.knob in _RATES or isinstance(method.setting, float)
 
