@@ -347,7 +347,7 @@ def test_copies_and_state_dicts_are_independent():
     dhtm.unpatch(other).load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("architecture", ["swin_tiny_patch4_window7_224", "resnet18", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("architecture", ["swin_tiny_patch4_window7_224", "resnet18", "beit_base_patch16_224"])
 def test_other_architectures_are_refused_by_name(architecture):
     model = timm.create_model(architecture, pretrained=False)
     with pytest.raises(TypeError, match=f"cannot patch a {type(model).__name__}"):

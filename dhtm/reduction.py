@@ -1,0 +1,210 @@
+"""What happens to the tokens of a patched model during a forward pass: the state that its blocks share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dhtm.reducer import Attention, Reducer
+from dhtm.regions import Regions
+
+_SIMILAR = 16  # images of as many tokens, rounded up to this, are computed together
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnevenBatch:
+    """A batch in which images have different numbers of tokens.
+
+    Attributes:
+        used: int64, the tokens of all images, prefix tokens included, among those of the batch.
+        groups: the most patch tokens of an image, and the images, int64, of each group.
+    """
+
+    used: Tensor
+    groups: list[tuple[int, Tensor]]
+
+
+class Reduction:
+    """The state that the blocks of a patched model share: the reducer, and the regions of the last forward by layer.
+
+    Args:
+        reducer: the method.
+        layers: the layers that reduce.
+        n_prefix: tokens before those of the patches.
+        rope: what rotates merged tokens in a model with rotary embeddings, see :func:`dhtm.patch`; None in others.
+    """
+
+    def __init__(self, reducer: Reducer, layers: tuple[int, ...], n_prefix: int, rope: str | None):
+        self.reducer, self.layers, self.n_prefix, self.rope = reducer, layers, n_prefix, rope
+        self.regions: dict[int, Regions] = {}  # after each layer that reduces; 0 is before the first block
+        self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
+        self.cls: dict[int, Tensor] = {}
+        self.received: dict[int, Tensor] = {}
+        self.read_layers: set[int] = set()  # whose attention is read, of all images at once
+        self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __getstate__(self) -> dict:
+        # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
+        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}, "batches": {}}
+
+    def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Start a forward pass, before the patch embedding: every patch is a token."""
+        images = args[0]
+        grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
+        for kept in (self.keys, self.cls, self.received, self.batches):
+            kept.clear()
+        self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
+
+    def regions_before(self, layer: int) -> Regions:
+        return self._last(layer, self.regions)
+
+    def _last(self, layer: int, by_layer: dict[int, Any]) -> Any:
+        """Return the last value before a layer. Gradient checkpointing may run a layer again after later ones."""
+        return by_layer.get(max((one for one in by_layer if one < layer), default=0))
+
+    def reduce(self, x: Tensor, layer: int, position: str, attended: Tensor | None = None) -> Tensor:
+        """Reduce the tokens of x [B, prefix + N, D] if the reducer acts in this layer and position."""
+        if layer not in self.layers or self.reducer.position != position:
+            return x
+        regions = self.regions_before(layer)
+        prefix, tokens = x[:, : self.n_prefix], x[:, self.n_prefix :]
+        if tokens.shape[1] != regions.n_tokens:
+            raise RuntimeError(
+                f"layer {layer} got {tokens.shape[1]} patch tokens, but {regions.n_tokens} were expected: "
+                "a patched model must see every patch (patch_drop_rate=0)"
+            )
+        self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # raises an error for small images
+        output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
+        attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer), self.received.get(layer))
+        tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
+        if position == "after_attention":  # if this layer runs again, its keys are read again
+            self.keys.pop(layer, None)
+        if self._is_split():
+            self._split(layer)
+            tokens = tokens[:, : self.regions[layer].n_tokens]
+        return torch.cat([prefix, tokens], dim=1)
+
+    def _is_split(self) -> bool:
+        """Whether images with different numbers of tokens are computed apart, which compiled and traced models cannot do."""
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        return self.reducer.adaptive and self.rope is None and not tracing and not self.reducer.training
+
+    def _split(self, layer: int) -> None:
+        """Cut the regions after a layer to the most tokens of an image, and group images of nearly as many tokens."""
+        regions = self.regions[layer]
+        lengths = regions.n_tokens_of_images.cpu()
+        longest, device = int(lengths.amax()), regions.sizes.device
+        self.regions[layer] = Regions(regions.assignment, regions.sizes[:, :longest], regions.grid)
+        self.batches[layer] = None
+        if (lengths < longest).any():
+            used = torch.arange(self.n_prefix + longest) < self.n_prefix + lengths[:, None]
+            rounded = (-(-lengths // _SIMILAR) * _SIMILAR).clamp(max=longest)
+            groups = [(int(n), (rounded == n).nonzero()[:, 0].to(device)) for n in rounded.unique()]
+            self.batches[layer] = _UnevenBatch(used.flatten().nonzero()[:, 0].to(device), groups)
+
+    def attend(self, x: Tensor, layer: int, attention: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """Run a layer's attention, a function of tokens and bias, on images of nearly as many tokens at a time."""
+        bias, uneven = self.attention_bias(x.dtype, layer), self._last(layer, self.batches)
+        if uneven is None or layer in self.read_layers:
+            return attention(x, bias)
+        result = torch.zeros_like(x)
+        for n_tokens, images in uneven.groups:
+            end = self.n_prefix + n_tokens
+            result[images, :end] = attention(x[images, :end], bias[images, ..., :end])
+        return result
+
+    def each_token(self, x: Tensor, layer: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a function that treats every token by itself on those of all images, without what fills images up."""
+        uneven = self._last(layer + 1, self.batches)
+        if uneven is None:
+            return function(x)
+        rows = x.flatten(0, 1)
+        return torch.zeros_like(rows).index_copy_(0, uneven.used, function(rows[uneven.used]).to(x.dtype)).view_as(x)
+
+    def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
+        """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
+
+        The zeros that fill up images of fewer tokens have no size, so that no token attends to them. This is all if attention
+        is not proportional.
+        """
+        last, adaptive = self._before_attention(layer), self.reducer.adaptive
+        regions, proportional = self.regions_before(last), self.reducer.proportional_attention
+        if adaptive and not proportional:
+            uneven = self._last(last, self.batches) is not None or not self._is_split()
+        else:
+            uneven = False
+        if not (proportional or uneven) or (regions.n_tokens == self.regions[0].n_tokens and not adaptive):
+            return None
+        sizes = regions.sizes if proportional else regions.sizes.clamp(max=1)
+        bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
+        return bias.to(dtype)[:, None, None]
+
+    def rotations(self, table: Tensor | None, layer: int) -> Tensor | None:
+        """Return the rotary embeddings of the tokens in a layer's attention: the mean over the patches of each token.
+
+        Args:
+            table: sines, then cosines, of every patch and frequency: [P, 2·F], or [heads, P, 2·F]; None if there are none.
+
+        Returns:
+            [B, 1 or heads, N, 2·F]; the table itself before the first reduction.
+        """
+        regions = self.regions_before(self._before_attention(layer))
+        if table is None or (regions.n_tokens == self.regions[0].n_tokens and not self.reducer.adaptive):
+            return table
+        batch, sizes = regions.sizes.shape[0], regions.sizes[:, None, :, None]
+        of_patches = (table if table.dim() == 3 else table[None]).expand(batch, -1, -1, -1)
+        index = regions.assignment[:, None, :, None].expand_as(of_patches)
+        sums = of_patches.new_zeros(batch, of_patches.shape[1], regions.n_tokens, of_patches.shape[3])
+        sines, cosines = (sums.scatter_add(2, index, of_patches) / sizes.clamp(min=1)).chunk(2, dim=-1)
+        cosines = torch.where(sizes > 0, cosines, 1)  # a token without a patch is not rotated
+        if self.rope == "unit":
+            length = (
+                (sines.square() + cosines.square()).sqrt().clamp_min(1e-6)
+            )  # opposite rotations cancel, and stay so
+            sines, cosines = sines / length, cosines / length
+        return torch.cat([sines, cosines], dim=-1)
+
+    def _before_attention(self, layer: int) -> int:
+        """Return the layer whose :meth:`regions_before` are those of a layer's attention."""
+        return layer + 1 if self.reducer.position == "before_block" else layer
+
+
+class AttentionReader:
+    """Reads queries and keys by forward hooks on their norms, which every attention has (as identities in most models).
+
+    Args:
+        reduction: stores what is read.
+        source: the layer whose attention is read.
+        layer: the layer that reduces with it.
+        scale: of the attention logits.
+        has_cls: whether the first token is a CLS token.
+    """
+
+    def __init__(self, reduction: Reduction, source: int, layer: int, scale: float, has_cls: bool):
+        self.reduction, self.source, self.layer, self.scale, self.has_cls = reduction, source, layer, scale, has_cls
+
+    def read_queries(self, module: nn.Module, args: tuple[Tensor, ...], queries: Tensor) -> None:
+        of_cls = self.has_cls and "received" not in self.reduction.reducer.needs
+        self.queries = queries[:, :, :1] if of_cls else queries
+
+    def read_keys(self, module: nn.Module, args: tuple[Tensor, ...], keys: Tensor) -> None:
+        reduction, needs = self.reduction, self.reduction.reducer.needs
+        if "keys" in needs:
+            keys_of_patches = keys[:, :, reduction.n_prefix :]
+            # Keys of another layer are kept, so they must not keep the graph of that layer alive.
+            reduction.keys[self.layer] = keys_of_patches if self.source == self.layer else keys_of_patches.detach()
+        if needs & {"cls", "received"}:
+            # Kept for the whole forward, and so without a gradient: gradient checkpointing may run the layer that
+            # reduces again before this one.
+            with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+                logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
+                bias = reduction.attention_bias(logits.dtype, self.source)
+                shares = (logits if bias is None else logits + bias).softmax(dim=-1)[..., reduction.n_prefix :]
+                if "cls" in needs:
+                    reduction.cls[self.layer] = (shares[:, :, :1] if self.has_cls else shares).mean(dim=(1, 2))
+                if "received" in needs:
+                    reduction.received[self.layer] = shares.mean(dim=(1, 2))
+            del self.queries
