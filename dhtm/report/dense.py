@@ -51,7 +51,7 @@ def dense_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
             rows.append(together)
             n_images = solved.n_images.max()
             caption = f"{named(backbone, data)}, {n_images:,} images, {target:g}% fewer FLOPs, mIoU of a linear probe"
-            parts.append((caption, _cells(together)))
+            parts.append((caption, _cells(together, entry_of(reference.method).label if reference else "DHTM")))
     return Table(pd.concat(rows, ignore_index=True).drop(columns="knobs"), parts, NOTES) if rows else None
 
 
@@ -65,13 +65,15 @@ def _compared(run, reference, results_dir: Path) -> dict[str, float]:
     return {"difference": by_class.mean(), "difference_low": low, "difference_high": high}
 
 
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
+def _cells(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "method": f"{entry_of(run.method).label} {run.options}".strip(),
             "reduction %": number(run.flops_reduction_pct, 1),
             "mIoU % [95% interval]": with_interval(run.miou, run.miou_low, run.miou_high),
-            "DHTM − this, points": with_interval(run.difference, run.difference_low, run.difference_high, signed=True),
+            f"{reference} − this, points": with_interval(
+                run.difference, run.difference_low, run.difference_high, signed=True
+            ),
             "top-1 %": number(run.top1, 2),
             "run": run.run_id,
         }
