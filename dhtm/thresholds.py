@@ -71,7 +71,10 @@ class _Search(DHTM):
             return (regions.n_tokens_of_images - after.n_tokens_of_images).float().mean().item()
 
         if wanted > 0:
-            steps = range(-_STEPS, _STEPS + 1)
+            width = 1  # first from the top in growing strides, because low thresholds take long
+            while width < 2 * _STEPS and merges(_STEPS - width) <= wanted:
+                width *= 2
+            steps = range(max(_STEPS - width, -_STEPS), _STEPS + 1 - width // 2)
             found = steps[min(bisect.bisect_left(steps, -wanted, key=lambda step: -merges(step)), len(steps) - 1)]
             self.threshold[self.schedule.index(attention.layer)] = found / _STEPS
         return super().forward(tokens, regions, attention)

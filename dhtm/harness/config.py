@@ -6,6 +6,7 @@ not fit is a :class:`UserError` that names its key.
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -93,13 +94,15 @@ def evaluation(config: DictConfig) -> Evaluation:
     values["method"] |= options or {}
     target = _typed(Target, values.pop("target"), "target")
     run = _run(Evaluation, values)
-    if run.method.knob == "threshold" and target != Target():
-        model = copy.deepcopy(run.backbone.load()).to(pick_device(run.device))
-        images = choice_images(run.data, run.data.choice_split, model)
-        method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
-    else:
+    if run.method.knob != "threshold" or target == Target():
         method, target_pct = solve(run.backbone, run.method, target)
-    return dataclasses.replace(run, method=method, target_pct=target_pct)
+        return dataclasses.replace(run, method=method, target_pct=target_pct)
+    model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
+    images = choice_images(run.data, split, model)
+    method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
+    sha256 = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
+    found_on = {"split": split, "n_images": len(images), "sha256": sha256}
+    return dataclasses.replace(run, method=method, target_pct=target_pct, thresholds_from=found_on)
 
 
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:

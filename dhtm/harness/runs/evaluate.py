@@ -52,6 +52,7 @@ class Evaluation:
         backbone, method, data: what is evaluated; the method's knob is solved.
         results_dir: where run directories go.
         target_pct: the FLOPs reduction in percent that the knob was solved for; None if it was given.
+        thresholds_from: the split, number and SHA-256 of the images on which thresholds were found; None for other methods.
     """
 
     backbone: Backbone
@@ -59,6 +60,7 @@ class Evaluation:
     data: Any
     results_dir: Path = Path("results/runs")
     target_pct: float | None = None
+    thresholds_from: dict[str, Any] | None = None
     experiment: str | None = None
     checkpoints_dir: Path = Path("checkpoints")
     allow_untrained: bool = False
@@ -310,6 +312,7 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
         "untrained": not prepared.trained and any(True for _ in reducer.parameters()),
         "knob": evaluation.method.knob,
         "knobs": evaluation.method.knobs,
+        "thresholds_from": evaluation.thresholds_from,
         "targets_reduction_pct": [] if evaluation.target_pct is None else [evaluation.target_pct],
         "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
         "data": evaluation.data.name,
