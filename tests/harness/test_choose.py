@@ -89,7 +89,7 @@ def made_up_machine(monkeypatch):
     """One image takes 100 ms by the unmerged model, and half a millisecond less for each k; later all take twice as long."""
     load = itertools.chain([1], itertools.repeat(2))
 
-    def time_methods(benchmark):
+    def time_methods(benchmark, *images):
         ms = pd.Series([100.0, *(100 - method.options["k"] / 2 for method in benchmark.methods.values())])
         frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_speedup": 100 / ms})
         return frame.assign(latency_ms=ms * next(load), speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
@@ -100,7 +100,10 @@ def made_up_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        (1, r"method=dhtm: no setting meets max_latency_ms=1; the shortest time for one image is 67\.5 ms, at k=65 \("),
+        (
+            1,
+            r"method=dhtm: no setting meets max_latency_ms=1; the shortest time for one image is 67\.5 ms, at k = 65 \(",
+        ),
         (100, r"max_latency_ms=100: the unmerged model needs 100\.0 ms for one image, nothing has to be merged"),
     ],
 )
@@ -126,7 +129,7 @@ def test_methods_that_miss_the_bound_are_named_and_others_go_on(on_digits):
     assert not of_random.chosen.any() and of_random.value.min() == 1 and of_random.value.max() == 65
     (sentence,) = missed
     assert re.match(
-        r"method=random: no setting meets max_kl=0.0001; the smallest KL is 0\.0\d+ \[.*at k=\d+ \(", sentence
+        r"method=random: no setting meets max_kl=0.0001; the smallest KL is 0\.0\d+ \[.*at k = \d+ \(", sentence
     )
     assert sentence in choice_table(frame, missed, on_digits("max_kl=1e-4")).markdown()
 
@@ -201,3 +204,15 @@ def test_the_line_of_python_has_the_options_that_are_not_defaults(method, line):
     assert python_line(method) == line
     model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
     exec(line)
+
+
+def test_thresholds_are_chosen_through_the_merges_they_make_on_average(on_digits, monkeypatch):
+    monkeypatch.setattr(module, "STEP", 20)
+    monkeypatch.setattr(module, "FINEST", 20)
+    frame, chosen, _ = choose(on_digits("methods=[dhtm_threshold]", "max_kl=100"))
+    assert len(chosen["dhtm_threshold"].setting) == 12
+    tried = frame[frame.part == "choose"]
+    assert tried.flops_reduction_pct.is_monotonic_increasing and tried.flops_reduction_pct.max() > 40
+    assert "dhtm.DHTMPlus(threshold=(" in python_line(chosen["dhtm_threshold"])
+    with pytest.raises(UserError, match="its time depends on the image"):
+        on_digits("methods=[dhtm_threshold]", "max_latency_ms=10")
