@@ -216,21 +216,11 @@ def hierarchical_merge(
     if backend == "torch" and torch.onnx.is_in_onnx_export():  # ONNX lacks the operator but has what is in it
         options = k, connectivity, similarity, linkage, threshold
         merged, token_map, _ = batched.merge(tokens, features, masses, regions, *options)
-        return merged, regions.merged(token_map, n_rows)
-    merged, token_map, _ = kernels.hierarchical_merge(
-        tokens,
-        features,
-        masses,
-        regions.assignment,
-        regions.sizes,
-        k,
-        *regions.grid,
-        connectivity,
-        similarity,
-        linkage,
-        threshold,
-        backend,
-    )
+    else:
+        merged, token_map, _ = kernels.hierarchical_merge(
+            tokens, features, masses, regions.assignment, regions.sizes, k, *regions.grid, connectivity, similarity, linkage,
+            threshold, backend,
+        )  # fmt: skip
     return merged, regions.merged(token_map, n_rows)
 
 
@@ -289,19 +279,14 @@ class DHTM(Reducer):
         super().__init__(layers)
         given = [knob for knob in (k, total, threshold) if knob is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"k={k!r}, total={total!r}, threshold={threshold!r}: give one of them, and None for the others"
-            )
+            raise ValueError(f"k={k!r}, total={total!r}, threshold={threshold!r}: give exactly one of them")
         if threshold is None:
             check_k(given[0])
         elif mass is not None:
-            raise ValueError(
-                f"mass={mass!r}: with a threshold it must be None, because discounted distances have no scale"
-            )
-        if max_merges is not None:
-            if threshold is None:
-                raise ValueError(f"max_merges={max_merges!r}: it limits the merges by a threshold, and there is none")
-            check_k(max_merges)
+            raise ValueError(f"mass={mass!r} discounts distances, which then have no scale for a threshold")
+        if max_merges is not None and threshold is None:
+            raise ValueError(f"max_merges={max_merges!r}: it limits the merges by a threshold, and there is none")
+        check_k(0 if max_merges is None else max_merges)
         if not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
             raise ValueError(f"inflect={inflect!r}: it must be from -1 to 1")
         _check_options(connectivity, similarity, linkage, backend, features, mass)
@@ -321,9 +306,7 @@ class DHTM(Reducer):
         thresholds = self.threshold if isinstance(self.threshold, list) else [self.threshold] * len(layers)
         numbers = all(isinstance(one, (int, float)) for one in thresholds)
         if self.adaptive and (not numbers or len(thresholds) != len(layers)):
-            raise ValueError(
-                f"threshold={self.threshold!r}: give one number, or one for each of the {len(layers)} layers"
-            )
+            raise ValueError(f"threshold={self.threshold!r}: give one number, or one for each of {len(layers)} layers")
 
     def threshold_in(self, layer: int) -> float | None:
         """Return the threshold in a layer; None if merges are counted."""

@@ -510,7 +510,7 @@ def test_mass_spares_what_receives_attention():
     ("options", "message"),
     [
         ({}, "k=None, total=None"),
-        ({"k": 3, "total": 3}, "give one of them"),
+        ({"k": 3, "total": 3}, "give exactly one"),
         ({"total": -1}, "-1"),
         ({"total": 3, "inflect": 2}, "inflect=2"),
         ({"k": 3, "mass": "cls"}, "mass='cls': choose one of None, 'size', 'attention'"),

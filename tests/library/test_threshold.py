@@ -136,12 +136,12 @@ def test_thresholds_make_as_many_merges_as_are_wanted_on_average(reducer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0.5, "k": 3}, "give one of them"),
-        ({}, "give one of them"),
+        ({"threshold": 0.5, "k": 3}, "give exactly one"),
+        ({}, "give exactly one"),
         ({"k": 3, "max_merges": 3}, "there is none"),
         ({"threshold": 0.5, "max_merges": -1}, "from 0"),
         ({"threshold": 0.5, "mass": "size"}, "no scale"),
-        ({"threshold": [0.5, 0.6]}, "one for each of the 3 layers"),
+        ({"threshold": [0.5, 0.6]}, "one for each of 3 layers"),
         ({"threshold": "high"}, "give one number"),
     ],
 )
