@@ -177,9 +177,8 @@ def hierarchical_merge(
             merges, so that each image has its own number of tokens.
 
     Returns:
-        merged: [B, N - k, D], in the tokens' dtype. With a threshold [B, N, D]: the tokens of each image come first, zeros
-            follow, and ``regions.n_tokens_of_images`` counts the former.
-        regions: the regions of the merged tokens.
+        merged: [B, N - k, D], in the tokens' dtype; with a threshold [B, N, D], where zeros follow the tokens of an image.
+        regions: the regions of the merged tokens, whose ``n_tokens_of_images`` counts them.
 
     Raises:
         ValueError: a shape or an option is wrong, or the given regions run out of adjacent tokens; the message names it.
