@@ -43,7 +43,7 @@ def predict(
     """Predict images of a split, batch after batch.
 
     Args:
-        model: a patched model, which is moved to the device and dtype.
+        model: patched or not; it is moved to the device and dtype.
         indices: of the images.
         title: of the progress bar; None for no bar.
         num_workers: processes that load images; None for one per core where images are on disk.
@@ -59,6 +59,7 @@ def predict(
     added = mask(model.num_classes, split, device)
     asked = added.isfinite().nonzero().flatten()
     n_best = min(5, model.num_classes)
+    is_adaptive = hasattr(model, "reducer") and model.reducer.adaptive
     with tqdm(total=len(indices), desc=title, unit=" images", disable=True if title is None else None) as bar:
         for ids, images, labels in batches(split, indices, batch_size, device, num_workers, on_unreadable):
             with image_ids(model, ids), exact(device):
@@ -71,7 +72,7 @@ def predict(
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
             if observe is not None:
                 frame = frame.assign(**observe(ids.numpy(), logits[:, asked].log_softmax(dim=1), best[:, 0]))
-            if model.reducer.adaptive:
+            if is_adaptive:
                 layers = range(1, len(model.blocks) + 1)
                 tokens = torch.stack([regions(model, layer).n_tokens_of_images for layer in layers], dim=1)
                 frame["tokens"] = list(tokens.cpu().numpy())
