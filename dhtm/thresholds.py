@@ -9,7 +9,7 @@ from torch import Tensor
 from dhtm.merge import DHTM, hierarchical_merge
 from dhtm.reducer import Attention
 from dhtm.regions import Regions
-from dhtm.vit import patch, regions, unpatch
+from dhtm.vit import patch, tokens_of_images, unpatch
 
 _STEPS = 10_000  # thresholds are found to four places
 NEVER = 2.0  # which no cosine reaches
@@ -43,8 +43,7 @@ def find_thresholds(
     patch(model, search)
     try:
         model(images)
-        depth = len(model.blocks)
-        return search.threshold, torch.stack([regions(model, n).n_tokens_of_images for n in range(1, depth + 1)], dim=1)
+        return search.threshold, tokens_of_images(model)
     finally:
         unpatch(model)
 

@@ -206,6 +206,15 @@ def tokens_by_layer(model: VisionTransformer) -> list[int]:
     return _plan(reduction.reducer, reduction.layers, depth, grid) if reduction else [grid[0] * grid[1]] * depth
 
 
+def tokens_of_images(model: VisionTransformer) -> Tensor:
+    """Return the number of patch tokens of each image of the last forward pass after each layer: int64 [B, depth].
+
+    Raises:
+        ValueError: the model is not patched or has not been run.
+    """
+    return torch.stack([regions(model, layer).n_tokens_of_images for layer in range(1, len(model.blocks) + 1)], dim=1)
+
+
 @contextlib.contextmanager
 def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
     """Give the reducer the ids of the images in a batch, int64 [B], within this context.

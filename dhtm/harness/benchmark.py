@@ -27,7 +27,7 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.cost import Target, baseline_flops, solve_thresholds
 from dhtm.harness.models.methods import Method
 from dhtm.merge import hierarchical_merge
-from dhtm.vit import regions
+from dhtm.vit import tokens_of_images
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ def _flops(model: VisionTransformer, images: Tensor) -> float:
     if not model.reducer.adaptive:
         return count_flops(model).total
     model(images)
-    layers = range(1, len(model.blocks) + 1)
-    tokens = torch.stack([regions(model, layer).n_tokens_of_images.cpu() for layer in layers], dim=1)
+    tokens = tokens_of_images(model).cpu()
     return count_flops_of_images(copy.deepcopy(model).cpu().float(), tokens)[0].double().mean().item()
 
 

@@ -16,6 +16,7 @@ from dhtm.report.tables import (
     Table,
     caption_of,
     faithfulness_cells,
+    flops_cell,
     number,
     p_cell,
     two_digits,
@@ -165,11 +166,7 @@ def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tup
             cells["top-1 % published"] = number(row.published_top1, 2)
             cells["GFLOPs published"] = number(row.published_flops_g, 2)
         cells["top-1 % ours"] = with_interval(row.top1, row.ci_low, row.ci_high)
-        decimals = 4 if row.flops_g < 1 else 3
-        cells["GFLOPs"] = number(row.flops_g, decimals)
-        if pd.notna(row.flops_g_max):
-            spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
-            cells["GFLOPs"] = f"{spread}, at most {number(row.flops_g_max, decimals)}"
+        cells["GFLOPs"] = flops_cell(row)
         cells["reduction %"] = number(row.flops_reduction_pct, 1)
         interval = (row.difference, row.difference_low, row.difference_high)
         cells[f"{row.reference or 'DHTM'} − this, points"] = with_interval(*interval, signed=True)

@@ -82,6 +82,15 @@ def faithfulness_cells(row: Any) -> dict[str, str]:
     }
 
 
+def flops_cell(row: Any) -> str:
+    """Return the cell of a run's GFLOPs; where images differ, the mean with quartiles and maximum."""
+    decimals = 4 if row.flops_g < 1 else 3
+    if pd.isna(row.flops_g_max):
+        return number(row.flops_g, decimals)
+    spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
+    return f"{spread}, at most {number(row.flops_g_max, decimals)}"
+
+
 def p_cell(p: float, corrected: float) -> str:
     """Format a p value, with * if it is below LEVEL after correction; NaN becomes a dash."""
     return ("<0.0001" if p < 0.0001 else number(p, 4)) + ("*" if corrected < LEVEL else "")

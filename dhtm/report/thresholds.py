@@ -9,7 +9,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import entry_of, named
 from dhtm.report.runs import solved_for
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import Table, faithfulness_cells, number, p_cell, two_digits, with_interval
+from dhtm.report.tables import Table, faithfulness_cells, flops_cell, number, p_cell, two_digits, with_interval
 
 _SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
 _VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
@@ -60,11 +60,6 @@ def _options(run) -> str:
 def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
-        decimals = 4 if row.flops_g < 1 else 3
-        flops = number(row.flops_g, decimals)
-        if pd.notna(row.flops_g_max):
-            spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
-            flops = f"{spread}, at most {number(row.flops_g_max, decimals)}"
         kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
         top1 = (row.difference, row.difference_low, row.difference_high)
         cells = {
@@ -72,7 +67,7 @@ def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFr
             "method": row.label,
             "reduction %": number(row.flops_reduction_pct, 1),
         }
-        cells |= {"GFLOPs": flops, **faithfulness_cells(row)}
+        cells |= {"GFLOPs": flops_cell(row), **faithfulness_cells(row)}
         cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
         cells["KL − without, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
         cells["p"] = p_cell(row.kl_p, row.kl_p_holm)

@@ -15,7 +15,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split, UnreadableError, batches, mask
 from dhtm.harness.runs.directory import RunDirectory
 from dhtm.harness.runs.faithfulness import Observe
-from dhtm.vit import image_ids, regions
+from dhtm.vit import image_ids, tokens_of_images
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ def predict(
             if observe is not None:
                 frame = frame.assign(**observe(ids.numpy(), logits[:, asked].log_softmax(dim=1), best[:, 0]))
             if is_adaptive:
-                layers = range(1, len(model.blocks) + 1)
-                tokens = torch.stack([regions(model, layer).n_tokens_of_images for layer in layers], dim=1)
-                frame["tokens"] = list(tokens.cpu().numpy())
+                frame["tokens"] = list(tokens_of_images(model).cpu().numpy())
             if split.groups is not None:
                 frame["group"] = split.groups[ids.numpy()]
             yield frame
