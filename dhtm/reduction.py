@@ -132,11 +132,11 @@ class Reduction:
         """
         last, adaptive = self._before_attention(layer), self.reducer.adaptive
         regions, proportional = self.regions_before(last), self.reducer.proportional_attention
-        if adaptive and not proportional:
-            uneven = self._last(last, self.batches) is not None or not self._is_split()
+        if adaptive:
+            is_needed = proportional or not self._is_split() or self._last(last, self.batches) is not None
         else:
-            uneven = False
-        if not (proportional or uneven) or (regions.n_tokens == self.regions[0].n_tokens and not adaptive):
+            is_needed = proportional and regions.n_tokens != self.regions[0].n_tokens
+        if not is_needed:
             return None
         sizes = regions.sizes if proportional else regions.sizes.clamp(max=1)
         bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
@@ -161,9 +161,8 @@ class Reduction:
         sines, cosines = (sums.scatter_add(2, index, of_patches) / sizes.clamp(min=1)).chunk(2, dim=-1)
         cosines = torch.where(sizes > 0, cosines, 1)  # a token without a patch is not rotated
         if self.rope == "unit":
-            length = (
-                (sines.square() + cosines.square()).sqrt().clamp_min(1e-6)
-            )  # opposite rotations cancel, and stay so
+            # Opposite rotations cancel: there is no direction to scale to, and they stay near zero.
+            length = (sines.square() + cosines.square()).sqrt().clamp_min(1e-6)
             sines, cosines = sines / length, cosines / length
         return torch.cat([sines, cosines], dim=-1)
 

@@ -123,6 +123,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     key, limit = choice.bound
     backbone = choice.evaluation.backbone
     of_number = counted(method) if method.knob == "threshold" else method
+    images = None if of_number is method else _images(choice, "choose", backbone.load())
 
     def at(reduction_pct: float) -> Method | None:
         try:
@@ -134,8 +135,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     @functools.cache
     def by_threshold(found: Method) -> Method:
         """Return the method with the thresholds that make as many merges on average."""
-        model = backbone.load()
-        thresholds, _ = find_thresholds(model, found.reducer(), _images(choice, "choose", model))
+        thresholds, _ = find_thresholds(backbone.load(), found.reducer(), images)
         return dataclasses.replace(method, options={**method.options, "threshold": thresholds})
 
     def saves_enough(setting: Method) -> bool:

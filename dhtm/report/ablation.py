@@ -6,13 +6,12 @@ import pandas as pd
 
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import SERIES
-from dhtm.report.runs import solved_for
+from dhtm.report.runs import SAME_WEIGHTS, solved_for
 from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, p_cell, two_digits, with_interval
 
 TARGETS = (30, 40)  # percent fewer FLOPs
 MIN_OPTIONS = 4  # fewer are not an ablation: every sweep has DHTM, DHTM in all layers, and DHTM+
-_SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
 _DEFAULT = "the paper's"
 _COMPARED = [
     f"{prefix}{name}" for prefix in ("kl_", "") for name in ("difference", "difference_low", "difference_high", "p")
@@ -38,7 +37,7 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
             target,
         )
         solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
-        for _, frame in solved.groupby(_SAME, dropna=False):
+        for _, frame in solved.groupby(SAME_WEIGHTS, dropna=False):
             frame = frame.drop_duplicates("changed", keep="last")
             if len(frame) > MIN_OPTIONS and _DEFAULT in set(frame.changed):
                 frames.append(_compared(frame.sort_values("kl"), results_dir))

@@ -22,6 +22,10 @@ _INTERVALS = {"top1_ci95": "ci", "kl_ci95": "kl", "agreement_ci95": "agreement",
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
 # Runs of several methods must agree in these to be compared image by image.
 _SAME_IMAGES = ["dtype", "n_images", "split", "data_fingerprint", "library_version"]
+# Off-the-shelf runs of several options must agree in these to be compared image by image.
+SAME_WEIGHTS = [
+    "backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version",
+]  # fmt: skip
 
 Pair = tuple[str, str]  # a backbone and a data set
 

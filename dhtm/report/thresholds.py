@@ -7,11 +7,10 @@ import pandas as pd
 
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import entry_of, named
-from dhtm.report.runs import solved_for
+from dhtm.report.runs import SAME_WEIGHTS, solved_for
 from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import Table, faithfulness_cells, flops_cell, number, p_cell, two_digits, with_interval
 
-_SAME = ["backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version"]
 _VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
 NOTES = [
     "Each pair has the same options and nearly the same mean FLOPs: one makes as many merges in every image, the other as many "
@@ -28,7 +27,7 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     rows = []
     off_the_shelf = runs[runs.method.str.startswith("dhtm") & ~runs.trained.astype(bool) & runs.kl.notna()]
     for target in sorted({float(one) for joined in off_the_shelf.targets for one in joined.split(",") if one}):
-        for _, frame in solved_for(off_the_shelf, target).groupby(_SAME, dropna=False):
+        for _, frame in solved_for(off_the_shelf, target).groupby(SAME_WEIGHTS, dropna=False):
             for counted, adaptive in _pairs(frame):
                 found = compare(predictions(results_dir / adaptive.run_id), predictions(results_dir / counted.run_id))
                 label = " ".join(filter(None, [entry_of(counted.method).label, counted.options]))
