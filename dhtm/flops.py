@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dhtm import kernels
 from dhtm.regions import grid_pairs
-from dhtm.vit import unpatch
+from dhtm.vit import image_shape, patch_grid, unpatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,13 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     """
     if getattr(getattr(model, "reducer", None), "adaptive", False):
         raise ValueError("the FLOPs of this model depend on the image: use count_flops_of_images")
-    size = model.patch_embed.img_size if image_size is None else image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    channels, *size = image_shape(model)
+    if image_size is not None:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
     # Tracing runs the model, so trace a copy that shares the parameters but not the mode and the last regions.
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
-    stem = next(parameter for parameter in model.parameters() if parameter.dim() == 4)  # the first convolution
-    images = torch.zeros(1, stem.shape[1], height, width, dtype=stem.dtype, device=stem.device)
+    weight = next(model.parameters())
+    images = torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
     by_module = _flops_by_module(model, images)
     blocks = [by_module[f"blocks.{i}"] for i in range(len(model.blocks))]
     return FlopCount(by_module[""], by_module["reducer"], tuple(blocks))
@@ -70,7 +71,7 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
     Returns:
         The total and, of it, the merging, int64 [B] each.
     """
-    reducer, grid = model.reducer, tuple(model.patch_embed.grid_size)
+    reducer, grid = model.reducer, patch_grid(model)
     n_patches, n_prefix, channels = grid[0] * grid[1], model.num_prefix_tokens, model.embed_dim
     bare = unpatch(copy.deepcopy(model))
     plain = count_flops(bare)

@@ -53,6 +53,8 @@ class Reduction:
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         images = args[0]
+        if images.dim() != 4:
+            raise ValueError(f"a patched model takes images [B, C, H, W] of one size, not patches {list(images.shape)}")
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
         for kept in (self.keys, self.cls, self.received, self.batches):
             kept.clear()

@@ -1,4 +1,4 @@
-"""Put a reducer into a timm VisionTransformer or Eva, and remove it again.
+"""Put a reducer into a timm VisionTransformer, Eva or NaFlexVit, and remove it again.
 
 No attention is rewritten: the blocks keep their attention modules, so fused kernels, LayerScale, DropPath, query and key
 norms, registers and distillation tokens stay as timm has them. A block that reduces after attention runs its two residual
@@ -14,6 +14,7 @@ import torch
 from timm.layers import Attention as TimmAttention
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -66,16 +67,19 @@ _PARTS = {
 }
 _ATTENTION = (TimmAttention, EvaAttention, AttentionRope)  # whose keys can be read
 
+ViT = VisionTransformer | Eva | NaFlexVit
 
-def patch(model: VisionTransformer | Eva, reducer: Reducer, rope: str = "unit") -> VisionTransformer | Eva:
-    """Make a timm VisionTransformer or Eva reduce its tokens, in place.
+
+def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
+    """Make a timm VisionTransformer, Eva or NaFlexVit reduce its tokens, in place.
 
     Parameters keep their names; those of the reducer appear under ``reducer.`` in the state dict. With gradient
     checkpointing, which runs layers again in the backward pass, call backward() before the next forward pass.
 
     Args:
         model: any timm VisionTransformer of plain blocks: DeiT, distilled DeiT, DeiT-III, AugReg, DINOv2, SigLIP, …; or Eva,
-            whose attention rotates queries and keys by position: DINOv3, EVA-02, ``vit_*_rope_*``.
+            whose attention rotates queries and keys by position: DINOv3, EVA-02, ``vit_*_rope_*``; or NaFlexVit, given images
+            [B, C, H, W] of one size, which need no mask.
         reducer: the method, such as :class:`dhtm.DHTM`.
         rope: what rotates a merged token in such a model: the mean of its patches' sines and cosines, scaled to the unit
             circle at each frequency ("unit"), or as it is ("mean"), which shortens the queries and keys of large regions at
@@ -101,14 +105,14 @@ def patch(model: VisionTransformer | Eva, reducer: Reducer, rope: str = "unit") 
         raise ValueError(
             f"layers={list(layers)}: {type(reducer).__name__} reads the attention of the layer before, so it starts from 2"
         )
-    reducer.attach(model.embed_dim, model.num_prefix_tokens, tuple(model.patch_embed.grid_size), layers)
-    _plan(reducer, layers, depth, model.patch_embed.grid_size)
+    reducer.attach(model.embed_dim, model.num_prefix_tokens, patch_grid(model), layers)
+    _plan(reducer, layers, depth, patch_grid(model))
     weight = next(model.blocks.parameters())
     reducer.to(device=weight.device, dtype=weight.dtype).train(model.training)
 
-    rotary = isinstance(model, Eva)
+    rotary = getattr(model, "rope", None) is not None
     reduction = Reduction(reducer, layers, model.num_prefix_tokens, rope if rotary else None)
-    reduction.hooks.append(model.patch_embed.register_forward_pre_hook(reduction.start))
+    reduction.hooks.append(_embedding(model).register_forward_pre_hook(reduction.start))
     for layer, block in enumerate(model.blocks, start=1):
         # A bias, rotations, and images of different numbers of tokens concern the attention of later layers too.
         later = reducer.proportional_attention or reducer.adaptive or rotary
@@ -127,7 +131,7 @@ def patch(model: VisionTransformer | Eva, reducer: Reducer, rope: str = "unit") 
     return model
 
 
-def unpatch(model: VisionTransformer) -> VisionTransformer:
+def unpatch(model: ViT) -> ViT:
     """Remove the reducer, in place: the model is what it was before :func:`patch`.
 
     Raises:
@@ -202,7 +206,7 @@ def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
 def tokens_by_layer(model: VisionTransformer) -> list[int]:
     """Return the number of patch tokens after each layer of a model, patched or not, at its own image size."""
     reduction = getattr(model, "reduction", None)
-    depth, grid = len(model.blocks), model.patch_embed.grid_size
+    depth, grid = len(model.blocks), patch_grid(model)
     return _plan(reduction.reducer, reduction.layers, depth, grid) if reduction else [grid[0] * grid[1]] * depth
 
 
@@ -233,6 +237,25 @@ def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
         reducer.image_ids = before
 
 
+def patch_grid(model: ViT) -> tuple[int, int]:
+    """Return the rows and columns of patches at a model's own image size."""
+    embedding = _embedding(model)
+    return tuple(embedding.pos_embed_grid_size if isinstance(model, NaFlexVit) else embedding.grid_size)
+
+
+def image_shape(model: ViT) -> tuple[int, int, int]:
+    """Return the channels, height and width of the images that a model was made for."""
+    if isinstance(model, NaFlexVit):
+        sides = [patches * pixels for patches, pixels in zip(patch_grid(model), model.embeds.patch_size, strict=True)]
+        return (model.embeds.in_chans, *sides)
+    first_convolution = next(parameter for parameter in model.patch_embed.parameters() if parameter.dim() == 4)
+    return (first_convolution.shape[1], *model.patch_embed.img_size)
+
+
+def _embedding(model: ViT) -> nn.Module:
+    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+
+
 def _reduction(model: nn.Module) -> Reduction:
     if not hasattr(model, "reduction"):
         raise ValueError(f"this {type(model).__name__} is not patched: call dhtm.patch(model, reducer) first")
@@ -250,12 +273,12 @@ def _plan(reducer: Reducer, layers: tuple[int, ...], depth: int, grid: tuple[int
 
 def _check_supported(model: nn.Module, reducer: Reducer) -> None:
     name = type(model).__name__
-    if not isinstance(model, (VisionTransformer, Eva)):
+    if not isinstance(model, ViT):
         hint = "; patch the model before wrapping or compiling it" if hasattr(model, "_orig_mod") else ""
         raise TypeError(
-            f"cannot patch a {name}: only timm's VisionTransformer, Eva and their subclasses are supported{hint}"
+            f"cannot patch a {name}: only timm's VisionTransformer, Eva, NaFlexVit and their subclasses are supported{hint}"
         )
-    if isinstance(model, Eva) and reducer.needs & {"cls", "received"}:
+    if getattr(model, "rope", None) is not None and reducer.needs & {"cls", "received"}:
         raise TypeError(
             f"cannot patch this {name} with {type(reducer).__name__}: it reads attention from queries and keys, which this "
             "model rotates afterwards"

@@ -8,6 +8,7 @@ import torch
 
 import baselines
 import dhtm
+from dhtm.vit import image_shape, patch_grid
 
 SMALL = {"depth": 4, "embed_dim": 96, "num_heads": 3, "num_classes": 7}
 MODELS = {
@@ -16,6 +17,7 @@ MODELS = {
     "rope, axial": ("vit_small_patch16_rope_224", {"img_size": 128}),
     "rope, mixed axes for each head": ("vit_small_patch16_rope_mixed_224", {"img_size": 128}),
     "perception encoder": ("vit_pe_core_tiny_patch16_384", {"img_size": 128}),
+    "naflex, axial": ("naflexvit_base_patch16_gap", {"pos_embed_grid_size": (8, 8), "rope_type": "axial"}),
 }
 
 
@@ -34,7 +36,16 @@ def model(request):
 
 def images_for(model, batch=3):
     coarse = torch.randn(batch, 3, 9, 9, generator=torch.Generator().manual_seed(1))
-    return torch.nn.functional.interpolate(coarse, size=model.patch_embed.img_size, mode="bicubic")
+    return torch.nn.functional.interpolate(coarse, size=image_shape(model)[1:], mode="bicubic")
+
+
+def embedded(model, images):
+    """Return the tokens before the first block, and the table of rotations, or one for each block."""
+    if isinstance(model, timm.models.NaFlexVit):
+        found = model._forward_embeds(images, None, None, None)
+        return found["patches"], found["rope_embeds"]
+    x, tables = model._pos_embed(model.patch_embed(images))
+    return model.norm_pre(x), tables
 
 
 def logits(model, images):
@@ -62,8 +73,7 @@ def test_the_forward_written_out_token_by_token(model, rope):
     dhtm.unpatch(model)
     prefix = model.num_prefix_tokens
     with torch.inference_mode():
-        x, tables = model._pos_embed(model.patch_embed(images))
-        x, regions = model.norm_pre(x), None
+        (x, tables), regions = embedded(model, images), None
         for layer, block in enumerate(model.blocks, start=1):
             table = tables[layer - 1] if getattr(model, "rope_mixed", False) else tables[None]
             if regions is not None:
@@ -72,7 +82,7 @@ def test_the_forward_written_out_token_by_token(model, rope):
                 table = torch.stack([rotation(table, patches, rope) for patches in members], dim=1)
             x = x + (1 if block.gamma_1 is None else block.gamma_1) * block.attn(block.norm1(x), rope=table[None])
             if layer in (1, 3):
-                grid = None if regions else model.patch_embed.grid_size
+                grid = None if regions else patch_grid(model)
                 tokens, regions = dhtm.hierarchical_merge(x[:, prefix:], 15, regions, grid, backend="reference")
                 x = torch.cat([x[:, :prefix], tokens], dim=1)
             x = x + (1 if block.gamma_2 is None else block.gamma_2) * block.mlp(block.norm2(x))

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import transformers
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
@@ -226,6 +227,14 @@ def test_snippets(monkeypatch, tmp_path, capsys):
         return create(name, pretrained=pretrained and name == "deit_micro", **options)
 
     monkeypatch.setattr(timm, "create_model", create_offline)
+    from_pretrained = {
+        "AutoModel": transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=48, num_attention_heads=3)),
+        "AutoModelForImageClassification": transformers.AutoModelForImageClassification.from_config(
+            transformers.TimmWrapperConfig(architecture="deit_small_patch16_224", num_labels=7)
+        ),
+    }
+    for name, model in from_pretrained.items():
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, model=model: model)
     monkeypatch.chdir(tmp_path)  # docs/library.md leaves a run there that docs/results.md reads
     scopes = {}
     for page, text in PAGES.items():

@@ -1,0 +1,52 @@
+"""docs/huggingface.md: what its function makes of an encoder of transformers computes the same, and can be patched."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+import dhtm
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 112}
+ENCODERS = {
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SMALL, intermediate_size=96)),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SMALL)),
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, intermediate_size=96)),
+}
+
+
+def to_timm(encoder):
+    scope = {}
+    page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def to_timm" in code), scope)
+    return scope["to_timm"](encoder)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.inference_mode()
+def test_the_same_features(name):
+    torch.manual_seed(0)
+    encoder = ENCODERS[name]().eval()
+    for parameter in encoder.parameters():  # biases and layer scales start at what would hide a lost one
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(2, 3, 112, 112)
+    expected = encoder(images).last_hidden_state
+    model = to_timm(encoder)
+    torch.testing.assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4)
+    dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
+    assert model.forward_features(images).shape[1] == expected.shape[1] - 10
+
+
+@torch.inference_mode()
+def test_the_timm_model_in_a_wrapper():
+    config = transformers.TimmWrapperConfig(architecture="deit_tiny_patch16_224", num_labels=7)
+    classifier = transformers.AutoModelForImageClassification.from_config(config).eval()
+    images = torch.randn(2, 3, 224, 224)
+    plain = classifier(images).logits
+    dhtm.patch(classifier.timm_model, dhtm.DHTM(k=0))
+    assert torch.equal(classifier(images).logits, plain)
+    dhtm.unpatch(classifier.timm_model)
+    dhtm.patch(classifier.timm_model, dhtm.DHTM(k=40))
+    assert classifier(images).logits.shape == (2, 7) and dhtm.regions(classifier.timm_model).n_tokens == 196 - 120
