@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dhtm import vit
 from dhtm.flops import count_flops, count_flops_of_images
+from dhtm.huggingface import to_timm
 from dhtm.merge import DHTM, DHTMPlus, hierarchical_merge
 from dhtm.reducer import Reducer
 from dhtm.regions import Regions
@@ -15,7 +16,7 @@ from dhtm.vit import patch, unpatch
 
 __all__ = [
     "DHTM", "DHTMPlus", "Reducer", "Regions", "count_flops", "count_flops_of_images", "find_thresholds",
-    "hierarchical_merge", "patch", "regions", "unpatch",
+    "hierarchical_merge", "patch", "regions", "to_timm", "unpatch",
 ]  # fmt: skip
 
 

@@ -275,6 +275,8 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
     name = type(model).__name__
     if not isinstance(model, ViT):
         hint = "; patch the model before wrapping or compiling it" if hasattr(model, "_orig_mod") else ""
+        if type(model).__module__.startswith("transformers."):
+            hint = "; copy it into a timm model by dhtm.to_timm"
         raise TypeError(
             f"cannot patch a {name}: only timm's VisionTransformer, Eva, NaFlexVit and their subclasses are supported{hint}"
         )

@@ -269,7 +269,9 @@ def test_unsupported_models_are_refused_by_name(evaluated, photos, tmp_path):
         "data=imagefolder",
         f"data.root={photos}",
     ]
-    with pytest.raises(UserError, match="only timm's VisionTransformer, Eva and their subclasses are supported"):
+    with pytest.raises(
+        UserError, match="only timm's VisionTransformer, Eva, NaFlexVit and their subclasses are supported"
+    ):
         evaluated("backbone.architecture=swin_tiny_patch4_window7_224", *overrides)
 
 

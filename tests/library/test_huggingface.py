@@ -1,11 +1,8 @@
-"""docs/huggingface.md: what its function makes of an encoder of transformers computes the same, and can be patched."""
-
-import re
+"""Encoders of transformers, copied into timm models, compute the same and can be patched."""
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 
 import dhtm
 
@@ -17,13 +14,6 @@ ENCODERS = {
 }
 
 
-def to_timm(encoder):
-    scope = {}
-    page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
-    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def to_timm" in code), scope)
-    return scope["to_timm"](encoder)
-
-
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.inference_mode()
 def test_the_same_features(name):
@@ -33,7 +23,7 @@ def test_the_same_features(name):
         torch.nn.init.normal_(parameter, std=0.2)
     images = torch.randn(2, 3, 112, 112)
     expected = encoder(images).last_hidden_state
-    model = to_timm(encoder)
+    model = dhtm.to_timm(encoder)
     torch.testing.assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4)
     dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
     assert model.forward_features(images).shape[1] == expected.shape[1] - 10
@@ -50,3 +40,11 @@ def test_the_timm_model_in_a_wrapper():
     dhtm.unpatch(classifier.timm_model)
     dhtm.patch(classifier.timm_model, dhtm.DHTM(k=40))
     assert classifier(images).logits.shape == (2, 7) and dhtm.regions(classifier.timm_model).n_tokens == 196 - 120
+
+
+def test_what_cannot_be_copied_or_patched_is_refused():
+    giant = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True))
+    with pytest.raises(TypeError, match=r"cannot copy a Dinov2Model into a timm model: it has no 'blocks\.0\.mlp"):
+        dhtm.to_timm(giant)
+    with pytest.raises(TypeError, match=r"cannot patch a ViTModel: .* copy it into a timm model by dhtm\.to_timm"):
+        dhtm.patch(ENCODERS["vit"](), dhtm.DHTM(k=5))
