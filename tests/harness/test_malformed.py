@@ -145,7 +145,7 @@ def carried_out(commands, folder):
 
 
 @pytest.mark.parametrize(
-    "n_commands", [pytest.param(25, id="few"), pytest.param(300, id="many", marks=pytest.mark.stress)]
+    "n_commands", [pytest.param(12, id="few"), pytest.param(300, id="many", marks=pytest.mark.stress)]
 )
 def test_overrides(composed, tmp_path, n_commands):
     """Any value of any key: what it asks for, or one line."""

@@ -119,10 +119,10 @@ def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
 
 def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluated, tmp_path):
     options = ["method=patch_merger", "target.reduction_pct=40", f"checkpoints_dir={tmp_path}", "device=cpu"]
-    before = evaluated(*options, "data.limit=200", "allow_untrained=true")
-    small = [*options, "epochs=2", "num_workers=0", "data.limit=320", "batch_size=32", "save_dtype=float32"]
+    before = evaluated(*options, "data.limit=160", "allow_untrained=true")
+    small = [*options, "epochs=2", "num_workers=0", "data.limit=160", "batch_size=32", "save_dtype=float32"]
     last = trainer.train(described("recipe=embedded", *small))
-    after = evaluated(*options, "data.limit=320")
+    after = evaluated(*options, "data.limit=160")
     assert after["trained"] and after["top1"] == pytest.approx(last["top1"]), "validation is the runner's evaluation"
     assert after["top1"] > before["top1"]
     folder = next((tmp_path / "deit_micro").iterdir())

@@ -27,9 +27,7 @@ def deit(request):
     return DEIT[request.param], timm.create_model(f"{request.param}_patch16_224", pretrained=False).eval()
 
 
-@pytest.mark.parametrize(
-    ("k", "layers"), [*((k, (4, 7, 11)) for k in (0, 10, 20, 30, 40, 48, 56)), (40, (4, 7, 10)), (48, (4, 7, 10))]
-)
+@pytest.mark.parametrize(("k", "layers"), [*((k, (4, 7, 11)) for k in (0, 10, 56)), (40, (4, 7, 10))])
 def test_count_is_the_closed_form(deit, k, layers):
     width, model = deit
     dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))

@@ -1,0 +1,165 @@
+"""The kernels: memory layouts, threads, dtypes, the choice of a backend, and the operator."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_merge import HERE, merges, smooth
+
+from dhtm import Regions, hierarchical_merge, kernels
+from dhtm.kernels import merge_flops
+from dhtm.regions import grid_pairs
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x], dim=1)[:, 12:],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.repeat_interleave(2, dim=2)[..., ::2],
+        lambda x: x[:1].expand(3, -1, -1),
+    ],
+)
+def test_any_strides(view, backend):
+    tokens = view(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(7)))
+    assert not tokens.is_contiguous()
+    expected, regions = hierarchical_merge(tokens.contiguous(), 5, grid=(3, 4), backend="reference")
+    merged, other = hierarchical_merge(tokens, 5, grid=(3, 4), backend=backend)
+    assert torch.equal(merged, expected) and torch.equal(regions.assignment, other.assignment)
+
+
+def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
+    tokens = smooth(9, (6, 6), 16, seed=8)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            results.append(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0])
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(
+            target=lambda: queue.put(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0].numpy())
+        )
+        child.start()
+        results.append(torch.from_numpy(queue.get()))
+        child.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "reference"])
+def test_no_images_at_all(backend):
+    merged, regions = hierarchical_merge(torch.ones(0, 4, 2), 1, grid=(2, 2), backend=backend)
+    assert merged.shape == (0, 3, 2) and regions.sizes.shape == (0, 3)
+
+
+def test_numba_without_a_place_for_machine_code(tmp_path):
+    code = "import torch, dhtm; dhtm.hierarchical_merge(torch.ones(1, 4, 2), 1, grid=(2, 2), backend='numba')"
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | nowhere, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_auto_is_the_fastest_that_works(monkeypatch):
+    works = {}
+    monkeypatch.setattr(kernels, "_triton_works", lambda device: works.get("here", True))
+    assert kernels.pick("auto", torch.device("cpu")) == "numba"
+    assert kernels.pick("auto", torch.device("meta")) == "torch"
+    assert kernels.pick("auto", torch.device("cuda")) == "triton"
+    works["here"] = False
+    assert kernels.pick("auto", torch.device("cuda")) == "torch"
+    works["here"] = True
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend, device in (("numba", "cuda"), ("triton", "cpu")):
+        with pytest.raises(
+            ValueError, match=f"backend='{backend}' does not support tokens on {device}: choose backend='auto'"
+        ):
+            kernels.pick(backend, torch.device(device))
+    for backend, device in (("numba", "cpu"), ("triton", "cuda")):
+        monkeypatch.setattr(kernels, f"HAS_{backend.upper()}", False)
+        assert kernels.pick("auto", torch.device(device)) == "torch"
+        with pytest.raises(ValueError, match=f"the package {backend} is not installed; install it, or choose"):
+            kernels.pick(backend, torch.device(device))
+
+
+def test_triton_that_makes_no_code_is_said_once(monkeypatch):
+    def no_compiler(*arguments):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setitem(kernels.BACKENDS, "triton", no_compiler)
+    kernels._triton_compiles.cache_clear()
+    message = re.escape(
+        "backend='auto': Triton does not work on cpu (Failed to find C compiler.); using the slower 'torch'"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert not kernels._triton_compiles(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels._triton_compiles(torch.device("cpu"))
+    kernels._triton_compiles.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    tokens = torch.randn(2, 36, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    merged, regions = hierarchical_merge(tokens, 9, grid=(6, 6))
+    assert merged.dtype == dtype
+    wide, same = hierarchical_merge(tokens.to(torch.promote_types(dtype, torch.float32)), 9, grid=(6, 6))
+    assert torch.equal(regions.assignment, same.assignment)
+    assert torch.equal(merged, wide.to(dtype))
+
+
+@settings(max_examples=30, deadline=None)
+@given(merges(), st.sampled_from(HERE))
+def test_operator_checks(case, backend):
+    tokens, grid, k, options = case
+    assume(k > 0)
+    regions = Regions.identity(len(tokens), grid)
+    connectivity = kernels.ALL_PAIRS if options["connectivity"] == "all" else options["connectivity"]
+    arguments = (
+        tokens.requires_grad_(),
+        None,
+        options["masses"],
+        regions.assignment,
+        regions.sizes,
+        k,
+        *grid,
+        connectivity,
+    )
+    options = options["similarity"], options["linkage"], options.get("threshold"), backend
+    torch.library.opcheck(torch.ops.dhtm.hierarchical_merge, (*arguments, *options))
+
+
+def test_counted_similarities_are_near_those_that_a_merge_needs():
+    """merge_flops counts by convention; a real merge needs all adjacent pairs once, then the new tokens' neighbours."""
+    generator = torch.Generator().manual_seed(5)
+    field = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5, generator=generator), size=14, mode="bicubic")
+    tokens, regions = field.flatten(2).transpose(1, 2), Regions.identity(1, (14, 14))
+    needed = len({tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()})
+    for _ in range(40):
+        before = {frozenset(np.flatnonzero(regions.assignment[0] == token)) for token in range(regions.n_tokens)}
+        tokens, regions = hierarchical_merge(tokens, 1, regions)
+        after = [frozenset(np.flatnonzero(regions.assignment[0] == token)) for token in range(regions.n_tokens)]
+        (new,) = (token for token, region in enumerate(after) if region not in before)
+        pairs = {tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()}
+        needed += sum(new in pair and pair[0] != pair[1] for pair in pairs)
+    counted = merge_flops(196, 40, 16, len(grid_pairs((14, 14), 8)), 196, 8) / 16
+    assert 0.8 < counted / needed < 1.25
+
+
+def test_counted_similarities_of_all_pairs_are_exact():
+    needed = 196 * 195 // 2 + sum(n_left - 1 for n_left in range(195, 155, -1))  # 40 merges
+    assert merge_flops(196, 40, 16, 0, 196, kernels.ALL_PAIRS) == 16 * needed
