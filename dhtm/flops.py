@@ -49,8 +49,7 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
     channels, *size = image_shape(model)
     if image_size is not None:
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    # Tracing runs the model, so trace a copy that shares the parameters but not the mode and the last regions.
-    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+    model = _copy(model)
     weight = next(model.parameters())
     images = torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
     by_module = _flops_by_module(model, images)
@@ -73,7 +72,7 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
     """
     reducer, grid = model.reducer, patch_grid(model)
     n_patches, n_prefix, channels = grid[0] * grid[1], model.num_prefix_tokens, model.embed_dim
-    bare = unpatch(copy.deepcopy(model))
+    bare = unpatch(_copy(model))
     plain = count_flops(bare)
     of_one, of_two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, channels)) for n in (1, 2))
 
@@ -91,6 +90,11 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
         pairs = zip(before[:, layer - 1].tolist(), tokens[:, layer - 1].tolist(), strict=True)
         merging += torch.tensor([reducer.merge_flops(n, n - left, channels, grid) for n, left in pairs])
     return blocks.sum(dim=1) + rest + merging, merging
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a model to be traced, which runs it: the copy shares the parameters, but not the mode and the last regions."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
 
 
 def _flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
