@@ -135,24 +135,19 @@ def test_methods_that_miss_the_bound_are_named_and_others_go_on(on_digits):
 
 
 @pytest.fixture
-def chosen(script, photos, tmp_path):
-    """Run scripts/choose.py on eight photographs with a model of random weights."""
+def on_photographs(photos, tmp_path):
+    """Overrides for eight photographs and a model of random weights."""
     torch.manual_seed(0)
     model = timm.create_model("deit_mini", num_classes=10)
     torch.nn.init.normal_(model.head.weight)
     save_file(model.state_dict(), tmp_path / "mini.safetensors")
     places = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
-
-    def run(*overrides):
-        backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors"]
-        fast = ["rounds=1", "batch_size=2", "device=cpu"]
-        return script("choose", *backbone, f"data.root={photos}/val", *places, *fast, *overrides)
-
-    return run
+    backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", f"data.root={photos}/val"]
+    return [*backbone, *places, "rounds=1", "batch_size=2", "device=cpu"]
 
 
-def test_several_methods_side_by_side(chosen, tmp_path):
-    result = chosen("method=dhtm,lotm", "max_kl=0.01")
+def test_several_methods_side_by_side(on_photographs, script, tmp_path):
+    result = script("choose", *on_photographs, "method=dhtm,lotm", "max_kl=0.01")
     assert result.returncode == 0, result.stderr
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
@@ -177,16 +172,18 @@ def test_several_methods_side_by_side(chosen, tmp_path):
         (["max_kl=1", "min_agreement=99"], "2 bounds: give one of"),
         (["max_kl=-1"], "max_kl=-1: "),
         (["min_agreement=99"], "method=dhtm: no setting meets min_agreement=99; the smallest KL is "),
-        (["max_kl=1", "method=sit"], "method=sit: its weights are trained with it"),
-        (["max_kl=1", "method=unmerged"], "method=unmerged: it has no knob"),
+        (["max_kl=1", "methods=[sit]"], "method=sit: its weights are trained with it"),
+        (["max_kl=1", "methods=[unmerged]"], "method=unmerged: it has no knob"),
         (["max_kl=1", "data.root=/nowhere"], "data.root=/nowhere: no such directory"),
         (["max_kl=1", "backbone=deit_micro", "backbone.checkpoint=null"], "choose a backbone for this data"),
     ],
 )
-def test_mistakes_get_one_line(chosen, overrides, message):
-    result = chosen(*overrides)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert message in result.stderr
+def test_mistakes_get_one_line(on_photographs, monkeypatch, overrides, message):
+    monkeypatch.setattr(module, "STEP", 20)
+    monkeypatch.setattr(module, "FINEST", 20)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), pytest.raises(UserError) as error:
+        choose(config.choice(compose("choose", [*on_photographs, *overrides])))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
