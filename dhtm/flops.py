@@ -71,25 +71,62 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
         The total and, of it, the merging, int64 [B] each.
     """
     reducer, grid = model.reducer, patch_grid(model)
-    n_patches, n_prefix, channels = grid[0] * grid[1], model.num_prefix_tokens, model.embed_dim
-    bare = unpatch(_copy(model))
-    plain = count_flops(bare)
-    of_one, of_two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, channels)) for n in (1, 2))
-
-    def attention(n: Tensor) -> Tensor:  # a·n² + b·n
-        one, two = (count["norm1"] + count["attn"] for count in (of_one, of_two))
-        a = (two - 2 * one) // 2
-        return a * n * n + (one - a) * n
-
-    norm = _flops_by_module(bare.norm, torch.zeros(1, 1, channels))[""]
-    before = torch.cat([torch.full_like(tokens[:, :1], n_patches), tokens[:, :-1]], dim=1)
-    blocks = attention(before + n_prefix) + (of_one["norm2"] + of_one["mlp"]) * (tokens + n_prefix)
-    rest = plain.total - sum(plain.by_layer) - norm * (n_patches - tokens[:, -1])
-    merging = torch.zeros_like(rest)
+    before = torch.cat([torch.full_like(tokens[:, :1], grid[0] * grid[1]), tokens[:, :-1]], dim=1)
+    merging = torch.zeros_like(tokens[:, 0])
     for layer in reducer.schedule:
         pairs = zip(before[:, layer - 1].tolist(), tokens[:, layer - 1].tolist(), strict=True)
-        merging += torch.tensor([reducer.merge_flops(n, n - left, channels, grid) for n, left in pairs])
-    return blocks.sum(dim=1) + rest + merging, merging
+        merging += torch.tensor([reducer.merge_flops(n, n - left, model.embed_dim, grid) for n, left in pairs])
+    return CostOfTokens.of(model)(tokens) + merging, merging
+
+
+@dataclasses.dataclass(frozen=True)
+class CostOfTokens:
+    """The FLOPs of a model as a function of its tokens, without merging, which happens between attention and MLP.
+
+    Attributes:
+        unmerged: of the model with all tokens.
+        n_patches, n_prefix: of the model.
+        square, linear: attention with its norm costs square·n² + linear·n for n tokens.
+        each: an MLP with its norm, for a token.
+        norm: the last norm, for a token.
+    """
+
+    unmerged: int
+    n_patches: int
+    n_prefix: int
+    square: int
+    linear: int
+    each: int
+    norm: int
+
+    @classmethod
+    def of(cls, model: VisionTransformer) -> "CostOfTokens":
+        """Measure a model, patched or not, by :func:`count_flops` and on one token and two."""
+        bare = _copy(model)
+        bare = unpatch(bare) if hasattr(bare, "reducer") else bare
+        one, two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, bare.embed_dim)) for n in (1, 2))
+        of_one, of_two = (count["norm1"] + count["attn"] for count in (one, two))
+        square = (of_two - 2 * of_one) // 2
+        return cls(
+            unmerged=count_flops(bare).total,
+            n_patches=math.prod(patch_grid(bare)),
+            n_prefix=bare.num_prefix_tokens,
+            square=square,
+            linear=of_one - square,
+            each=one["norm2"] + one["mlp"],
+            norm=_flops_by_module(bare.norm, torch.zeros(1, 1, bare.embed_dim))[""],
+        )
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the FLOPs of images with so many patch tokens after each layer: int64 [B, depth] to [B]."""
+        before = torch.cat([torch.full_like(tokens[:, :1], self.n_patches), tokens[:, :-1]], dim=1)
+        all_tokens = torch.full_like(tokens, self.n_patches)
+        saved = self._blocks(all_tokens, all_tokens) - self._blocks(before, tokens)
+        return self.unmerged - saved - self.norm * (self.n_patches - tokens[:, -1])
+
+    def _blocks(self, before: Tensor, after: Tensor) -> Tensor:
+        n, left = before + self.n_prefix, after + self.n_prefix
+        return (self.square * n * n + self.linear * n + self.each * left).sum(dim=1)
 
 
 def _copy(model: nn.Module) -> nn.Module:

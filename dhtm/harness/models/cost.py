@@ -7,12 +7,13 @@ import functools
 from collections.abc import Iterator
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dhtm.flops import FlopCount, count_flops, count_flops_of_images
+from dhtm.flops import CostOfTokens, FlopCount, count_flops, count_flops_of_images
 from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
@@ -86,8 +87,15 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     steps = range((_STEPS if is_rate else rows * columns) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
-    below = bisect.bisect_left(range(end + 1), -wanted, key=lambda i: -cost(i))
-    if cost(0) < wanted or below > end:
+    # Where the costs cross the wanted one is first guessed without the method's own FLOPs, because each count takes a trace.
+    below = bisect.bisect_left(
+        range(end + 1), -wanted, key=lambda i: -_cost_of_tokens(backbone)(torch.tensor([tokens(i)]))
+    )
+    while below > 0 and cost(below - 1) <= wanted:
+        below -= 1
+    while below <= end and cost(below) > wanted:
+        below += 1
+    if below > end or (below == 0 and cost(0) < wanted):
         first, least = (100 * (1 - cost(i) / plain) for i in (0, end))
         raise UnavailableError(
             f"{target}: method={method.name} in layers {method.options['layers']} of {backbone.name} reaches from "
@@ -126,6 +134,11 @@ def solve_thresholds(
         reached = 100 * (1 - total.double().mean().item() / baseline_flops(backbone))
         share *= target_pct / reached if reached > 0 else 1
     return found, target_pct
+
+
+@functools.cache
+def _cost_of_tokens(backbone: Backbone) -> CostOfTokens:
+    return CostOfTokens.of(backbone.bare())
 
 
 @functools.cache
