@@ -14,7 +14,7 @@ from dhtm.harness.core.files import PROJECT, write_atomically
 from dhtm.harness.models.backbones import Backbone, fit
 from dhtm.harness.models.methods import Method
 
-SHIPPED = PROJECT / "results" / "embedded" / "weights"
+SHIPPED = ("embedded", "imagenette")  # folders of results/ with weights
 
 
 def load_model(
@@ -91,8 +91,8 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
     if method.weights != "trained":
         return Path(method.weights).expanduser()
     name = backbone.name / method.place
-    own, shipped = checkpoints_dir / name / "last.safetensors", SHIPPED / f"{name}.safetensors"
-    for file in (own, shipped):
+    own = checkpoints_dir / name / "last.safetensors"
+    for file in (own, *(PROJECT / "results" / folder / "weights" / f"{name}.safetensors" for folder in SHIPPED)):
         if file.is_file():
             return file
     if allow_untrained:
