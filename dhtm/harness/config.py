@@ -7,6 +7,7 @@ not fit is a :class:`UserError` that names its key.
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,13 +24,14 @@ from dhtm.harness.benchmark import Benchmark, Scaling
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError, one_line
-from dhtm.harness.core.files import expanded
+from dhtm.harness.core.files import expanded, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
-from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
+from dhtm.harness.runs.provenance import VERSION
 from dhtm.harness.tracking import Tracker
 from dhtm.harness.training.embedded import EmbeddedTraining, Stage
 from dhtm.harness.training.trainer import Training
@@ -97,12 +99,27 @@ def evaluation(config: DictConfig) -> Evaluation:
     if run.method.knob != "threshold" or target == Target():
         method, target_pct = solve(run.backbone, run.method, target)
         return dataclasses.replace(run, method=method, target_pct=target_pct)
+    return _with_thresholds(run, target)
+
+
+def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
+    """Find a method's thresholds for a target, or read those that were found before, which ``results_dir`` keeps."""
     model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
     images = choice_images(run.data, split, model)
-    method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
-    sha256 = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-    found_on = {"split": split, "n_images": len(images), "sha256": sha256}
-    return dataclasses.replace(run, method=method, target_pct=target_pct, thresholds_from=found_on)
+    found_on = {"split": split, "n_images": len(images), "sha256": _sha256(images.cpu().numpy().tobytes())}
+    key = _sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode())[:16]
+    file = run.results_dir / ".thresholds" / f"{key}.json"
+    if not file.exists():
+        method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
+        require_writable(file.parent, f"results_dir={run.results_dir}")
+        write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
+    found = json.loads(file.read_text())
+    method = dataclasses.replace(run.method, options={**run.method.options, "threshold": found["threshold"]})
+    return dataclasses.replace(run, method=method, target_pct=found["target_pct"], thresholds_from=found_on)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
+from dhtm.harness.models import cost
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 from dhtm.harness.runs.evaluate import Evaluation, evaluate
@@ -72,7 +73,7 @@ def _other_run(metrics, tmp_path):
     )
 
 
-def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path):
+def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path, monkeypatch):
     """It is found on training scenes; on others the mean cost comes near, and every image has its own."""
     run = ("method=dhtm_threshold", "target.reduction_pct=30", "data.limit=60")
     metrics = evaluated(*run)
@@ -86,7 +87,8 @@ def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path):
     found_on = metrics["thresholds_from"]
     assert (found_on["split"], found_on["n_images"], len(found_on["sha256"])) == ("train", 60, 64)
     assert len(metrics["knobs"]["threshold"]) == 12 and metrics["merge_flops_g"] > 0
-    assert evaluated(*run)["finished"] == metrics["finished"], "the same thresholds are found again"
+    monkeypatch.setattr(cost, "find_thresholds", lambda *_: pytest.fail("they were found before"))
+    assert evaluated(*run)["finished"] == metrics["finished"]
 
 
 def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
