@@ -8,7 +8,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import SERIES
 from dhtm.report.runs import SAME_WEIGHTS, solved_for
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, p_cell, two_digits, with_interval
+from dhtm.report.tables import Table, caption_of, difference_cells, faithfulness_cells, number
 
 TARGETS = (30, 40)  # percent fewer FLOPs
 MIN_OPTIONS = 4  # fewer are not an ablation: every sweep has DHTM, DHTM in all layers, and DHTM+
@@ -73,19 +73,12 @@ def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
 def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
-        kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
         cells = {
             "options": row.changed,
             "merges": number(row.value, 0),
             "reduction %": number(row.flops_reduction_pct, 1),
         }
-        cells |= faithfulness_cells(row)
-        cells["KL − the paper's, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
-        cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
-        cells["top-1 %"] = number(row.top1, 2)
-        top1 = (row.difference, row.difference_low, row.difference_high)
-        cells["top-1 − the paper's, points"] = with_interval(*top1, signed=True)
-        cells["p (top-1)"] = p_cell(row.p, row.p_holm)
+        cells |= faithfulness_cells(row) | difference_cells(row, _DEFAULT)
         rows.append(cells | {"run": row.run_id})
     caption = caption_of(backbone, data, frame.n_images, f"split {split}", f"{target}% fewer FLOPs")
     return caption, pd.DataFrame(rows)

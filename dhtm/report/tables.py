@@ -74,6 +74,24 @@ def number(value: float, decimals: int, signed: bool = False) -> str:
     return DASH if pd.isna(value) else f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
 
 
+def difference_cells(row, other: str) -> dict[str, str]:
+    """Return the cells of a row's KL and top-1 against another's, from the columns of ``statistics.compare``.
+
+    Args:
+        row: with the columns and those of Holm's correction.
+        other: what the row is compared with, for the headings.
+    """
+    kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
+    top1 = (row.difference, row.difference_low, row.difference_high)
+    return {
+        f"KL − {other}, nats": with_interval(*kl, two_digits(row.kl_difference), signed=True),
+        "p": p_cell(row.kl_p, row.kl_p_holm),
+        "top-1 %": number(row.top1, 2),
+        f"top-1 − {other}, points": with_interval(*top1, signed=True),
+        "p (top-1)": p_cell(row.p, row.p_holm),
+    }
+
+
 def faithfulness_cells(row: Any) -> dict[str, str]:
     """Return the cells of a run's KL and agreement with the unmerged model, each with its interval."""
     return {

@@ -9,7 +9,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import entry_of, named
 from dhtm.report.runs import SAME_WEIGHTS, solved_for
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import Table, faithfulness_cells, flops_cell, number, p_cell, two_digits, with_interval
+from dhtm.report.tables import Table, difference_cells, faithfulness_cells, flops_cell, number
 
 _VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
 NOTES = [
@@ -59,8 +59,6 @@ def _options(run) -> str:
 def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
-        kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-        top1 = (row.difference, row.difference_low, row.difference_high)
         cells = {
             "target %": number(row.target, 0),
             "method": row.label,
@@ -68,10 +66,6 @@ def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFr
         }
         cells |= {"GFLOPs": flops_cell(row), **faithfulness_cells(row)}
         cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
-        cells["KL − without, nats"] = with_interval(*kl, two_digits(row.kl_difference), signed=True)
-        cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
-        cells["top-1 %"] = number(row.top1, 2)
-        cells["top-1 − without, points"] = with_interval(*top1, signed=True)
-        cells["p (top-1)"] = p_cell(row.p, row.p_holm)
+        cells |= difference_cells(row, "without")
         rows.append(cells | {"run": row.run_id})
     return f"{named(backbone, data)}, {n_images:,} images, split {split}", pd.DataFrame(rows)
