@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, gpu_pairs
 from dhtm.kernels.batched import all_similarities, discounted
-from dhtm.kernels.gpu_common import add_mass, average, compare, describe, describe_all, finish, store_places
+from dhtm.kernels.gpu_common import compare, describe_all, finish, join, store_places
 from dhtm.regions import Regions
 
 agglomerate = gpu_pairs.agglomerate
@@ -216,25 +216,10 @@ def _merge_image(
         if best >> 32 >= least:  # in every thread alike
             failed = tl.where(i == j, 1, failed)  # only dead edges are left
 
-            if BY_SIZE:
-                n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
-                n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
-            else:
-                n_i = tl.full((), 1.0, tl.float64)
-                n_j = tl.full((), 1.0, tl.float64)
-            average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
-            if TWO:
-                average(carried, i, j, n_i, n_j, channels, BLOCK_D)
-            if MASSIVE:
-                add_mass(mass, i, j)
-            tl.debug_barrier()
-            describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
-            joined = (owner == i) | (owner == j)
-            owner = tl.where(joined, i, owner)
-            if BY_SIZE:
-                size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
-            else:
-                weight = tl.where(joined, weight * 0.5, weight)
+            size, owner, weight = join(
+                carried, measured, log_p, inverse, mass, size, owner, weight, token, i, j, channels, n_features,
+                KIND, TWO, MASSIVE, BY_SIZE, BLOCK_D,
+            )  # fmt: skip
 
             a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
             low, high = tl.minimum(a, b), tl.maximum(a, b)

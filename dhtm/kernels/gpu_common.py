@@ -93,12 +93,6 @@ def _rounded(score):
 
 
 @triton.jit
-def add_mass(mass, i, j):
-    """Add the mass of token j to that of token i."""
-    tl.store(mass + i, tl.load(mass + i) + tl.load(mass + j))
-
-
-@triton.jit
 def average(x, i, j, n_i, n_j, width, BLOCK_D: tl.constexpr):
     """Replace row i by the average of rows i and j, weighted by the float64 n_i and n_j and rounded once."""
     columns = tl.arange(0, BLOCK_D)
@@ -108,6 +102,34 @@ def average(x, i, j, n_i, n_j, width, BLOCK_D: tl.constexpr):
         b = tl.load(x + j * width + start + columns, inside, 0.0)
         new = (a.to(tl.float64) * n_i + b.to(tl.float64) * n_j) / (n_i + n_j)
         tl.store(x + i * width + start + columns, new.to(a.dtype), inside)
+
+
+@triton.jit
+def join(
+    carried, measured, log_p, inverse, mass, size, owner, weight, token, i, j, channels, n_features,
+    KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge token j into token i; return the size, the owner and the weight of every token, [BLOCK_N] each."""
+    if BY_SIZE:
+        n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
+        n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
+    else:
+        n_i = tl.full((), 1.0, tl.float64)
+        n_j = tl.full((), 1.0, tl.float64)
+    average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
+    if TWO:
+        average(carried, i, j, n_i, n_j, channels, BLOCK_D)
+    if MASSIVE:
+        tl.store(mass + i, tl.load(mass + i) + tl.load(mass + j))
+    tl.debug_barrier()
+    describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
+    joined = (owner == i) | (owner == j)
+    owner = tl.where(joined, i, owner)
+    if BY_SIZE:
+        size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
+    else:
+        weight = tl.where(joined, weight * 0.5, weight)
+    return size, owner, weight
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.batched import all_similarities
-from dhtm.kernels.gpu_common import add_mass, average, compare, describe, finish, store_places
+from dhtm.kernels.gpu_common import compare, finish, join, store_places
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -61,25 +61,10 @@ def merge_image(
             i, j = _best_pair(best, partner, token, BLOCK_N)
             failed = tl.where(j == BLOCK_N, 1, failed)
             j = tl.where(j == BLOCK_N, i, j)
-            if BY_SIZE:
-                n_i = tl.sum(tl.where(token == i, size, 0)).to(tl.float64)
-                n_j = tl.sum(tl.where(token == j, size, 0)).to(tl.float64)
-            else:
-                n_i = tl.full((), 1.0, tl.float64)
-                n_j = tl.full((), 1.0, tl.float64)
-            average(measured, i, j, n_i, n_j, n_features, BLOCK_D)
-            if TWO:
-                average(carried, i, j, n_i, n_j, channels, BLOCK_D)
-            if MASSIVE:
-                add_mass(mass, i, j)
-            tl.debug_barrier()
-            describe(measured + i * n_features, log_p + i * n_features, inverse + i, n_features, KIND, BLOCK_D)
-            joined = (owner == i) | (owner == j)
-            owner = tl.where(joined, i, owner)
-            if BY_SIZE:
-                size = tl.where(token == i, (n_i + n_j).to(tl.int32), size)
-            else:
-                weight = tl.where(joined, weight * 0.5, weight)
+            size, owner, weight = join(
+                carried, measured, log_p, inverse, mass, size, owner, weight, token, i, j, channels, n_features,
+                KIND, TWO, MASSIVE, BY_SIZE, BLOCK_D,
+            )  # fmt: skip
             alive = alive & (token != j)
             tl.debug_barrier()
 
