@@ -19,6 +19,7 @@ _NAMES = {  # transformers' names of parameters, and timm's
     r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
     r"^(post_)?layernorm": "norm",
 }
+_NOT_COPIED = ("pooler.", "head.", "embeddings.mask_token")  # pooling, and what pretraining put in place of patches
 
 
 def to_timm(encoder: nn.Module) -> VisionTransformer:
@@ -43,7 +44,7 @@ def to_timm(encoder: nn.Module) -> VisionTransformer:
         for block in range(config.num_hidden_layers):
             for part in ("weight", "bias"):
                 name = f"blocks.{block}.attn"
-                state[f"{name}.qkv.{part}"] = torch.cat([state[f"{name}.{which}_proj.{part}"] for which in "qkv"])
+                state[f"{name}.qkv.{part}"] = torch.cat([state.pop(f"{name}.{which}_proj.{part}") for which in "qkv"])
         has_cls = "cls_token" in state
         model = VisionTransformer(
             img_size=config.image_size,
@@ -64,4 +65,7 @@ def to_timm(encoder: nn.Module) -> VisionTransformer:
         model.load_state_dict({name: state[name] for name in model.state_dict()})
     except (AttributeError, KeyError) as error:
         raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it has no {error}") from error
+    other = [name for name in state.keys() - model.state_dict().keys() if not name.startswith(_NOT_COPIED)]
+    if other:
+        raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it also has {min(other)!r}")
     return model.eval()
