@@ -24,7 +24,7 @@ from dhtm.harness.benchmark import Benchmark, Scaling
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError, one_line
-from dhtm.harness.core.files import expanded, require_writable, write_json
+from dhtm.harness.core.files import expanded, locked, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
@@ -109,10 +109,11 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     found_on = {"split": split, "n_images": len(images), "sha256": _sha256(images.cpu().numpy().tobytes())}
     key = _sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode())[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
-    if not file.exists():
-        method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
-        require_writable(file.parent, f"results_dir={run.results_dir}")
-        write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
+    require_writable(file.parent, f"results_dir={run.results_dir}")
+    with locked(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
+        if not file.exists():
+            method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
+            write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
     found = json.loads(file.read_text())
     method = dataclasses.replace(run.method, options={**run.method.options, "threshold": found["threshold"]})
     return dataclasses.replace(run, method=method, target_pct=found["target_pct"], thresholds_from=found_on)
