@@ -118,13 +118,13 @@ class Reduction:
             result[images, :end] = attention(x[images, :end], bias[images, ..., :end])
         return result
 
-    def each_token(self, x: Tensor, layer: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a function that treats every token by itself on those of all images, without what fills images up."""
+    def add_branch(self, x: Tensor, layer: int, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return x + branch(x) for a branch that treats every token by itself, run without what fills images up."""
         uneven = self._last(layer + 1, self.batches)
         if uneven is None:
-            return function(x)
+            return x + branch(x)
         rows = x.flatten(0, 1)
-        return torch.zeros_like(rows).index_copy_(0, uneven.used, function(rows[uneven.used]).to(x.dtype)).view_as(x)
+        return rows.index_add(0, uneven.used, branch(rows[uneven.used]).to(x.dtype)).view_as(x)
 
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.

@@ -37,9 +37,7 @@ class ReducingBlock(Block):
         )
         x = x + self.drop_path1(self.ls1(attended))
         x = self.reduction.reduce(x, self.layer, "after_attention", attended)
-        return x + self.drop_path2(
-            self.ls2(self.reduction.each_token(x, self.layer, lambda x: self.mlp(self.norm2(x))))
-        )
+        return self.reduction.add_branch(x, self.layer, lambda x: self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
 class ReducingEvaBlock(EvaBlock):
