@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vit import build, images_for, logits, probabilities
+from test_attention import probabilities
+from test_vit import build, images_for, logits
 
 import dhtm
 from baselines import KMedoids
