@@ -237,15 +237,15 @@ def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
 
 def patch_grid(model: ViT) -> tuple[int, int]:
     """Return the rows and columns of patches at a model's own image size."""
-    embedding = _embedding(model)
-    return tuple(embedding.pos_embed_grid_size if isinstance(model, NaFlexVit) else embedding.grid_size)
+    return tuple(int(n) for n in _embedding(model).dynamic_feat_size(image_shape(model)[1:]))
 
 
 def image_shape(model: ViT) -> tuple[int, int, int]:
-    """Return the channels, height and width of the images that a model was made for."""
+    """Return the channels, height and width of the images that a model was made for; NaFlexVit takes others too."""
     if isinstance(model, NaFlexVit):
-        sides = [patches * pixels for patches, pixels in zip(patch_grid(model), model.embeds.patch_size, strict=True)]
-        return (model.embeds.in_chans, *sides)
+        embeds, made_for = model.embeds, getattr(model, "pretrained_cfg", None) or {}
+        sides = [n * pixels for n, pixels in zip(embeds.pos_embed_grid_size, embeds.patch_size, strict=True)]
+        return tuple(made_for.get("input_size") or (embeds.in_chans, *sides))
     first_convolution = next(parameter for parameter in model.patch_embed.parameters() if parameter.dim() == 4)
     return (first_convolution.shape[1], *model.patch_embed.img_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 import dhtm
 from dhtm.harness.data.splits import Split, batches, mask
 from dhtm.regions import SoftRegions
-from dhtm.vit import image_ids
+from dhtm.vit import image_ids, patch_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +71,7 @@ def draw_strips(models: list[tuple[str, VisionTransformer]], image: Image.Image)
         model.eval()(batch.to(next(model.parameters())))
         pixels, stages = pixels_of(batch, model)[0], merging_layers(model)
         is_soft = any(isinstance(regions, SoftRegions) for _, regions in stages)
-        below = f"{model.patch_embed.num_patches} patches" + (", each in its arg-max token" if is_soft else "")
+        below = f"{math.prod(patch_grid(model))} patches" + (", each in its arg-max token" if is_soft else "")
         drawn = [
             (f"layer {layer}", f"{regions.n_tokens} tokens", draw_regions(pixels, regions)) for layer, regions in stages
         ]
@@ -145,7 +146,7 @@ def draw_side_by_side(models: list[VisionTransformer], split: Split, index: int)
 
 def merging_layers(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
     """Return the numbers of the layers that merged in the last forward pass, and the regions after each."""
-    merged, n_before = [], model.patch_embed.num_patches
+    merged, n_before = [], math.prod(patch_grid(model))
     for layer in range(1, len(model.blocks) + 1):
         regions = dhtm.regions(model, layer)
         if regions.n_tokens < n_before:

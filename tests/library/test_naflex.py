@@ -26,6 +26,7 @@ def models():
         "global_pool": "token",
         "fc_norm": False,
         "pos_embed_grid_size": (14, 14),
+        "pretrained_cfg_overlay": {"input_size": (3, 224, 224)},
         "reg_tokens": 0,
     }
     naflex = timm.create_model("naflexvit_base_patch16_gap", **SMALL, **options).eval()

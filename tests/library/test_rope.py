@@ -17,7 +17,10 @@ MODELS = {
     "rope, axial": ("vit_small_patch16_rope_224", {"img_size": 128}),
     "rope, mixed axes for each head": ("vit_small_patch16_rope_mixed_224", {"img_size": 128}),
     "perception encoder": ("vit_pe_core_tiny_patch16_384", {"img_size": 128}),
-    "naflex, axial": ("naflexvit_base_patch16_gap", {"pos_embed_grid_size": (8, 8), "rope_type": "axial"}),
+    "naflex, axial": (
+        "naflexvit_base_patch16_gap",
+        {"rope_type": "axial", "pretrained_cfg_overlay": {"input_size": (3, 128, 128)}},
+    ),
 }
 
 
