@@ -60,9 +60,9 @@ NOTES = [
     "of their kind (top-1, KL) in this table. A test is about these weights on images of this kind, not about what another "
     "training would give.",
     "(untrained): the method's own parameters were never trained, so the row shows that it runs and not what it can do.",
-    "w/ train rows are of weights that were trained with the method. On embedded data all of them, including ToMe w/train, "
-    "were fine-tuned briefly from deit_micro. The published ones had 30 epochs from DeiT (Haurum et al. 2023) or, for ToMe, "
-    "300 from scratch.",
+    "w/ train rows are of weights that were trained with the method. Those of deit_micro on the embedded data and of deit_mini "
+    "on Imagenette, ToMe w/train too, were fine-tuned from the unmerged weights for 6 and for 3 epochs, which rows w/o train "
+    "did not have. The published ones had 30 epochs from DeiT (Haurum et al. 2023) or, for ToMe, 300 from scratch.",
     "Token mergence (Bian et al. 2023) is not in the paper's table; its abstract reports 33% fewer FLOPs and 0.1 points less "
     "on DeiT-Small. K-Medoids and DPC-KNN off the shelf (OTS), PiToMe (Tran et al. 2024) and ATC (Haurum et al. 2024) "
     "are our additions too, and so is DHTM+ (see docs/methods.md).",
