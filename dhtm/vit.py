@@ -243,9 +243,11 @@ def patch_grid(model: ViT) -> tuple[int, int]:
 def image_shape(model: ViT) -> tuple[int, int, int]:
     """Return the channels, height and width of the images that a model was made for; NaFlexVit takes others too."""
     if isinstance(model, NaFlexVit):
-        embeds, made_for = model.embeds, getattr(model, "pretrained_cfg", None) or {}
-        sides = [n * pixels for n, pixels in zip(embeds.pos_embed_grid_size, embeds.patch_size, strict=True)]
-        return tuple(made_for.get("input_size") or (embeds.in_chans, *sides))
+        made_for = getattr(model, "pretrained_cfg", None)  # a model that timm.create_model did not make has none
+        if made_for:
+            return tuple(made_for["input_size"])
+        rows, columns = model.embeds.pos_embed_grid_size
+        return (model.embeds.in_chans, rows * model.embeds.patch_size[0], columns * model.embeds.patch_size[1])
     first_convolution = next(parameter for parameter in model.patch_embed.parameters() if parameter.dim() == 4)
     return (first_convolution.shape[1], *model.patch_embed.img_size)
 

@@ -98,3 +98,13 @@ def test_images_of_unlike_sizes_are_refused(models):
     }
     with pytest.raises(ValueError, match="not patches"):
         naflex(patches)
+
+
+@torch.inference_mode()
+def test_models_without_a_grid_of_positions_or_without_a_pretrained_config():
+    rotary = timm.create_model("naflexvit_base_patch16_gap", **SMALL, rope_type="axial", pos_embed="none").eval()
+    rotary.embeds.pos_embed_grid_size = None
+    assert dhtm.patch(rotary, dhtm.DHTM(k=3, layers=(2,)))(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    direct = timm.models.NaFlexVit(**SMALL, pos_embed_grid_size=(4, 4))
+    dhtm.patch(direct, dhtm.DHTM(k=3, layers=(2,)))
+    assert dhtm.vit.image_shape(direct) == (3, 64, 64) and dhtm.vit.tokens_by_layer(direct) == [16, 13, 13, 13, 13]
