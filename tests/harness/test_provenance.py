@@ -40,6 +40,14 @@ def test_the_code_version_depends_on_the_version_and_the_file_of_the_method_alon
     assert versions[0] != versions[1]
 
 
+def test_no_other_variables_are_recorded(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-word")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    recorded = provenance.environment()
+    assert recorded["variables"]["OMP_NUM_THREADS"] == "3"
+    assert "planted-word" not in str(recorded)
+
+
 def test_a_run_id_is_the_hash_of_its_determinants():
     first = provenance.run_id(weights="a", method={"k": 40, "layers": [4, 7, 11]})
     assert first == provenance.run_id(method={"layers": [4, 7, 11], "k": 40}, weights="a")

@@ -253,10 +253,8 @@ def test_without_a_login_it_logs_offline(caplog, tmp_path):
     assert [row["epoch"] for row in logged(tmp_path).rows] == [1]
 
 
-def test_no_secret_host_command_line_or_home_is_logged(tracked, tmp_path):
+def test_no_host_variable_command_line_or_home_is_logged(tmp_path):
     """By the real script, in files of any kind; under another host name, where one may be set."""
-    source = "data.root='https://me:planted-word@host/x?planted-query=1'"
-    assert "planted" not in str(tracked("data=imagenet", "~data.limit", source).settings())
     named = ["unshare", "--user", "--map-root-user", "--uts", "sh", "-c", 'hostname planted-host; exec "$0" "$@"']
     may = subprocess.run([*named, "true"], capture_output=True, check=False).returncode == 0
     overrides = [

@@ -1,13 +1,8 @@
 """Errors that the user can fix, reported in one line."""
 
-from dhtm.harness.core.redaction import redacted
-
 
 class UserError(Exception):
-    """A mistake that the user can fix. The message says what, where and how; passwords in it are hidden."""
-
-    def __init__(self, message: str):
-        super().__init__(redacted(message))
+    """A mistake that the user can fix. The message says what, where and how."""
 
 
 class UnavailableError(UserError):

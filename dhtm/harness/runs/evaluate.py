@@ -22,7 +22,6 @@ from dhtm.flops import count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.ranks import Ranks
-from dhtm.harness.core.redaction import redacted_settings
 from dhtm.harness.data.cache import cached
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.data.splits import Split, UnreadableError, describe, open_split
@@ -80,13 +79,13 @@ class Evaluation:
             raise UserError(f"dense=true: only data=digits knows the class of every patch, not data={self.data.name}")
 
     def settings(self) -> dict:
-        """Return the settings as plain values in the form of Hydra's config, passwords hidden."""
+        """Return the settings as plain values in the form of Hydra's config."""
         values = dataclasses.asdict(self)
         method = values.pop("method")
         values["method"] = {**{key: method[key] for key in ("name", "knob", "weights")}, "_target_": method["target"]}
         values["method"] |= method["options"]
         values["data"]["_target_"] = f"{type(self.data).__module__}.{type(self.data).__qualname__}"
-        return redacted_settings(json.loads(json.dumps(values, default=str)))
+        return json.loads(json.dumps(values, default=str))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,6 @@ from dhtm.harness.core.devices import DTYPES, pick_batch_size
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.core.ranks import Ranks
-from dhtm.harness.core.redaction import redacted_settings
 from dhtm.harness.data.splits import Batch, Split, load, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
@@ -99,8 +98,8 @@ class Training:
         return self.output or self.checkpoints_dir / self.backbone.name / self.method.place
 
     def settings(self) -> dict:
-        """Return the settings as plain values, passwords hidden."""
-        return redacted_settings(json.loads(json.dumps(dataclasses.asdict(self), default=str)))
+        """Return the settings as plain values."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     def determinants(self) -> dict[str, str]:
         """Return all settings that the result depends on."""
