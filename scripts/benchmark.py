@@ -12,7 +12,7 @@ from dhtm.harness import config as door
 from dhtm.harness.benchmark import time_merge, time_methods
 from dhtm.harness.core.command import command, start
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.files import PROJECT, require_writable, write_json
+from dhtm.harness.core.files import require_writable, write_json
 from dhtm.harness.models.cost import Target
 from dhtm.harness.runs.provenance import environment
 from dhtm.report.registry import BACKBONES
@@ -27,20 +27,19 @@ log = logging.getLogger(__name__)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
     benchmark = door.benchmark(config)
-    folder, target = benchmark.output_dir, benchmark.target
+    folder = benchmark.output_dir
     require_writable(folder, f"output_dir={folder}")
     machine, device = environment(), pick_device(benchmark.device)
     threads = f"{machine['torch_threads']} threads of {machine['processor']}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     label = BACKBONES.get(benchmark.backbone.name, benchmark.backbone.name)
-    title = f"{label}, {_aim(target)}, batch {benchmark.batch_size}, {benchmark.dtype}, {where}"
+    title = f"{label}, {_aim(benchmark.targets)}, batch {benchmark.batch_size}, {benchmark.dtype}, {where}"
 
     frame = time_methods(benchmark)
     table = speed_table(frame, f"{title}, {benchmark.rounds} rounds, PyTorch {torch.__version__}")
     table.save(folder / "speed")
-    if target.reduction_pct is not None:  # else there is no top-1 at the same reduction
-        runs = pd.read_csv(PROJECT / "results" / "embedded" / "tables" / "runs.csv")
-        save_figure(speed_figure(frame, runs, target.reduction_pct, title), folder / "speed")
+    if benchmark.runs is not None and frame.target.notna().any():
+        save_figure(speed_figure(frame, pd.read_csv(benchmark.runs), title), folder / "speed")
     log.info("%s", table.markdown())
 
     scaling = time_merge(benchmark)
@@ -53,10 +52,10 @@ def main(config: DictConfig) -> None:
     log.info("%s\n%s", table.markdown(), folder)
 
 
-def _aim(target: Target) -> str:
-    if target.reduction_pct is not None:
-        return f"{target.reduction_pct:g}% fewer FLOPs"
-    return "knobs as given" if target.flops_g is None else f"{target.flops_g:g} GFLOPs"
+def _aim(targets: list[Target]) -> str:
+    if targets[0].reduction_pct is not None:
+        return f"{', '.join(f'{target.reduction_pct:g}' for target in targets)}% fewer FLOPs"
+    return "knobs as given" if targets[0].flops_g is None else f"{targets[0].flops_g:g} GFLOPs"
 
 
 if __name__ == "__main__":

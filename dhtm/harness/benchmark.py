@@ -1,7 +1,9 @@
 """Speed of the methods at equal FLOPs compared with the unmerged backbone, and of DHTM's merge by itself."""
 
 import copy
+import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, FilePath, PositiveInt
 from pydantic.dataclasses import dataclass
 from scipy.cluster.hierarchy import linkage
 from timm.data import resolve_data_config
@@ -21,13 +23,16 @@ from tqdm import tqdm
 
 from dhtm.flops import count_flops, count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_device
-from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.models.cost import Target, baseline_flops, solve_thresholds
+from dhtm.harness.models.cost import Target, baseline_flops, solve, solve_thresholds
 from dhtm.harness.models.methods import Method
+from dhtm.kernels import agglomerate
 from dhtm.merge import hierarchical_merge
 from dhtm.vit import tokens_of_images
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,17 @@ class Benchmark:
     """A benchmark as it is to be carried out; ``configs/benchmark.yaml`` explains the settings.
 
     Attributes:
-        methods: the methods by the name of their row, with their knobs solved for the target.
+        methods: the methods by the name of their row.
+        targets: the costs that each method's knob is solved for.
         scaling: for :func:`time_merge`.
+        runs: the table of runs that have each method's top-1 and KL.
     """
 
     backbone: Backbone
     methods: Annotated[dict[str, Method], Field(min_length=1)]
+    targets: Annotated[list[Target], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [Target()])
     scaling: Scaling | None = None
-    target: Target = Target(reduction_pct=30)
+    runs: FilePath | None = None
     batch_size: PositiveInt = 32
     rounds: PositiveInt = 15
     dtype: Literal[tuple(DTYPES)] = "float32"
@@ -78,14 +86,16 @@ def time_methods(
 
     A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
     both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
-    because the merges depend on them. Thresholds are found on other scenes.
+    because the merges depend on them. Thresholds are found on other scenes. A method that does not
+    reach a target is skipped there, unless it is the only target.
 
     Args:
         model: the backbone with its weights, and
-        images: [B, C, H, W], to time these instead; thresholds then stay as they are.
+        images: [B, C, H, W], to time these instead.
 
     Returns:
-        One row per method: knob, value, layers and trained (whether it has weights of its own); flops_g,
+        One row per method and target: target (the reduction in percent), knob, value, layers and trained (whether it has
+        weights of its own); flops_g,
         flops_reduction_pct, and ideal_speedup by FLOPs; for a batch ms (median), images_per_s, speedup with its quartiles,
         and ideal_share_pct, the share of the ideal gain; merge_pct, the reduction's share of the forward; peak_memory_mb
         besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
@@ -96,45 +106,57 @@ def time_methods(
     given = given.to(device=device, dtype=dtype)
     images, others = given[: benchmark.batch_size], given[benchmark.batch_size :]
     plain = baseline_flops(benchmark.backbone)
-    models, rows = {"unmerged": backbone}, {"unmerged": {"flops_g": plain / 1e9}}
-    for name, method in benchmark.methods.items():
-        if method.knob == "threshold" and model is None:
-            method, _ = solve_thresholds(benchmark.backbone, backbone, method, benchmark.target, others)
-        models[name] = method.put_into(backbone, benchmark.backbone.name)
+    models, rows = {"unmerged": backbone}, [{"method": "unmerged", "flops_g": plain / 1e9}]
+    for target, (name, given_method) in itertools.product(benchmark.targets, benchmark.methods.items()):
+        try:
+            if given_method.knob == "threshold" and target != Target():
+                method, _ = solve_thresholds(benchmark.backbone, backbone, given_method, target, others)
+            else:
+                method, _ = solve(benchmark.backbone, given_method, target)
+        except UnavailableError as error:
+            if len(benchmark.targets) == 1:
+                raise
+            log.info("skipped: %s", error)
+            continue
+        patched = models[f"{name} {len(rows)}"] = method.put_into(backbone, benchmark.backbone.name)
         layers = method.options["layers"]
-        layers = layers if isinstance(layers, str) else ",".join(map(str, layers))
-        rows[name] = {
-            "knob": method.knob,
-            "value": None if isinstance(method.setting, list) else method.setting,
-            "layers": layers,
-        }
-        rows[name] |= {"trained": method.weights is not None, "flops_g": _flops(models[name], images) / 1e9}
+        rows.append(
+            {
+                "method": name,
+                "target": target.reduction_pct,
+                "knob": method.knob,
+                "value": None if isinstance(method.setting, list) else method.setting,
+                "layers": layers if isinstance(layers, str) else ",".join(map(str, layers)),
+                "trained": method.weights is not None,
+                "flops_g": _flops(patched, images) / 1e9,
+            }
+        )
 
     batch = _speedups(_interleaved(_forwards(models, images), rounds, device, f"batch {len(images)}"))
     alone = _speedups(_interleaved(_forwards(models, images[:1]), rounds, device, "one image"))
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
+    frame = pd.DataFrame(rows)
     frame["flops_reduction_pct"] = 100 * (1 - frame.flops_g / frame.flops_g[0])
     frame["ideal_speedup"] = frame.flops_g[0] / frame.flops_g
     for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
-        frame[column] = frame.method.map(batch[column])
+        frame[column] = batch.loc[list(models), column].to_numpy()
     frame.insert(frame.columns.get_loc("ms") + 1, "images_per_s", 1000 * len(images) / frame.ms)
     frame["ideal_share_pct"] = 100 * (frame.speedup - 1) / (frame.ideal_speedup - 1).where(frame.ideal_speedup > 1)
-    frame["merge_pct"] = [_merge_pct(models[name], images) for name in frame.method]
-    frame["peak_memory_mb"] = [_peak_memory_mb(models[name], images) for name in frame.method]
+    frame["merge_pct"] = [_merge_pct(one, images) for one in models.values()]
+    frame["peak_memory_mb"] = [_peak_memory_mb(one, images) for one in models.values()]
     for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
-        frame[f"latency_{column}"] = frame.method.map(alone[column])
+        frame[f"latency_{column}"] = alone.loc[list(models), column].to_numpy()
     return frame
 
 
 def time_merge(benchmark: Benchmark) -> pd.DataFrame:
     """Time DHTM's merge by itself for different numbers of tokens, merges and images.
 
-    On a CPU, scipy's average-linkage clustering of the same tokens, image by image, is timed for comparison. Its clusters
-    may have any shape.
+    ATC's clustering of the same tokens is timed too and, on a CPU, scipy's average-linkage clustering, image by image, which
+    makes all merges whatever k is. The clusters of both may have any shape.
 
     Returns:
         One row per setting: varied ("n_tokens", "k" or "batch_size"), n_tokens, k, batch_size, channels; merge_ms with its
-        quartiles, and scipy_ms.
+        quartiles, atc_ms and scipy_ms.
     """
     device, dtype, given = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.scaling
     first = {"grid": given.grids[0], "k": given.ks[0], "batch_size": given.batch_sizes[0]}
@@ -156,6 +178,7 @@ def _merge_ms(
 ) -> dict[str, float]:
     tokens = _tokens(batch_size, grid, channels).to(device=device, dtype=dtype)
     steps = {"merge": lambda: hierarchical_merge(tokens, k, grid=(grid, grid))}
+    steps["atc"] = lambda: agglomerate(tokens, k, "average", "auto")
     if device.type == "cpu":
         steps["scipy"] = lambda: [linkage(image.numpy(), "average", "cosine") for image in tokens.float()]
     ms = 1000 * _interleaved(steps, rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
@@ -163,6 +186,7 @@ def _merge_ms(
     return {
         "merge_ms": ms["merge"].median(),
         **quartiles,
+        "atc_ms": ms["atc"].median(),
         "scipy_ms": ms["scipy"].median() if "scipy" in ms else float("nan"),
     }
 

@@ -203,21 +203,16 @@ def benchmark(config: DictConfig) -> Benchmark:
     """Return the benchmark that a config of scripts/benchmark.py describes."""
     values = _values(config)
     del values["seed"]  # of methods that draw at random, which refer to it
-    run = _typed(
-        Benchmark,
-        values
-        | {
-            "backbone": _typed(Backbone, values["backbone"], "backbone"),
-            "target": _typed(Target, values["target"], "target"),
-            "methods": {name: _method(given) for name, given in values["methods"].items()},
-            "scaling": _typed(Scaling, values["scaling"], "scaling"),
-        },
-    )
-    methods = {
-        name: method if method.knob == "threshold" else solve(run.backbone, method, run.target)[0]
-        for name, method in run.methods.items()
+    target = values.pop("target")
+    reductions = target["reduction_pct"] if isinstance(target, dict) else None
+    targets = [target | {"reduction_pct": one} for one in reductions] if isinstance(reductions, list) else [target]
+    groups = {
+        "backbone": _typed(Backbone, values["backbone"], "backbone"),
+        "targets": [_typed(Target, one, "target") for one in targets],
+        "methods": {name: _method(given) for name, given in values["methods"].items()},
+        "scaling": _typed(Scaling, values["scaling"], "scaling"),
     }
-    return dataclasses.replace(run, methods=methods)
+    return _typed(Benchmark, values | groups)
 
 
 def report(config: DictConfig) -> Report:

@@ -119,7 +119,7 @@ def of_series(runs: pd.DataFrame, series: Series, untrained: bool = False) -> pd
 
 def solved_for(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """Select the runs whose knob was solved for a FLOPs reduction in percent."""
-    targets = runs.targets.fillna("").astype(str).str.split(",")
+    targets = runs.targets.astype("string").fillna("").str.split(",")
     return runs[targets.map(lambda listed: target in map(float, filter(None, listed))).astype(bool)]
 
 

@@ -5,15 +5,31 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dhtm.harness.models.methods import knob_text
-from dhtm.report.registry import GREY, METHODS, Series, entry_of
+from dhtm.report.registry import GREY, METHODS, Series, entry_of, named
 from dhtm.report.runs import of_series, solved_for
-from dhtm.report.style import plt
+from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, number, with_interval
 
 
 def speed_table(frame: pd.DataFrame, caption: str) -> Table:
-    """Make a table of the methods' figures from :func:`dhtm.harness.benchmark.time_methods`."""
-    shown = pd.DataFrame(
+    """Make a table of :func:`dhtm.harness.benchmark.time_methods`, one part for each target."""
+    notes = [
+        "Medians; speed-ups are over the unmerged backbone in the same round. Ideal is the speed-up by FLOPs alone. Its share "
+        "can exceed 100%, because attention's softmax and memory traffic shrink too.",
+        "Merge is the reduction's share of the forward pass. Peak is the memory beside weights and images.",
+    ]
+    targets = frame.target.dropna().unique()
+    if len(targets) < 2:
+        return Table(frame, [(caption, _speed_cells(frame))], notes)
+    parts = [
+        (f"{caption}, {target:g}% fewer FLOPs", _speed_cells(frame[frame.target.isna() | (frame.target == target)]))
+        for target in targets
+    ]
+    return Table(frame, parts, notes)
+
+
+def _speed_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
         {
             "method": entry_of(row.method).label,
             "knob": knob_text(row.knob, row.value),
@@ -31,12 +47,6 @@ def speed_table(frame: pd.DataFrame, caption: str) -> Table:
         }
         for row in frame.itertuples()
     )
-    notes = [
-        "Medians; speed-ups are over the unmerged backbone in the same round. Ideal is the speed-up by FLOPs alone. Its share "
-        "can exceed 100%, because attention's softmax and memory traffic shrink too.",
-        "Merge is the reduction's share of the forward pass. Peak is the memory beside weights and images.",
-    ]
-    return Table(frame, [(caption, shown)], notes)
 
 
 def scaling_table(frame: pd.DataFrame, caption: str) -> Table:
@@ -47,8 +57,10 @@ def scaling_table(frame: pd.DataFrame, caption: str) -> Table:
             "over": names[row.varied],
             **{shown: str(getattr(row, name)) for name, shown in names.items()},
             "merge, ms [quartiles]": with_interval(row.merge_ms, row.merge_ms_q1, row.merge_ms_q3),
+            "ATC's clustering, ms": number(row.atc_ms, 1),
             "scipy's clustering, ms": number(row.scipy_ms, 1),
-            "times as fast": number(row.scipy_ms / row.merge_ms, 1),
+            "merge, times as fast": number(row.scipy_ms / row.merge_ms, 1),
+            "ATC, times as fast": number(row.scipy_ms / row.atc_ms, 1),
         }
         for row in frame.itertuples()
     )
@@ -63,32 +75,52 @@ def growth(frame: pd.DataFrame) -> float:
     return float(np.polyfit(np.log(over_n.n_tokens), np.log(over_n.merge_ms), 1)[0])
 
 
-def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, reduction_pct: float, title: str) -> Figure:
-    """Draw the speed-up against top-1 on the embedded task at the same reduction, for methods that have runs there.
+def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
+    """Draw top-1 and KL against the speed-up, for the methods that have runs at the same reduction.
 
     Args:
         frame: from :func:`dhtm.harness.benchmark.time_methods`.
-        runs: the committed runs of the embedded task, results/embedded/tables/runs.csv.
-        reduction_pct: the benchmark's target.
+        runs: of one backbone and data set, such as results/embedded/tables/runs.csv.
         title: of the figure.
     """
-    figure, ax = plt.subplots(figsize=(5.6, 4))
-    solved = solved_for(runs, reduction_pct)
-    for row in frame.itertuples():
-        ours = of_series(solved, Series(row.method, row.method, row.layers, row.trained is True))
-        ours = runs[runs.method == "unmerged"] if row.method == "unmerged" else ours
-        if ours.empty:
-            continue
-        entry, best = entry_of(row.method), ours.sort_values("top1").iloc[-1]
-        across = [[row.speedup - row.speedup_q1], [row.speedup_q3 - row.speedup]]
-        up = [[best.top1 - best.ci_low], [best.ci_high - best.top1]]
-        style = {"color": entry.colour, "marker": entry.marker, "linestyle": "none", "capsize": 2}
-        ax.errorbar(row.speedup, best.top1, up, across, label=entry.label, **style)
-    ideal = frame.ideal_speedup[frame.method != "unmerged"]
-    ax.axvspan(ideal.min(), ideal.max(), color=GREY, alpha=0.25, linewidth=0, label="FLOPs-ideal")
-    ax.set(title=title, xlabel="speed-up over the unmerged model", ylabel="top-1 of deit_micro on embedded data (%)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    where = named(*runs[["backbone", "data"]].iloc[0])
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4))
+    columns = {"top1": ["top1", "ci_low", "ci_high"], "kl": ["kl", "kl_low", "kl_high"]}
+    names = {"top1": f"top-1 (%)\n{where}", "kl": f"KL from unmerged (nats)\n{where}"}
+    measured = _with_runs(frame, runs)
+    for ax, quantity in zip(axes, columns, strict=True):
+        for method, points in measured.dropna(subset=quantity).groupby("method", sort=False):
+            if quantity == "kl" and method == "unmerged":
+                continue
+            entry = entry_of(method)
+            style = {"color": entry.colour, "marker": entry.marker}
+            draw_intervals(ax, points, "speedup", columns[quantity], entry.label, style)
+        ax.set(xlabel="speed-up over the unmerged model", ylabel=names[quantity])
+    axes[1].set_yscale("log")
+    for ideal in frame.groupby("target").ideal_speedup.median():
+        for ax in axes:
+            ax.axvline(ideal, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), title="dotted: by FLOPs alone")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
     return figure
+
+
+def _with_runs(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Add the top-1 and the KL of the runs at the same reduction, with their intervals."""
+    found = []
+    for row in frame.itertuples():
+        if row.method == "unmerged":
+            ours = runs[runs.method == "unmerged"]
+        else:
+            ours = of_series(
+                solved_for(runs, row.target), Series(row.method, row.method, row.layers, row.trained is True)
+            )
+        if not ours.empty:
+            taken = ["top1", "ci_low", "ci_high", "kl", "kl_low", "kl_high"]
+            found.append({"method": row.method, "speedup": row.speedup, **ours.iloc[-1][taken]})
+    return pd.DataFrame(found)
 
 
 def scaling_figure(frame: pd.DataFrame, title: str) -> Figure:

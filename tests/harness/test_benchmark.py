@@ -13,7 +13,7 @@ from dhtm.harness import config
 from dhtm.harness.benchmark import _peak_memory_mb, time_merge, time_methods
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.backbones import Backbone
-from dhtm.report.speed import growth, speed_figure
+from dhtm.report.speed import growth, speed_figure, speed_table
 
 FAST = ["backbone=deit_micro", "rounds=2", "batch_size=2", "device=cpu"]
 FAST += [
@@ -66,7 +66,7 @@ def test_scaling_varies_one_thing_at_a_time(composed):
         ["n_tokens", 16, 5, 2], ["n_tokens", 36, 5, 2], ["k", 16, 5, 2], ["k", 16, 2, 2],
         ["batch_size", 16, 5, 2], ["batch_size", 16, 5, 1],
     ]  # fmt: skip
-    assert (grown.merge_ms > 0).all() and (grown.scipy_ms > 0).all()
+    assert (grown[["merge_ms", "atc_ms", "scipy_ms"]] > 0).all(axis=None)
 
 
 def test_growth_is_the_exponent():
@@ -82,13 +82,29 @@ def test_the_figure_has_each_method_at_its_speed_and_top1(frame):
     rows = [dhtm.assign(targets="30", top1=90.0), dhtm.assign(targets="20", top1=10.0), unmerged.assign(top1=95.0)]
     runs = pd.concat([*rows, sit.assign(layers="4,7,10", targets="20,30", trained=True, top1=80.0)])
     runs["ci_low"], runs["ci_high"] = runs.top1 - 1, runs.top1 + 1
-    (ax,) = speed_figure(frame.reset_index(), runs, 30, "").axes
-    points = {container.get_label(): container[0].get_xydata()[0].tolist() for container in ax.containers}
-    assert points == {
-        "unmerged": [1, 95],
-        "DHTM": [frame.speedup["dhtm"], 90],
-        "SiT": [frame.speedup["sit"], 80],
+    top1, kl = speed_figure(frame.reset_index(), runs, "").axes
+    assert drawn(top1) == {
+        "unmerged": [[1, 95]],
+        "DHTM": [[frame.speedup["dhtm"], 90]],
+        "SiT": [[frame.speedup["sit"], 80]],
     }
+    assert drawn(kl) == {"DHTM": [[frame.speedup["dhtm"], dhtm.kl.item()]]}, "trained models are compared with nothing"
+
+
+def drawn(ax):
+    return {container.get_label(): container[0].get_xydata().tolist() for container in ax.containers}
+
+
+def test_all_targets_are_timed_in_one_run_and_those_out_of_reach_are_skipped(composed):
+    overrides = [*FAST, *ONE, "target.reduction_pct=[20,40,60]", "rounds=1"]
+    frame = time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))
+    assert frame.method.tolist() == ["unmerged", "dhtm", "dhtm"]
+    assert frame.target.tolist()[1:] == [20, 40]
+    assert frame.flops_reduction_pct.tolist() == pytest.approx([0, 20, 40], abs=2)
+    assert [caption for caption, _ in speed_table(frame, "").parts] == [", 20% fewer FLOPs", ", 40% fewer FLOPs"]
+    runs = pd.read_csv(ROOT / "results/embedded/tables/runs.csv")
+    top1, _ = speed_figure(frame, runs, "").axes
+    assert len(drawn(top1)["DHTM"]) == 2
 
 
 def test_the_script_writes_tables_figures_and_the_machine(script, tmp_path):
@@ -105,6 +121,7 @@ def test_the_script_writes_tables_figures_and_the_machine(script, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("runs=/nowhere.csv", "runs=/nowhere.csv: Path does not point to a file"),
         ("rounds=0", "rounds=0: Input should be greater than 0"),
         ("dtype=int8", "dtype=int8: Input should be 'float32', 'bfloat16' or 'float16'"),
         ("scaling.grids=[]", r"scaling.grids=\[\]: List should have at least 1 item"),
