@@ -86,8 +86,8 @@ def time_methods(
 
     A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
     both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
-    because the merges depend on them. Thresholds are found on other scenes. A method that does not
-    reach a target is skipped there, unless it is the only target.
+    because the merges depend on them. Thresholds are found on other scenes. A method that does not reach a target is skipped
+    there, unless it is the only target.
 
     Args:
         model: the backbone with its weights, and
@@ -95,10 +95,9 @@ def time_methods(
 
     Returns:
         One row per method and target: target (the reduction in percent), knob, value, layers and trained (whether it has
-        weights of its own); flops_g,
-        flops_reduction_pct, and ideal_speedup by FLOPs; for a batch ms (median), images_per_s, speedup with its quartiles,
-        and ideal_share_pct, the share of the ideal gain; merge_pct, the reduction's share of the forward; peak_memory_mb
-        besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
+        weights of its own); flops_g, flops_reduction_pct, and ideal_speedup by FLOPs; for a batch ms (median), images_per_s,
+        speedup with its quartiles, and ideal_share_pct, the share of the ideal gain; merge_pct, the reduction's share of the
+        forward; peak_memory_mb besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
     """
     device, dtype, rounds = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.rounds
     backbone = copy.deepcopy(model or benchmark.backbone.bare()).to(device=device, dtype=dtype)
@@ -134,17 +133,17 @@ def time_methods(
 
     batch = _speedups(_interleaved(_forwards(models, images), rounds, device, f"batch {len(images)}"))
     alone = _speedups(_interleaved(_forwards(models, images[:1]), rounds, device, "one image"))
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)  # in the order of the models, as the times
     frame["flops_reduction_pct"] = 100 * (1 - frame.flops_g / frame.flops_g[0])
     frame["ideal_speedup"] = frame.flops_g[0] / frame.flops_g
     for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
-        frame[column] = batch.loc[list(models), column].to_numpy()
+        frame[column] = batch[column].to_numpy()
     frame.insert(frame.columns.get_loc("ms") + 1, "images_per_s", 1000 * len(images) / frame.ms)
     frame["ideal_share_pct"] = 100 * (frame.speedup - 1) / (frame.ideal_speedup - 1).where(frame.ideal_speedup > 1)
     frame["merge_pct"] = [_merge_pct(one, images) for one in models.values()]
     frame["peak_memory_mb"] = [_peak_memory_mb(one, images) for one in models.values()]
     for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
-        frame[f"latency_{column}"] = alone.loc[list(models), column].to_numpy()
+        frame[f"latency_{column}"] = alone[column].to_numpy()
     return frame
 
 
