@@ -15,7 +15,7 @@ from dhtm.kernels import raise_runs_out
 
 _LOWEST = np.finfo(np.float32).min
 # Sums may be reordered, which is what makes them fast: they run in float64 and only their float32 rounding counts.
-_SUMS = {"reassoc", "contract"}
+SUMS = {"reassoc", "contract"}
 
 
 def compiled(*signatures, **options) -> Callable[[Callable], Callable]:
@@ -91,12 +91,12 @@ def average(x, i, j, n_i, n_j):
 
 @compiled()
 def rounded(s):
-    """Round a similarity to float32, NaN to the lowest number and infinities to finite ones."""
-    single = np.float32(s)
+    """Round a similarity to float32, NaN to the lowest number, infinities to finite ones and -0.0 to 0.0."""
+    single = np.float32(s) + np.float32(0)
     return min(max(single, _LOWEST), -_LOWEST) if single == single else _LOWEST
 
 
-@compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def describe(kind, x, inverse, log_p, p, t):
     """Store what a similarity needs of a token beside its features: the inverse of its norm, or its softmax and log-softmax."""
     if kind == 0:
@@ -115,7 +115,7 @@ def describe(kind, x, inverse, log_p, p, t):
             p[t, d] = np.exp(log_p[t, d])
 
 
-@compiled(fastmath=_SUMS)
+@compiled(fastmath=SUMS)
 def compare(kind, x, inverse, log_p, p, a, b):
     """Compute the similarity of two tokens: a float64 sum rounded to float32, NaN as the lowest and infinities as finite."""
     s = 0.0

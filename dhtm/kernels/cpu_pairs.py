@@ -1,7 +1,11 @@
 """Backend ``numba`` where all pairs of tokens are adjacent: DHTM with ``connectivity="all"`` and agglomerative clustering.
 
 The scores of all pairs are a symmetric matrix, and every token knows its best partner among the tokens after it. A merge
-replaces one row and one column, and searches again only the rows whose best partner has merged.
+replaces one row and one column. A token whose best partner has merged keeps its score as a bound, and its row is searched
+again only when that bound is the highest score of all.
+
+The highest score is found among integers that are in the same order, because compilers vectorise the maximum of integers
+but not that of floating-point numbers.
 """
 
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.compiled import (
+    SUMS,
     array,
     average,
     collect,
@@ -31,6 +36,8 @@ from dhtm.kernels.compiled import (
     share,
 )
 
+_STALE = -1  # the partner of a token whose best partner has merged
+_LOW = np.int64(-(2**63))
 _PRODUCTS = types.Array(float64, 3, "C", readonly=True)
 
 
@@ -38,8 +45,9 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
     """Merge clusters k times in each image; arguments and result are those of every backend, see :mod:`dhtm.kernels`."""
     token_map = torch.empty(features.shape[:2], dtype=torch.int64)
     made = np.empty(len(features), dtype=np.int64)
-    products = array(all_products(features))
-    in_parallel(_cluster_images_compiled(), made, k, products, CLUSTER_LINKAGES[linkage], token_map.numpy())
+    given_features = array(features.to(torch.promote_types(features.dtype, torch.float32)))
+    cluster_images = _cluster_images_of(given_features.dtype)
+    in_parallel(cluster_images, made, k, given_features, CLUSTER_LINKAGES[linkage], token_map.numpy())
     return token_map
 
 
@@ -88,8 +96,9 @@ def _merge_images(
     n_patches, mass = np.empty(n, np.int64), np.empty(masses.shape[1], np.float64)
     score, to_new = np.empty((n, n), np.float32), np.empty(n, np.float32)
     best, partner = np.empty(n, np.float32), np.empty(n, np.int64)
-    member, last_member = np.empty(n, np.int64), np.empty(n, np.int64)
-    gone, dead = np.empty(n, np.bool_), np.empty(n, np.bool_)
+    bits, best_bits = score.view(np.int32), best.view(np.int32)
+    member, last_member, gone = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
+    alive = np.empty(n, np.int64)  # -1, all bits, or 0: a token without a patch or of an earlier merge touches no other
 
     for image in range(first, last):
         load(measured[image], x)
@@ -101,22 +110,20 @@ def _merge_images(
             n_patches[t] = sizes[image, t]
             weights[image, t] = 1
             member[t], last_member[t], gone[t] = -1, t, False
-            dead[t] = n_patches[t] == 0  # a token without a patch touches no other
+            alive[t] = -1 if n_patches[t] > 0 else 0
         for t in range(n):
-            for other in range(t, n):
-                if t == other or dead[t] or dead[other]:
-                    s = np.float32(-np.inf)
-                elif products.shape[1] > 0:
+            for other in range(t + 1, n):
+                if products.shape[1] > 0:
                     s = rounded(products[image, t, other] * (inverse[t] * inverse[other]))
                 else:
                     s = compare(kind, x, inverse, log_p, p, t, other)
-                score[t, other] = score[other, t] = s if s == -np.inf else discount(s, kind, mass, t, other)
+                score[t, other] = score[other, t] = discount(s, kind, mass, t, other)
         for t in range(n):
-            best[t], partner[t] = _first_highest(score[t], t + 1)
+            _search(t, score, bits, best, partner, alive)
 
         made[image] = k
         for step in range(k):
-            i = _first_highest(best, 0)[1]
+            i = _first_of_best_pair(score, bits, best, best_bits, partner, alive)
             if i < 0 or best[i] < least:
                 made[image] = step if least == -np.inf else k
                 break
@@ -130,14 +137,13 @@ def _merge_images(
             if len(mass) > 0:
                 mass[i] += mass[j]
             join(i, j, member, last_member, gone)
-            dead[j] = True
+            alive[j] = 0
             if not by_size:
                 halve(i, member, weights[image])
             for t in range(n):
-                to_new[t] = -np.inf
-                if not dead[t] and t != i:
+                if alive[t] and t != i:
                     to_new[t] = discount(compare(kind, x, inverse, log_p, p, i, t), kind, mass, i, t)
-            _contract(score, to_new, best, partner, i, j)
+            _contract(score, bits, to_new, best, partner, alive, i, j)
 
         number(member, gone, token_map[image])
         collect(y, gone, token_map[image], merged[image])
@@ -146,70 +152,140 @@ def _merge_images(
 
 
 @cache
-def _cluster_images_compiled() -> Callable:
-    return compiled(void(int64, int64, int64[::1], int64, _PRODUCTS, int64, int64[:, ::1]))(_cluster_images)
+def _cluster_images_of(dtype: np.dtype) -> Callable:
+    """Compile :func:`_cluster_images` for float32 or float64 features of any strides, when first called."""
+    real = {"float32": float32, "float64": float64}[dtype.name]
+    return compiled(void(int64, int64, int64[::1], int64, given(real, 3), int64, int64[:, ::1]))(_cluster_images)
 
 
-def _cluster_images(first, last, made, k, products, linkage, token_map):
+def _cluster_images(first, last, made, k, features, linkage, token_map):
     """Merge clusters in images first, …, last - 1 of the batch, and fill the token map."""
-    n = products.shape[1]
+    n, n_features = features.shape[1], features.shape[2]
+    x = np.zeros((n_features + -n_features % 4, n), np.float64)  # one row per feature, and rows of zeros
     score, to_new, inverse = np.empty((n, n), np.float64), np.empty(n, np.float64), np.empty(n, np.float64)
     best, partner, count = np.empty(n, np.float64), np.empty(n, np.int64), np.empty(n, np.int64)
+    bits, best_bits, alive = score.view(np.int64), best.view(np.int64), np.empty(n, np.int64)
     member, last_member, gone = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
     for image in range(first, last):
         for t in range(n):
-            count[t], member[t], last_member[t], gone[t] = 1, -1, t, False
-            inverse[t] = 1 / np.sqrt(products[image, t, t]) if products[image, t, t] > 0 else 0.0
+            count[t], member[t], last_member[t], gone[t], alive[t] = 1, -1, t, False, -1
+            square = 0.0
+            for d in range(n_features):
+                x[d, t] = features[image, t, d]
+                square += x[d, t] * x[d, t]
+            inverse[t] = 1 / np.sqrt(square) if square > 0 else 0.0
+        _multiply(x, score)
+        _to_scores(score, inverse)
         for t in range(n):
-            for other in range(n):  # minus the distance
-                score[t, other] = np.float64(rounded(products[image, t, other] * (inverse[t] * inverse[other]))) - 1
-            score[t, t] = -np.inf
-            best[t], partner[t] = _first_highest(score[t], t + 1)
+            _search(t, score, bits, best, partner, alive)
         made[image] = k
         for _ in range(k):
-            i = _first_highest(best, 0)[1]
+            i = _first_of_best_pair(score, bits, best, best_bits, partner, alive)
             j = partner[i]
             join(i, j, member, last_member, gone)
-            n_i, n_j = np.float64(count[i]), np.float64(count[j])
-            for t in range(n):
-                a, b = score[i, t], score[j, t]
-                if linkage == 0:
-                    to_new[t] = max(a, b)
-                elif linkage == 1:
-                    to_new[t] = min(a, b)
-                else:
-                    to_new[t] = (n_i * a + n_j * b) / (n_i + n_j)
+            alive[j] = 0
+            _link(linkage, score[i], score[j], np.float64(count[i]), np.float64(count[j]), to_new)
             count[i] += count[j]
-            _contract(score, to_new, best, partner, i, j)
+            _contract(score, bits, to_new, best, partner, alive, i, j)
         number(member, gone, token_map[image])
 
 
-@compiled(fastmath={"nnan", "nsz", "reassoc"})
-def _first_highest(values, start):
-    """Return the highest of values[start:] and the first place that has it; -inf and -1 if there is no other value."""
-    best = -np.inf
-    for t in range(start, len(values)):
-        best = max(best, values[t])
-    if best > -np.inf:
-        for t in range(start, len(values)):
-            if values[t] == best:
-                return best, t
-    return best, -1
+@compiled(fastmath=SUMS)
+def _multiply(x, product):
+    """Fill the upper triangle with the products of all pairs of columns of x [F, N], where F is a multiple of 4."""
+    for t in range(0, len(product) - 1, 2):  # two rows at once read x half as often
+        row, next_row = product[t, t:], product[t + 1, t:]
+        row[:] = 0
+        next_row[:] = 0
+        for d in range(0, len(x), 4):
+            a, b, c, e = x[d, t], x[d + 1, t], x[d + 2, t], x[d + 3, t]
+            next_a, next_b, next_c, next_e = x[d, t + 1], x[d + 1, t + 1], x[d + 2, t + 1], x[d + 3, t + 1]
+            xa, xb, xc, xe = x[d, t:], x[d + 1, t:], x[d + 2, t:], x[d + 3, t:]
+            for i in range(len(row)):
+                row[i] += a * xa[i] + b * xb[i] + c * xc[i] + e * xe[i]
+                next_row[i] += next_a * xa[i] + next_b * xb[i] + next_c * xc[i] + next_e * xe[i]
 
 
 @compiled()
-def _contract(score, to_new, best, partner, i, j):
-    """Replace the scores of token i by those of the token that it and j have become, ``to_new``; j becomes dead.
+def _to_scores(score, inverse):
+    """Turn the products of all pairs, in the upper triangle, into scores, cosines - 1, in the whole matrix."""
+    for t in range(len(score)):
+        row, others = score[t, t:], inverse[t:]
+        for i in range(len(row)):
+            row[i] = np.float64(rounded(row[i] * (others[0] * others[i]))) - 1
+    for t in range(len(score)):
+        for other in range(t + 1, len(score)):
+            score[other, t] = score[t, other]
 
-    Dead tokens have the score -inf with all others, and every token has it with itself.
-    """
-    to_new[i] = to_new[j] = best[j] = -np.inf
-    partner[j] = -1
-    score[i] = to_new
-    for t in range(len(best)):
-        score[t, i], score[t, j] = to_new[t], -np.inf
-    for t in range(j):
-        if t == i or partner[t] == i or partner[t] == j:
-            best[t], partner[t] = _first_highest(score[t], t + 1)
-        elif t < i and (to_new[t] > best[t] or (to_new[t] == best[t] and i < partner[t])):
-            best[t], partner[t] = to_new[t], i
+
+@compiled()
+def _link(linkage, a, b, n_a, n_b, joined):
+    """Fill the scores of the cluster that two of n_a and n_b tokens become, from their own."""
+    if linkage == 0:
+        for t in range(len(joined)):
+            joined[t] = a[t] if a[t] > b[t] else b[t]
+    elif linkage == 1:
+        for t in range(len(joined)):
+            joined[t] = a[t] if a[t] < b[t] else b[t]
+    else:
+        for t in range(len(joined)):
+            joined[t] = (n_a * a[t] + n_b * b[t]) / (n_a + n_b)
+
+
+@compiled()
+def _ordered(bits, alive):
+    """Return an integer that orders as the number of these bits does, below all others where ``alive`` is 0."""
+    return ((bits ^ ((bits >> 63) & ~_LOW)) & alive) | (_LOW & ~alive)
+
+
+@compiled()
+def _first_highest(bits, alive):
+    """Return the first place with the highest score of all that are alive; -1 if none is."""
+    n, highest = len(bits), _LOW
+    for t in range(n):
+        highest = max(highest, _ordered(bits[t], alive[t]))
+    if highest == _LOW:
+        return -1
+    place = n
+    for t in range(n):
+        place = min(place, t if _ordered(bits[t], alive[t]) == highest else n)
+    return place
+
+
+@compiled()
+def _search(t, score, bits, best, partner, alive):
+    """Find the best partner of a token among those after it; its number is N if there is none."""
+    place = _first_highest(bits[t, t + 1 :], alive[t + 1 :])
+    if place < 0:
+        best[t], partner[t] = -np.inf, len(best)
+    else:
+        best[t], partner[t] = score[t, t + 1 + place], t + 1 + place
+
+
+@compiled()
+def _first_of_best_pair(score, bits, best, best_bits, partner, alive):
+    """Return the first token of the first pair with the highest score; -1 if there is no pair."""
+    while True:
+        i = _first_highest(best_bits, alive)
+        if i < 0 or partner[i] == len(best):
+            return -1
+        if partner[i] != _STALE:
+            return i
+        _search(i, score, bits, best, partner, alive)
+
+
+@compiled()
+def _contract(score, bits, to_new, best, partner, alive, i, j):
+    """Replace the scores of token i by those of the token that it and j have become, ``to_new``; j is not alive any more."""
+    for t in range(len(to_new)):
+        score[i, t] = to_new[t]
+    for t in range(len(to_new)):
+        score[t, i] = to_new[t]
+    for t in range(i):
+        s, highest, other = to_new[t], best[t], partner[t]
+        wins = (alive[t] != 0) & ((s > highest) | ((s == highest) & (i < other)))
+        best[t] = s if wins else highest
+        partner[t] = i if wins else (_STALE if (other == i) | (other == j) else other)
+    for t in range(i + 1, j):
+        partner[t] = _STALE if partner[t] == j else partner[t]
+    _search(i, score, bits, best, partner, alive)
