@@ -33,14 +33,14 @@ def check(tokens, k, regions=None, features=None, masses=None, **options):
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(merges())
 def test_any_tokens(case):
     tokens, grid, k, options = case
     check(tokens, k, grid=grid, **options)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(merges(), st.sampled_from((0.9, 0.0, -1.0, -4.0)))
 def test_thresholds(case, threshold):
     tokens, grid, k, options = case
@@ -125,7 +125,6 @@ def test_running_out_of_neighbours_is_an_error(connectivity):
 
 
 AHEAD = """
-import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -139,7 +138,7 @@ blocks = {"STEPS": 4, "BLOCK_N": 256, "BLOCK_E": 1024, "BLOCK_C": 16, "BLOCK_D":
 on_pairs = gpu_pairs.merge_image, gpu_pairs.cluster_image
 for kernel in (gpu_common.describe_all, gpu._edge_scores, gpu._merge_image, gpu._draw_image, *on_pairs):
     pointers["scores"] = "*fp64" if kernel is gpu_pairs.cluster_image else "*fp32"
-    constants = {"KIND": int(sys.argv[1]), "TWO": True, "MASSIVE": True, "BY_SIZE": True, "LINKAGE": 2, **blocks}
+    constants = {"KIND": 3, "TWO": True, "MASSIVE": True, "BY_SIZE": True, "LINKAGE": 2, **blocks}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
@@ -147,12 +146,11 @@ for kernel in (gpu_common.describe_all, gpu._edge_scores, gpu._merge_image, gpu.
 """
 
 
-@pytest.mark.parametrize("kind", [0, 3])
-def test_the_kernels_compile_for_a_gpu_without_one(kind, tmp_path):
-    """Down to the machine code of an H100: the interpreter takes more than the compiler does."""
+def test_the_kernels_compile_for_a_gpu_without_one(tmp_path):
+    """Down to the machine code of an H100: the interpreter takes more than the compiler does. KL has all of the code."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", AHEAD, str(kind)], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
+        [sys.executable, "-c", AHEAD], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -18,7 +18,7 @@ from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 from dhtm.thresholds import find_thresholds
-from dhtm.vit import patch, patch_grid, tokens_by_layer, unpatch
+from dhtm.vit import patch_grid, tokens_by_layer, unpatch
 
 _RATES = ("keep_rate", "ratio")  # knobs that are rates, also where 1 is given as an integer
 _STEPS = 200  # rates are tried in steps of 0.005, about one token of 196
@@ -79,8 +79,8 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    unmerged = at(0).put_into(backbone.bare(), backbone.name)  # or an error that says why not
-    rows, columns = patch_grid(unmerged)
+    with _patched(backbone, at(0)) as unmerged:  # or an error that says why not
+        rows, columns = patch_grid(unmerged)
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible, and each costs less than the one before, until a method merges no more.
@@ -160,15 +160,14 @@ def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
     try:
         with _patched(backbone, method) as model:
             return tuple(tokens_by_layer(model))
-    except (ValueError, TypeError, UserError):
+    except UserError:
         return None
 
 
 @contextlib.contextmanager
 def _patched(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
-    """Lend the bare backbone, patched with a method for a while."""
-    model = backbone.bare()
-    patch(model, method.reducer())
+    """Lend the bare backbone, patched with a method for a while; a UserError says why it cannot be."""
+    model = method.patch(backbone.bare(), backbone.name)
     try:
         yield model
     finally:
