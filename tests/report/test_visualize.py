@@ -85,7 +85,9 @@ def test_frames_are_the_regions_of_ever_larger_k(image):
     assert len(frames) == 1 + 2 * 3
     assert model.reducer.k == 3, "the model is as it was"
     n_borders = [(np.asarray(frame) == BORDER).all(axis=-1).sum() for frame in frames[1:]]
-    assert all(a > b for a, b in itertools.pairwise(n_borders)), "tokens that share a side lose a border, others need not"
+    assert all(a > b for a, b in itertools.pairwise(n_borders)), (
+        "tokens that share a side lose a border, others need not"
+    )
     seen = draw_strips([("", model)], image)  # a forward pass as usual, whose regions are those of the last merges
     pixels = np.asarray(seen.axes[0].images[0].get_array())
     for layer, frame in ((2, frames[3]), (5, frames[6])):
