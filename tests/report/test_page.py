@@ -1,5 +1,6 @@
 """The web page of the report, opened in a real browser."""
 
+import json
 import re
 import shutil
 import time
@@ -24,6 +25,11 @@ def page(tmp_path_factory):
         speed = {"images_per_s": 50.0 + number}
         write_solved_run(folder / "runs", number, method, correct=rng.random(200) < 0.9, kl=kl, **speed)
     write_solved_run(folder / "runs", 9, "sit", trained=True, correct=rng.random(200) < 0.8, images_per_s=60.0)
+    sweep = folder / "runs" / "sweeps" / "evaluate-12345678"
+    sweep.mkdir(parents=True)
+    overrides = [["method=sit", "seed=0"], ["method=lotm", "seed=0"]]
+    (sweep / "sweep.json").write_text(json.dumps({"command": "evaluate -m", "runs": overrides}))
+    (sweep / "001.json").write_text(json.dumps({"state": "skipped", "reason": "out of reach"}))
     with pytest.MonkeyPatch.context() as patch:  # without counting the FLOPs of DeiT 42 times
         patch.setattr(
             table1_module, "gflops", lambda backbone, ks: dict.fromkeys(table1_module.SCHEDULES, [1.0] * len(ks))
@@ -67,11 +73,14 @@ def test_it_is_small_and_names_the_run_of_every_method(page):
     assert set(links) <= html_ids and {f"{number:016x}" for number in range(len(METHODS))} <= set(links)
     for heading in ("What was run", "Figures", "Where the accuracy goes", "What is missing", "All runs"):
         assert f"<h2>{heading}</h2>" in html
+    missing = re.findall(r"<td>(.*)</td>", html[html.index('id="missing"') : html.index('id="runs"')])
+    assert missing == ["method=sit", "waiting", "", "method=lotm", "skipped", "out of reach"]
     assert html.count("<figure><img src") == html.count('" alt="') > 0
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-def test_nothing_overflows_and_nothing_is_loaded(page, browser, width):
+@pytest.mark.parametrize(("width", "media"), [(360, "screen"), (1400, "screen"), (1050, "print")])
+def test_nothing_overflows_and_nothing_is_loaded(page, browser, width, media):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
@@ -80,6 +89,7 @@ def test_nothing_overflows_and_nothing_is_loaded(page, browser, width):
     assert browser.get_log("browser") == []
     requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
     assert not [request for request in requests if '"url":"http' in request]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_filters_change_what_is_shown(page, browser):

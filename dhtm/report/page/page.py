@@ -179,7 +179,7 @@ def _problems(results_dir: Path) -> str:
         for overrides, run in zip(sweep, states(file.parent), strict=True):
             if run["state"] != "done":
                 wanted = " ".join(override for override in overrides if override not in common)
-                rows.append({"run": wanted, "state": run["state"], "reason": run.get("reason", "")})
+                rows.append({"asked for": wanted, "state": run["state"], "reason": run.get("reason", "")})
     return _html(pd.DataFrame(rows).drop_duplicates()) if rows else ""
 
 
