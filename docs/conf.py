@@ -3,15 +3,19 @@
 import re
 
 project = "dhtm"
-author = "The dhtm authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = "dhtm"
+html_show_copyright = False
 myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "show-inheritance": True}
-autodoc_typehints = "signature"
+autodoc_typehints = "none"  # docstrings say what arguments are, with shapes
+autodoc_inherit_docstrings = False  # else every method repeats the interface, and every module what PyTorch says of forward
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
+napoleon_use_rtype = False
 
 
 def without_links_to_code(app, page: str, source: list[str]) -> None:
