@@ -26,6 +26,12 @@ _EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _EMPTY, "TORCH_HOME": _EMPTY, "WANDB_SILENT": "true"}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random models and images are the same in every run of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def composed():
     """Compose a config as a script would: composed("method.k=10", config_name="evaluate")."""

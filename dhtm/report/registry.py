@@ -89,6 +89,8 @@ SERIES = {
         Series("K-Medoids", "k_medoids", "4,7,10", True, "K-Medoids"),
         Series("DPC-KNN", "dpc_knn", "4,7,10", True, "DPC-KNN"),
         Series("Token mergence", "token_mergence", "4,7,10", True),
+        Series("PiToMe w/train", "pitome", "all", True),
+        Series("ATC w/train", "atc", "4,7,10", True),
         Series("DPC-KNN OTS", "dpc_knn", "4,7,10", False, r"DPC-KNN$_{\mathbf{OTS}}$"),
         Series("K-Medoids OTS", "k_medoids", "4,7,10", False, r"K-Medoids$_{\mathbf{OTS}}$"),
         Series("PiToMe", "pitome", "all", False, "PiToMe"),
