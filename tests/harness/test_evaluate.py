@@ -208,19 +208,6 @@ def test_a_sweep_is_hydras_multirun(script, tmp_path):
     ], "the unmerged model's outputs came first"  # fmt: skip
 
 
-def test_experiments_are_the_papers(script, tmp_path):
-    ks = [0, 10, 20, 30, 40, 48, 56]
-    limit = ["data.limit=2", f"results_dir={tmp_path}/runs"]
-    for experiment, methods in (("table1", ["dhtm"]), ("figure4", ["dhtm", "random"])):
-        result = script("evaluate", "-m", f"experiment={experiment}", *limit)
-        assert result.returncode == 0, result.stderr
-        runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
-        assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
-            *((method, k) for method in methods for k in ks), ("unmerged", 0),
-        ]  # fmt: skip
-    assert result.stdout.count("already finished") == 7, "figure 4 takes DHTM's runs from table 1"
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -68,10 +68,12 @@ def test_the_training_protocol_is_that_of_which_tokens_to_use(composed):
     assert composed("recipe=scratch", config_name="train").epochs == 300
 
 
-def test_table_2_and_figure_1_are_swept_at_equal_cost():
-    table2, figure1 = (
-        OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml").hydra.sweeper.params for name in ("table2", "figure1")
-    )
+def test_experiments_are_the_papers():
+    names = "table1", "figure4", "table2", "figure1"
+    swept = [OmegaConf.load(CONFIGS / f"experiment/{name}.yaml").hydra.sweeper.params for name in names]
+    table1, figure4, table2, figure1 = swept
+    assert table1["method.k"] == figure4["method.k"] == "0,10,20,30,40,48,56"
+    assert figure4.method == "dhtm,random"
     learned = ["sinkhorn", "patch_merger", "sit", "token_mergence"]
     trained = ["dpc_knn_trained", "k_medoids_trained", "tome_trained"]
     off_the_shelf = ["tome", "lotm", "dhtm", "dpc_knn", "k_medoids", "pitome", "atc", "dhtm_plus", "dhtm_threshold"]

@@ -112,7 +112,7 @@ def shortened(photos, imagenette, weights, tmp_path):
             )
             small = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2"]
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]
-            others = [one for one in arguments if not one.startswith("backbone=")]
+            others = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", one) for one in arguments if not one.startswith("backbone=")]
             return [*others, *small, *(f"~methods.{name}" for name in slow)]
         if photographs and not is_mini and not any(one.startswith("backbone.checkpoint") for one in arguments):
             arguments = ["backbone=deit_tiny" if one.startswith("backbone=") else one for one in arguments]
@@ -216,10 +216,8 @@ def test_overrides_of_make(command, shortened, script):
 
 @needs_make
 def test_make_bench():
-    """tests/harness/test_benchmark.py looks at what the script does."""
-    result = run("make", "bench", "ARGS=--cfg job rounds=3")
-    assert result.returncode == 0, result.stderr
-    assert "rounds: 3" in result.stdout
+    """The script behind it; tests/harness/test_benchmark.py runs that."""
+    assert run("make", "-n", "bench", "ARGS=rounds=3").stdout == ".venv/bin/python scripts/benchmark.py rounds=3\n"
 
 
 @needs_make
