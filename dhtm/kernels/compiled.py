@@ -96,44 +96,69 @@ def rounded(s):
     return min(max(single, _LOWEST), -_LOWEST) if single == single else _LOWEST
 
 
+# A call costs more than a short sum where it passes on many arrays. So the two functions below are inlined in their callers,
+# and the sums are functions of few arguments, which may be reordered.
+
+
 @compiled(fastmath=SUMS)
+def _product(x, a, b):
+    total = 0.0
+    for d in range(x.shape[1]):
+        total += np.float64(x[a, d]) * np.float64(x[b, d])
+    return total
+
+
+@compiled(fastmath=SUMS)
+def _distance(kind, x, a, b):
+    """Sum the squares of two tokens' differences, or their absolute values."""
+    total = 0.0
+    for d in range(x.shape[1]):
+        difference = np.float64(x[a, d]) - np.float64(x[b, d])
+        total += difference * difference if kind == 1 else abs(difference)
+    return total
+
+
+@compiled(fastmath=SUMS)
+def _divergence(log_p, p, a, b):
+    """Sum Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)."""
+    total = 0.0
+    for d in range(p.shape[1]):
+        total += (p[a, d] - p[b, d]) * (log_p[a, d] - log_p[b, d])
+    return total
+
+
+@compiled(fastmath=SUMS)
+def _softmax(x, log_p, p, t):
+    top, total = -np.inf, 0.0
+    for d in range(x.shape[1]):
+        top = max(top, np.float64(x[t, d]))
+    for d in range(x.shape[1]):
+        total += np.exp(np.float64(x[t, d]) - top)
+    for d in range(x.shape[1]):
+        log_p[t, d] = np.float64(x[t, d]) - top - np.log(total)
+        p[t, d] = np.exp(log_p[t, d])
+
+
+@compiled(inline="always")
 def describe(kind, x, inverse, log_p, p, t):
     """Store what a similarity needs of a token beside its features: the inverse of its norm, or its softmax and log-softmax."""
     if kind == 0:
-        squares = 0.0
-        for d in range(x.shape[1]):
-            squares += np.float64(x[t, d]) * np.float64(x[t, d])
+        squares = _product(x, t, t)
         inverse[t] = 0.0 if squares == 0 else 1 / np.sqrt(squares)
     elif kind == 3:
-        top, total = -np.inf, 0.0
-        for d in range(x.shape[1]):
-            top = max(top, np.float64(x[t, d]))
-        for d in range(x.shape[1]):
-            total += np.exp(np.float64(x[t, d]) - top)
-        for d in range(x.shape[1]):
-            log_p[t, d] = np.float64(x[t, d]) - top - np.log(total)
-            p[t, d] = np.exp(log_p[t, d])
+        _softmax(x, log_p, p, t)
 
 
-@compiled(fastmath=SUMS)
+@compiled(inline="always")
 def compare(kind, x, inverse, log_p, p, a, b):
     """Compute the similarity of two tokens: a float64 sum rounded to float32, NaN as the lowest and infinities as finite."""
-    s = 0.0
     if kind == 0:
-        for d in range(x.shape[1]):
-            s += np.float64(x[a, d]) * np.float64(x[b, d])
-        s *= inverse[a] * inverse[b]
-    elif kind == 1:
-        for d in range(x.shape[1]):
-            difference = np.float64(x[a, d]) - np.float64(x[b, d])
-            s += difference * difference
-        s = -np.sqrt(s)
-    elif kind == 2:
-        for d in range(x.shape[1]):
-            s -= abs(np.float64(x[a, d]) - np.float64(x[b, d]))
-    else:  # Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)
-        for d in range(x.shape[1]):
-            s -= 0.5 * (p[a, d] - p[b, d]) * (log_p[a, d] - log_p[b, d])
+        s = _product(x, a, b) * (inverse[a] * inverse[b])
+    elif kind == 3:
+        s = -0.5 * _divergence(log_p, p, a, b)
+    else:
+        s = -_distance(kind, x, a, b)
+        s = -np.sqrt(-s) if kind == 1 else s
     return rounded(s)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, cpu_pairs
 from dhtm.kernels.compiled import (
+    SUMS,
     array,
     average,
     collect,
@@ -57,7 +58,10 @@ def merge(
     wide = torch.promote_types(tokens.dtype, torch.float32)
     carried = tokens.to(wide)
     measured = carried if features is None else features.to(wide)
-    merged = torch.zeros(batch, n if threshold is not None else n - k, channels, dtype=wide)
+    if threshold is None:
+        merged = torch.empty(batch, n - k, channels, dtype=wide)
+    else:
+        merged = torch.zeros(batch, n, channels, dtype=wide)
     token_map = torch.empty(batch, n, dtype=torch.int64)
     weights = torch.empty(batch, n, dtype=torch.float32)
     masses = torch.empty(batch, 0, dtype=torch.float64) if masses is None else masses.double()
@@ -161,17 +165,21 @@ def _merge_images(
             while h >= 0:
                 e, other = h >> 1, to[h]
                 if alive[e] and other > t:  # tokens that touch in several places need one edge
-                    if seen[other] == t:
-                        alive[e] = False
-                    else:
-                        seen[other] = t
-                        score[e] = discount(compare(kind, x, inverse, log_p, p, t, other), kind, mass, t, other)
+                    alive[e] = seen[other] != t
+                    seen[other] = t
                 if alive[e]:
                     before = h
                 else:
                     _unlink(head, tail, after, t, before, h)
                 h = after[h]
-            best[t], partner[t] = _best(head, tail, after, to, score, alive, t)
+            best[t], partner[t] = -np.inf, -1
+        _score(kind, x, inverse, log_p, p, to, alive, score)
+        for e in range(n_edges):
+            if alive[e]:
+                a, b = min(to[2 * e], to[2 * e + 1]), max(to[2 * e], to[2 * e + 1])
+                score[e] = discount(score[e], kind, mass, a, b)
+                if score[e] > best[a] or (score[e] == best[a] and b < partner[a]):
+                    best[a], partner[a] = score[e], b
 
         made[image] = k
         for step in range(k):
@@ -289,6 +297,14 @@ def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, 
                 place[t] = left
                 left += 1
             token_map[image, t] = place[owner[t]]
+
+
+@compiled(fastmath=SUMS)
+def _score(kind, x, inverse, log_p, p, to, alive, score):
+    """Compare the two tokens of every edge, apart from all else: the processor then works on several pairs at a time."""
+    for e in range(len(score)):
+        if alive[e]:
+            score[e] = compare(kind, x, inverse, log_p, p, to[2 * e], to[2 * e + 1])
 
 
 @compiled()
