@@ -126,6 +126,18 @@ class Reduction:
         rows = x.flatten(0, 1)
         return rows.index_add(0, uneven.used, branch(rows[uneven.used]).to(x.dtype)).view_as(x)
 
+    def fill_up(self, norm: nn.Module, args: tuple[Tensor, ...], x: Tensor, first: int) -> Tensor:
+        """Give what fills up images of fewer tokens the mean of their others, which pooling then gives too.
+
+        Args:
+            x: the normalised tokens, of whose output this is a forward hook.
+            first: the first token that is pooled.
+        """
+        sizes = self.regions[max(self.regions)].sizes
+        used = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1)[:, first:, None] > 0
+        mean = (x[:, first:] * used).sum(dim=1, keepdim=True) / used.sum(dim=1, keepdim=True)
+        return torch.cat([x[:, :first], torch.where(used, x[:, first:], mean.to(x.dtype))], dim=1)
+
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
 

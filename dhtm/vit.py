@@ -22,6 +22,7 @@ from dhtm.reducer import Reducer
 from dhtm.reduction import AttentionReader, Reduction
 from dhtm.regions import Regions
 
+_POOLS = ("token", "avg", "avgmax", "max")  # how images of different numbers of tokens can be pooled
 _READ = frozenset({"keys", "cls", "received"})  # what a reducer may need of queries and keys
 
 
@@ -111,6 +112,9 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
     rotary = getattr(model, "rope", None) is not None
     reduction = Reduction(reducer, layers, model.num_prefix_tokens, rope if rotary else None)
     reduction.hooks.append(_embedding(model).register_forward_pre_hook(reduction.start))
+    if reducer.adaptive and model.global_pool != "token":
+        first = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
+        reduction.hooks.append(model.norm.register_forward_hook(functools.partial(reduction.fill_up, first=first)))
     for layer, block in enumerate(model.blocks, start=1):
         # A bias, rotations, and images of different numbers of tokens concern the attention of later layers too.
         later = reducer.proportional_attention or reducer.adaptive or rotary
@@ -287,10 +291,10 @@ def _check_supported(model: nn.Module, reducer: Reducer) -> None:
         )
     if reducer.position == "before_block" and "output" in reducer.needs:
         raise ValueError(f"{type(reducer).__name__} acts before a block, where its attention has no output yet")
-    if reducer.adaptive and model.global_pool != "token":
+    if reducer.adaptive and model.global_pool not in _POOLS:
         raise ValueError(
-            f"{type(reducer).__name__} leaves each image its own number of tokens, but this {name} pools all "
-            f"(global_pool={model.global_pool!r}): choose a model that classifies by its CLS token, or k"
+            f"{type(reducer).__name__} leaves each image its own number of tokens, which this {name} cannot pool "
+            f"(global_pool={model.global_pool!r}): choose one with {', '.join(_POOLS)}, or k in place of a threshold"
         )
     if hasattr(model, "reduction"):
         raise ValueError(f"this {name} is already patched: call dhtm.unpatch(model) first")

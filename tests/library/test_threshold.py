@@ -79,7 +79,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit3 (LayerScale)"])
+@pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit3 (LayerScale)", "q/k norm, average pooling"])
 def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
     model = build(name)
     images = torch.cat([images_for(model, 3), torch.zeros_like(images_for(model, 1)), images_for(model, 1, seed=2) / 4])
@@ -88,7 +88,7 @@ def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
     dhtm.patch(model, dhtm.DHTM(threshold=thresholds, **options))
     together, assignment = logits(model, images), dhtm.regions(model).assignment
     counts = dhtm.regions(model).n_tokens_of_images
-    assert len(counts.unique()) > 2 and dhtm.regions(model).n_tokens == counts.max()
+    assert len(counts.unique()) > 1 and dhtm.regions(model).n_tokens == counts.max()
     masked = copy.deepcopy(model)
     masked.reducer.train()  # then one attention with a mask serves all images, as in compiled models
     torch.testing.assert_close(logits(masked, images), together, rtol=1e-4, atol=1e-4)
@@ -158,6 +158,6 @@ def test_bad_options_are_named(options, message):
     assert not hasattr(model, "reduction")
 
 
-def test_a_model_that_pools_all_tokens_is_refused():
-    with pytest.raises(ValueError, match="global_pool='avg'"):
-        dhtm.patch(build("q/k norm, average pooling"), dhtm.DHTM(threshold=0.9, layers=(1, 2)))
+def test_a_model_that_pools_by_attention_is_refused():
+    with pytest.raises(ValueError, match="global_pool='map'"):
+        dhtm.patch(build("siglip (attention pooling)"), dhtm.DHTM(threshold=0.9, layers=(1, 2)))

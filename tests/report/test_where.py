@@ -37,3 +37,20 @@ def test_top1_by_the_number_of_tokens():
     row = table.iloc[0]
     assert (row["1 to 3"], row["7 to 9"], row["19 or more"]) == ("50.0 (10)", "50.0 (20)", "–")
     assert row["mean tokens"] == "6.0"
+
+
+def test_flips_are_won_and_lost():
+    of_run = pd.DataFrame(
+        {
+            "label": [0, 0, 0, 0, 0],
+            "class_1": [0, 1, 0, 1, 1],
+            "unmerged_class": [0, 0, 1, 1, 0],
+            "kl": [0.0, 0.2, 0.3, 0.9, 0.4],
+        }
+    )
+    of_run["correct"] = of_run.class_1 == of_run.label
+    (row,) = where.flips({"DHTM": of_run}).to_dict("records")
+    assert list(row.values()) == ["DHTM", "1", "2", "2", "4, 1"]
+    words = "the greatest KL among the flips"
+    assert where.notable_images(of_run) == {3: "the greatest KL", 2: f"{words} won", 4: f"{words} lost"}
+    assert where.notable_images(of_run.iloc[:1]) == {0: "the greatest KL"}

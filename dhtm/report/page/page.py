@@ -29,8 +29,10 @@ from dhtm.report.page.where import (
     agreement_between,
     by_class,
     by_regions,
+    flips,
     methods_at_one_cost,
     most_changed,
+    notable_images,
     object_regions,
     predictions_of,
 )
@@ -123,13 +125,19 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     found, parts = predictions_of(frame, results_dir), {}
     if frame.top1.notna().all():
         parts["Top-1 by class, % with 95% intervals"] = by_class(found)
+    notable = {}
     if merged.kl.notna().all():
-        parts["The images whose outputs change most"] = most_changed({name: found[name] for name in merged.label})
+        of_merged = {name: found[name] for name in merged.label}
+        parts["The images whose outputs change most"] = most_changed(of_merged)
+        if frame.top1.notna().all():
+            parts["Flips: won if only the merged model is right, lost if only the unmerged model is"] = flips(of_merged)
+            first = merged.label.iloc[0]
+            notable = {image: f"with {words} under {first}" for image, words in notable_images(found[first]).items()}
     parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
     pictures, reason = [], ""
     try:
         models, split, data = _loaded(merged, results_dir)
-        pictures = _pictures(merged.label, models, split)
+        pictures = _pictures(merged.label, models, split, notable)
         if isinstance(data, Digits) and frame.top1.notna().all():
             kept = {
                 label: object_regions(model, split, data) for label, model in zip(merged.label, models, strict=True)
@@ -150,15 +158,19 @@ def _loaded(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransfo
 
 
 @torch.inference_mode()
-def _pictures(labels: pd.Series, models: list[VisionTransformer], split: Split) -> list[tuple[str, str]]:
-    """Return pictures of a few images with their regions under each method, and what they show."""
+def _pictures(
+    labels: pd.Series, models: list[VisionTransformer], split: Split, notable: dict[int, str]
+) -> list[tuple[str, str]]:
+    """Return pictures of a few images, and of the notable ones, with their regions under each method, and what they show."""
     labels, models = labels.head(MAX_METHODS), models[:MAX_METHODS]
     step = max(1, len(split.dataset) // N_PICTURES)
     pictures = []
-    for index in range(0, step * N_PICTURES, step)[: len(split.dataset)]:
+    evenly = dict.fromkeys(range(0, step * N_PICTURES, step)[: len(split.dataset)], "")
+    for index, words in (evenly | notable).items():
         picture, counts = draw_side_by_side(models, split, index)
         names = [f"{label} ({n} tokens)" for label, n in zip(labels, counts, strict=True)]
-        pictures.append((_embedded(_png(picture)), f"Image {index}, and its regions under {', '.join(names)}"))
+        title = f"Image {index}, {words}" if words else f"Image {index}"
+        pictures.append((_embedded(_png(picture)), f"{title}, and its regions under {', '.join(names)}"))
     return pictures
 
 

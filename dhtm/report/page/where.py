@@ -74,6 +74,31 @@ def most_changed(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the images on which only the merged or only the unmerged model is right: how many, and which change most."""
+    rows = []
+    for name, of_run in found.items():
+        row = {"method": name}
+        for way, chosen in zip(("won", "lost"), _flipped(of_run), strict=True):
+            images = of_run[chosen].nlargest(MOST, "kl").index
+            row[f"{way}: images"], row[f"{way}: greatest KL"] = str(chosen.sum()), ", ".join(map(str, images)) or DASH
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def notable_images(of_run: pd.DataFrame) -> dict[int, str]:
+    """Return the image of greatest KL in a run, and those among its flips won and lost, with the words for it."""
+    won, lost = _flipped(of_run)
+    chosen = {"the greatest KL": of_run.kl, "the greatest KL among the flips won": of_run.kl[won]}
+    chosen["the greatest KL among the flips lost"] = of_run.kl[lost]
+    return {int(kl.idxmax()): words for words, kl in reversed(chosen.items()) if len(kl)}
+
+
+def _flipped(of_run: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    was_right = of_run.unmerged_class == of_run.label
+    return of_run.correct & ~was_right, ~of_run.correct & was_right
+
+
 def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return Cohen's kappa of the best classes of every two methods: 1 if they always agree, 0 if as often as by chance."""
     table = pd.DataFrame("", index=list(found), columns=list(found))
