@@ -125,9 +125,8 @@ def solve_thresholds(
     """
     in_all, target_pct = solve(backbone, counted(method), target)
     share = 1.0
-    for _ in range(
-        3
-    ):  # an image of few tokens costs less than in proportion, so that equal merges do not mean equal FLOPs
+    # An image of few tokens costs less than in proportion, so that equal merges do not mean equal FLOPs.
+    for _ in range(3):
         thresholds, tokens = find_thresholds(model, in_all.reducer(), images, share)
         found = dataclasses.replace(method, options={**method.options, "threshold": thresholds})
         total, _ = count_flops_of_images(found.put_into(backbone.bare(), backbone.name), tokens.cpu())
