@@ -96,24 +96,11 @@ def shortened(photos, imagenette, weights, tmp_path):
             short = "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]"
             return [*arguments, short, "data.limit=4", f"output={tmp_path}/micro.safetensors"]
         if script == "benchmark":
-            slow = (
-                "lotm",
-                "dpc_knn",
-                "k_medoids",
-                "patch_merger",
-                "sinkhorn",
-                "sit",
-                "token_mergence",
-                "random",
-                "pitome",
-                "atc",
-                "dhtm_plus",
-                "dhtm_threshold",
-            )
+            slow = "lotm dpc_knn k_medoids patch_merger sinkhorn sit token_mergence random pitome atc dhtm_plus dhtm_threshold"
             small = ["scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2"]
             small += ["backbone=deit_micro", "device=cpu", "dtype=float32", f"output_dir={tmp_path}"]
             others = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", one) for one in arguments if not one.startswith("backbone=")]
-            return [*others, *small, *(f"~methods.{name}" for name in slow)]
+            return [*others, *small, *(f"~methods.{name}" for name in slow.split())]
         if photographs and not is_mini and not any(one.startswith("backbone.checkpoint") for one in arguments):
             arguments = ["backbone=deit_tiny" if one.startswith("backbone=") else one for one in arguments]
             arguments.append(f"backbone.checkpoint={weights}/deit_tiny.pth")
@@ -129,15 +116,8 @@ def shortened(photos, imagenette, weights, tmp_path):
         if script == "train":
             first = [one.split(",")[0] for one in arguments]  # of several methods
             limit = "data.limit=8" if photographs else "data.limit=32"
-            return [
-                *first,
-                "epochs=1",
-                "warmup_epochs=0",
-                "batch_size=8",
-                "device=cpu",
-                limit,
-                f"checkpoints_dir={tmp_path}",
-            ]
+            small = ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}"]
+            return [*first, *small, limit]
         if script == "choose":
             arguments = [one.split(",")[0] for one in arguments]  # of several methods
             arguments += ["rounds=1", f"output_dir={tmp_path}"]
