@@ -1,5 +1,6 @@
 """What the compiled loops of the backend ``numba`` share: compilation, threads, and the arithmetic of merging."""
 
+import ctypes
 import itertools
 import os
 from collections.abc import Callable
@@ -44,21 +45,51 @@ def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
     """
     batch = len(made)
     n_threads = min(batch, torch.get_num_threads())
+    # Parts are small because a thread may be slowed down. Compiled code releases the interpreter's lock.
+    ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
+    parts, errors = iter(list(itertools.pairwise(ends))), []
+
+    def work(_: int | None = None) -> None:
+        try:
+            for part in parts:  # a list's iterator gives each part to one thread
+                images(*part, made, k, *arguments)
+        except BaseException as error:  # a signal's too, which would end with this function
+            errors.append(error)
+
     if n_threads <= 1:
-        images(0, batch, made, k, *arguments)
-    else:  # compiled code releases the interpreter's lock; parts are small because a thread may be slowed down
-        ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
-        pool = _pool(n_threads, os.getpid())
-        jobs = [pool.submit(images, *part, made, k, *arguments) for part in itertools.pairwise(ends)]
-        for job in jobs:
+        work()
+    elif os.getpid() == _PROCESS and (run := _openmp()):  # a forked process has no such threads, and cannot start any
+        run(_REGION(work), None, n_threads, 0)
+    else:
+        for job in [_pool(n_threads, os.getpid()).submit(work) for _ in range(n_threads)]:
             job.result()
+    for error in errors:
+        raise error
     if (made < k).any():
         raise_runs_out(k, int(np.flatnonzero(made < k)[0]))
 
 
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PROCESS = os.getpid()
+
+
+@cache
+def _openmp() -> Callable | None:
+    """Return what runs a function on PyTorch's own threads, if these are GNU OpenMP's.
+
+    They spin for milliseconds after every operator of PyTorch, and threads of our own would share the cores with them.
+    """
+    try:
+        run = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    run.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return run
+
+
 @cache
 def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
-    """Return the threads of this process: a forked process does not inherit those of its parent."""
+    """Return threads of this process: a forked process does not inherit those of its parent."""
     return ThreadPoolExecutor(n_threads, "dhtm")
 
 

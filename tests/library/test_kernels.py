@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_merge import HERE, merges, smooth
 
 from dhtm import Regions, hierarchical_merge, kernels
-from dhtm.kernels import merge_flops
+from dhtm.kernels import compiled, merge_flops
 from dhtm.regions import grid_pairs
 
 
@@ -56,6 +56,24 @@ def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("process", [os.getpid(), 0], ids=["PyTorch's threads", "threads of our own"])
+def test_every_image_is_merged_once_and_errors_are_passed_on(process, monkeypatch):
+    monkeypatch.setattr(compiled, "_PROCESS", process)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def count(first, last, made, k):
+        made[first:last] += 1
+        if k and last == len(made):
+            raise KeyboardInterrupt
+
+    for n_images in (0, 1, 2, 100):
+        made = np.zeros(n_images, dtype=np.int64)
+        compiled.in_parallel(count, made, 0)
+        assert (made == 1).all()
+    with pytest.raises(KeyboardInterrupt):
+        compiled.in_parallel(count, np.zeros(100, dtype=np.int64), 1)
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "reference"])
