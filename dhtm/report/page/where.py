@@ -81,7 +81,7 @@ def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
         row = {"method": name}
         for way, chosen in zip(("won", "lost"), _flipped(of_run), strict=True):
             images = of_run[chosen].nlargest(MOST, "kl").index
-            row[f"{way}: images"], row[f"{way}: greatest KL"] = str(chosen.sum()), ", ".join(map(str, images)) or DASH
+            row[way], row[f"{way}: images of greatest KL"] = str(chosen.sum()), ", ".join(map(str, images)) or DASH
         rows.append(row)
     return pd.DataFrame(rows)
 
