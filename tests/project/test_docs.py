@@ -197,7 +197,10 @@ def test_overrides_of_make(command, shortened, script):
 @needs_make
 def test_make_bench():
     """The script behind it; tests/harness/test_benchmark.py runs that."""
-    assert run("make", "-n", "bench", "ARGS=rounds=3").stdout == ".venv/bin/python scripts/benchmark.py rounds=3\n"
+    assert (
+        run("make", "-n", "--no-print-directory", "bench", "ARGS=rounds=3").stdout
+        == ".venv/bin/python scripts/benchmark.py rounds=3\n"
+    )
 
 
 @needs_make
