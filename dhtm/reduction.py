@@ -92,7 +92,7 @@ class Reduction:
     def _is_split(self) -> bool:
         """Whether images with different numbers of tokens are computed apart, which compiled and traced models cannot do."""
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-        return self.reducer.adaptive and self.rope is None and not tracing and not self.reducer.training
+        return self.reducer.adaptive and not tracing and not self.reducer.training
 
     def _split(self, layer: int) -> None:
         """Cut the regions after a layer to the most tokens of an image, and group images of nearly as many tokens."""
@@ -107,15 +107,27 @@ class Reduction:
             groups = [(int(n), (rounded == n).nonzero()[:, 0].to(device)) for n in rounded.unique()]
             self.batches[layer] = _UnevenBatch(used.flatten().nonzero()[:, 0].to(device), groups)
 
-    def attend(self, x: Tensor, layer: int, attention: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """Run a layer's attention, a function of tokens and bias, on images of nearly as many tokens at a time."""
-        bias, uneven = self.attention_bias(x.dtype, layer), self._last(layer, self.batches)
+    def attend(self, x: Tensor, layer: int, attention: Callable[..., Tensor], table: Tensor | None = None) -> Tensor:
+        """Run a layer's attention on images of nearly as many tokens at a time.
+
+        Args:
+            x: the tokens, [B, prefix + N, D].
+            layer: the layer.
+            attention: a function of tokens, bias and rotary embeddings, the last two of which may be None.
+            table: the rotary embeddings of every patch, see :meth:`rotations`.
+        """
+        bias, rope, uneven = (
+            self.attention_bias(x.dtype, layer),
+            self.rotations(table, layer),
+            self._last(layer, self.batches),
+        )
         if uneven is None or layer in self.read_layers:
-            return attention(x, bias)
+            return attention(x, bias, rope)
         result = torch.zeros_like(x)
         for n_tokens, images in uneven.groups:
             end = self.n_prefix + n_tokens
-            result[images, :end] = attention(x[images, :end], bias[images, ..., :end])
+            rotated = None if rope is None else rope[images, :, :n_tokens]
+            result[images, :end] = attention(x[images, :end], bias[images, ..., :end], rotated)
         return result
 
     def add_branch(self, x: Tensor, layer: int, branch: Callable[[Tensor], Tensor]) -> Tensor:

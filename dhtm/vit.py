@@ -34,7 +34,7 @@ class ReducingBlock(Block):
             raise ValueError("attn_mask is not supported on a patched model: its tokens change from layer to layer")
         x = self.reduction.reduce(x, self.layer, "before_block")
         attended = self.reduction.attend(
-            x, self.layer, lambda x, bias: self.attn(self.norm1(x), attn_mask=bias, **kwargs)
+            x, self.layer, lambda x, bias, _: self.attn(self.norm1(x), attn_mask=bias, **kwargs)
         )
         x = x + self.drop_path1(self.ls1(attended))
         x = self.reduction.reduce(x, self.layer, "after_attention", attended)
@@ -48,14 +48,16 @@ class ReducingEvaBlock(EvaBlock):
         if attn_mask is not None:
             raise ValueError("attn_mask is not supported on a patched model: its tokens change from layer to layer")
         x = self.reduction.reduce(x, self.layer, "before_block")
-        rope = self.reduction.rotations(rope, self.layer)
         attended = self.reduction.attend(
-            x, self.layer, lambda x, bias: self.attn(self.norm1(x), rope=rope, attn_mask=bias, **kwargs)
+            x, self.layer, lambda x, bias, rope: self.attn(self.norm1(x), rope=rope, attn_mask=bias, **kwargs), rope
         )
         x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         x = self.reduction.reduce(x, self.layer, "after_attention", attended)
+        return self.reduction.add_branch(x, self.layer, self._second_branch)
+
+    def _second_branch(self, x: Tensor) -> Tensor:
         branch = self.mlp(self.norm2(x))
-        return x + self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
+        return self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
 
 _REDUCING = {Block: ReducingBlock, EvaBlock: ReducingEvaBlock}

@@ -142,9 +142,10 @@ def test_compiled_and_exported(model):
     torch.testing.assert_close(program.module()(images[:2]), expected[:2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["rope, axial"], indirect=True)
+@pytest.mark.parametrize("model", ["dinov3", "eva02", "rope, mixed axes for each head"], indirect=True)
 def test_thresholds_and_full_grids(model):
     images = images_for(model)
+    side = patch_grid(model)[0]
     reducer = dhtm.DHTM(k=15, layers=(1, 3))
     thresholds, tokens = dhtm.find_thresholds(model, reducer, images)
     dhtm.patch(model, dhtm.DHTM(threshold=thresholds, layers=(1, 3)))
@@ -153,8 +154,11 @@ def test_thresholds_and_full_grids(model):
     torch.testing.assert_close(
         torch.cat([logits(model, image[None]) for image in images]), together, rtol=1e-4, atol=1e-5
     )
+    masked = copy.deepcopy(model)
+    masked.reducer.train()  # then one attention with a mask serves all images
+    torch.testing.assert_close(logits(masked, images), together, rtol=1e-4, atol=1e-5)
     (grid,) = model.forward_intermediates(images, 1, intermediates_only=True)
-    assert grid.shape == (3, 96, 8, 8)
+    assert grid.shape == (3, 96, side, side)
 
 
 @pytest.mark.parametrize("model", ["dinov3"], indirect=True)
