@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dhtm.reducer import Attention, Reducer, highest, merge_into, rows
+from dhtm.reducer import Attention, Reducer, highest, merge_into, products, rows, unit
 from dhtm.regions import Regions
 
 
@@ -67,9 +67,8 @@ class PiToMe(Reducer):
             return tokens, regions
         place, depth = self.schedule.index(attention.layer), len(self.schedule)
         with torch.no_grad():  # which tokens merge has no gradient
-            units = F.normalize(attention.keys.float().mean(dim=1), dim=-1)
-            with torch.autocast(tokens.device.type, enabled=False):
-                similarity = units @ units.transpose(1, 2)
+            units = unit(attention.keys.float().mean(dim=1))
+            similarity = products(units, units)
             energy = F.elu(similarity - self.margin * (1 - place / depth), self.alpha).mean(dim=2)
             order = highest(energy, n)
             ranked = (place < math.ceil(depth / 2)) == (self.matching == "deit")

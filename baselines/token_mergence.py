@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dhtm.reducer import Attention, KeepRateReducer, average, highest, raise_other_shape, rows, zero_linear
+from dhtm.reducer import (
+    Attention,
+    KeepRateReducer,
+    average,
+    highest,
+    products,
+    raise_other_shape,
+    rows,
+    unit,
+    zero_linear,
+)
 from dhtm.regions import Regions
 
 
@@ -49,11 +59,9 @@ class TokenMergence(KeepRateReducer):
             tokens = self.enrich(tokens, regions.grid)
         with torch.no_grad():  # which token goes where has no gradient
             crucial = highest(attention.cls, m).sort(dim=1).values
-            units = F.normalize(tokens.float(), dim=-1)
+            units = unit(tokens.float())
             ranks = torch.arange(m, device=tokens.device).expand(tokens.shape[0], m)
-            with torch.autocast(tokens.device.type, enabled=False):
-                similarities = rows(units, crucial) @ units.transpose(1, 2)
-            cluster = similarities.argmax(dim=1).scatter(1, crucial, ranks)
+            cluster = products(rows(units, crucial), units).argmax(dim=1).scatter(1, crucial, ranks)
             importance = attention.cls.clamp(min=torch.finfo(torch.float32).tiny)
             totals = torch.zeros_like(importance[:, :m]).scatter_add(1, cluster, importance)
             shares = importance / totals.gather(1, cluster)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dhtm.reducer import Attention, Reducer, highest, rows
+from dhtm.reducer import Attention, Reducer, highest, products, rows, unit
 from dhtm.regions import Regions
 
 
@@ -52,31 +51,27 @@ class ToMe(Reducer):
         if r == 0:
             return tokens, regions
         first = self.n_prefix % 2  # where set A starts among the patch tokens
-        keys = F.normalize(attention.keys.float().mean(dim=1), dim=-1)
-        with torch.autocast(tokens.device.type, enabled=False):
-            scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
-        best, partner = scores.max(dim=-1)
+        keys = unit(attention.keys.detach().float().mean(dim=1))
+        best, partner = products(keys[:, first::2], keys[:, 1 - first :: 2]).max(dim=-1)
         order = highest(best, best.shape[1])
-        merged, kept = order[:, :r], order[:, r:].sort(dim=1).values
-        into = partner.gather(1, merged)
+        n_kept = best.shape[1] - r
+        into = partner.gather(1, order[:, :r]) + n_kept
 
-        n_kept, n_b = kept.shape[1], n - best.shape[1]
-        ranks = torch.arange(n_kept, device=tokens.device).expand(tokens.shape[0], -1)
-        places = (n_kept + partner).scatter(1, kept, ranks)
-        token_map = torch.empty_like(regions.sizes)
-        token_map[:, first::2] = places
-        token_map[:, 1 - first :: 2] = torch.arange(n_kept, n_kept + n_b, device=tokens.device)
+        # At batch 1 the time goes into small operations, so there are few. All tokens are listed at once: those that are
+        # merged, then those that are left in their new order.
+        set_a, set_b = order * 2 + first, torch.arange(1 - first, n, 2, device=tokens.device)
+        listed = torch.cat([set_a[:, :r], set_a[:, r:].sort(dim=1).values, set_b.expand(tokens.shape[0], -1)], dim=1)
+        left = torch.arange(n - r, device=tokens.device).expand(tokens.shape[0], -1)
+        token_map = torch.empty_like(listed).scatter_(1, listed, torch.cat([into, left], dim=1))
         new = regions.merged(token_map, n - r)
 
-        sizes_a, sizes_b = regions.sizes[:, first::2], regions.sizes[:, 1 - first :: 2, None]
-        others = torch.arange(1 - first, n, 2, device=tokens.device)  # set B
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        moved = rows(tokens, 2 * merged + first).to(wide) * sizes_a.gather(1, merged)[..., None]
-        remaining = torch.cat([2 * kept + first, others.expand(tokens.shape[0], -1)], dim=1)
-        result = rows(tokens, remaining).to(wide)
+        sizes = regions.sizes.gather(1, listed)[..., None]
+        x = rows(tokens, listed).to(torch.promote_types(tokens.dtype, torch.float32))
+        moved, result = x[:, :r] * sizes[:, :r], x[:, r:]
         # In place, because at batch 1 a temporary of this size costs more time than the arithmetic.
-        averages = result[:, n_kept:].mul_(sizes_b)
-        averages.scatter_add_(1, into[..., None].expand_as(moved), moved).div_(new.sizes[:, n_kept:, None])
+        result[:, n_kept:].mul_(sizes[:, r + n_kept :])
+        result.scatter_add_(1, into[..., None].expand_as(moved), moved)
+        result[:, n_kept:].div_(new.sizes[:, n_kept:, None])
         return result.to(tokens.dtype), new
 
     def extra_repr(self) -> str:

@@ -252,13 +252,25 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return linear
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Scale vectors [..., D] to length 1: F.normalize in half of its time, where there are few of them."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply all a [B, N, D] by all b [B, M, D] in their own dtype, also under autocast: inner products [B, N, M]."""
+    if torch.is_autocast_enabled(a.device.type):  # entering the context costs as much as a small product
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b.transpose(1, 2)
+    return a @ b.transpose(1, 2)
+
+
 def squared_distances(tokens: Tensor) -> Tensor:
     """Compute ‖a − b‖² between all tokens of an image, in float32 or wider: [B, N, D] → [B, N, N]."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     tokens = tokens - tokens.mean(dim=1, keepdim=True)  # reduces cancellation
     squares = tokens.square().sum(-1)
-    with torch.autocast(tokens.device.type, enabled=False):
-        products = tokens @ tokens.transpose(1, 2)
+    both = products(tokens, tokens)
     # One product may differ in the last bit between (a, b) and (b, a); the sum of both orders does not.
-    distances = (squares[:, :, None] + squares[:, None] - (products + products.transpose(1, 2))).clamp(min=0)
+    distances = (squares[:, :, None] + squares[:, None] - (both + both.transpose(1, 2))).clamp(min=0)
     return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dhtm.reducer import Attention, Reducer
@@ -165,8 +166,7 @@ class Reduction:
         if not is_needed:
             return None
         sizes = regions.sizes if proportional else regions.sizes.clamp(max=1)
-        bias = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1).log()
-        return bias.to(dtype)[:, None, None]
+        return F.pad(sizes, (self.n_prefix, 0), value=1).log().to(dtype)[:, None, None]
 
     def rotations(self, table: Tensor | None, layer: int) -> Tensor | None:
         """Return the rotary embeddings of the tokens in a layer's attention: the mean over the patches of each token.
