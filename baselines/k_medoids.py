@@ -16,13 +16,13 @@ class KMedoids(KeepRateReducer):
     medoids. In each round every token joins the nearest medoid (Euclidean), and the medoid of each cluster becomes the
     member with the least weighted distance to the others. Ties go to the lower index; the medoids keep their order.
 
-    This is what the papers describe. The code of Haurum et al. (2023) is ``weighting="received", cost="own"``.
+    This is what the papers describe. The code of Haurum et al. (2023) is ``weights="received", cost="own"``.
 
     Args:
         keep_rate: κ, in (0, 1]; see :class:`dhtm.reducer.KeepRateReducer`.
         layers: the layers to reduce before, from 2, increasing.
         rounds: the number of rounds.
-        weighting: a token's weight is the attention in the layer before that it has from CLS ("cls"), or that it receives
+        weights: a token's weight is the attention in the layer before that it has from CLS ("cls"), or that it receives
             from all tokens ("received").
         cost: the medoid is the member with the least sum over the members of their weight times their distance
             ("members"), or of its own weight times its distances to all tokens of the image ("own").
@@ -37,24 +37,24 @@ class KMedoids(KeepRateReducer):
         keep_rate: float,
         layers: Sequence[int] | str = (4, 7, 10),
         rounds: int = 3,
-        weighting: str = "cls",
+        weights: str = "cls",
         cost: str = "members",
     ):
         super().__init__(keep_rate, layers)
         if not isinstance(rounds, int) or rounds < 0:
             raise ValueError(f"rounds={rounds!r}: it must be an integer from 0")
-        for name, value, allowed in (("weighting", weighting, ("cls", "received")), ("cost", cost, ("members", "own"))):
+        for name, value, allowed in (("weights", weights, ("cls", "received")), ("cost", cost, ("members", "own"))):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
-        self.rounds, self.weighting, self.cost = rounds, weighting, cost
-        self.needs = frozenset({weighting})
+        self.rounds, self.weights, self.cost = rounds, weights, cost
+        self.needs = frozenset({weights})
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
         n = tokens.shape[1]
         m = self.tokens_after(n, attention.layer, regions.grid)
         with torch.no_grad():  # which tokens are kept has no gradient
             distances = squared_distances(tokens).sqrt()
-            weights = getattr(attention, self.weighting)
+            weights = getattr(attention, self.weights)
             medoids = highest(weights, m).sort(dim=1).values
             for _ in range(self.rounds):
                 cluster = _nearest(medoids, distances)
@@ -68,7 +68,7 @@ class KMedoids(KeepRateReducer):
         return rows(tokens, medoids), regions.merged(cluster, m)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weighting={self.weighting!r}, cost={self.cost!r}"
+        return f"{super().extra_repr()}, weights={self.weights!r}, cost={self.cost!r}"
 
 
 def _nearest(medoids: Tensor, distances: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def time_methods(
                 "knob": method.knob,
                 "value": None if isinstance(method.setting, list) else method.setting,
                 "layers": layers if isinstance(layers, str) else ",".join(map(str, layers)),
-                "trained": method.weights is not None,
+                "trained": method.checkpoint is not None,
                 "flops_g": _flops(patched, images) / 1e9,
             }
         )

@@ -61,7 +61,7 @@ class Choice:
                 raise UserError(f"method={name}: it has no knob to be chosen")
             if method.knob == "threshold" and self.max_latency_ms is not None:
                 raise UserError(f"method={name}: its time depends on the image; give max_kl= or min_agreement=")
-            if method.weights is not None:
+            if method.checkpoint is not None:
                 raise UserError(
                     f"method={name}: its weights are trained with it, so there is no unmerged model to compare with; choose "
                     "among the methods that need no training"

@@ -266,7 +266,7 @@ def _run(cls: type[T], values: dict[str, Any]) -> T:
 
 def _method(values: dict[str, Any]) -> Method:
     values = dict(values)
-    about = {key: values.pop(key) for key in ("name", "knob", "weights")}
+    about = {key: values.pop(key) for key in ("name", "knob", "checkpoint")}
     return _typed(Method, about | {"target": values.pop("_target_"), "options": values}, "method")
 
 

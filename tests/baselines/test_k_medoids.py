@@ -36,12 +36,12 @@ def k_medoids(tokens, weights, m, rounds, cost_is):
     return medoids, join()
 
 
-def check(tokens, weights, m, rounds, weighting, cost):
+def check(tokens, weights, m, rounds, kind, cost):
     """[B, N, D] tokens in a row of patches are reduced as one image after the other is by loops."""
     batch, n, channels = tokens.shape
-    reducer = KMedoids(m / n, layers=(2,), rounds=rounds, weighting=weighting, cost=cost)
+    reducer = KMedoids(m / n, layers=(2,), rounds=rounds, weights=kind, cost=cost)
     reducer.attach(channels, 1, (1, n), (2,))
-    kept, regions = reducer(tokens, Regions.identity(batch, (1, n)), Attention(2, **{weighting: weights}))
+    kept, regions = reducer(tokens, Regions.identity(batch, (1, n)), Attention(2, **{kind: weights}))
     assert regions.n_tokens == m
     for i in range(batch):
         medoids, joined = k_medoids(tokens[i].tolist(), weights[i].tolist(), m, rounds, cost)
@@ -56,15 +56,15 @@ def check(tokens, weights, m, rounds, weighting, cost):
     share=st.floats(0, 1),
     channels=st.integers(1, 5),
     rounds=st.integers(0, 4),
-    weighting=st.sampled_from(["cls", "received"]),
+    kind=st.sampled_from(["cls", "received"]),
     cost=st.sampled_from(["members", "own"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tokens(n, share, channels, rounds, weighting, cost, seed):
+def test_any_tokens(n, share, channels, rounds, kind, cost, seed):
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, n, channels, dtype=torch.float64, generator=rng)
     weights = torch.randn(2, n, generator=rng).softmax(dim=1)
-    check(tokens, weights, max(1, round(share * n)), rounds, weighting, cost)
+    check(tokens, weights, max(1, round(share * n)), rounds, kind, cost)
 
 
 @settings(max_examples=50, deadline=None)
@@ -93,7 +93,7 @@ def test_the_attention_received_is_that_from_all_tokens(name):
     """Prefix tokens pay attention too. Read from the layer before, against attention written out."""
     model, inputs, seen = build(name), [], []
     model.blocks[1].attn.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
-    dhtm.patch(model, KMedoids(0.3, layers=(3,), weighting="received"))
+    dhtm.patch(model, KMedoids(0.3, layers=(3,), weights="received"))
     model.reducer.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     logits(model, images_for(model))
     with torch.inference_mode():
@@ -107,7 +107,7 @@ def test_the_attention_received_is_that_from_all_tokens(name):
     [
         ({"rounds": -1}, "rounds=-1"),
         ({"rounds": 1.5}, "rounds=1.5"),
-        ({"weighting": "all"}, "weighting='all': choose one of 'cls', 'received'"),
+        ({"weights": "all"}, "weights='all': choose one of 'cls', 'received'"),
         ({"cost": "all"}, "cost='all': choose one of 'members', 'own'"),
     ],
 )

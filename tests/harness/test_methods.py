@@ -22,8 +22,8 @@ def history(epoch, epochs):
     return {"epoch": epoch, "epochs": epochs, "init": "pretrained", "data": "digits"}
 
 
-def with_options(method, weights="trained", **options):
-    return dataclasses.replace(method, weights=str(weights), options=method.options | options)
+def with_options(method, checkpoint="trained", **options):
+    return dataclasses.replace(method, checkpoint=str(checkpoint), options=method.options | options)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_weights_of_an_unfinished_training_are_taken_only_by_name(weights, tmp_p
     file = tmp_path / MICRO.name / SIT.place / "last.safetensors"
     file.parent.mkdir(parents=True)
     save_weights(weights[2], MICRO, SIT, torch.float32, history(2, 6), file)
-    with pytest.raises(UserError, match=r"last.safetensors: trained for 2 of 6 epochs so far; .* method.weights=/"):
+    with pytest.raises(UserError, match=r"last.safetensors: trained for 2 of 6 epochs so far; .* method.checkpoint=/"):
         load_model(MICRO, SIT, tmp_path)
     assert load_model(MICRO, with_options(SIT, file), tmp_path)[1] == file
 
@@ -108,9 +108,9 @@ def test_a_learned_method_without_weights_needs_permission_and_is_marked(evaluat
     with pytest.raises(UnavailableError, match=r"no weights trained for sinkhorn_keep_rate_0.31 in deit_micro"):
         evaluated(*sinkhorn)
     with pytest.raises(
-        UserError, match=r"method=sinkhorn has parameters of its own and method.weights=null gives none"
+        UserError, match=r"method=sinkhorn has parameters of its own and method.checkpoint=null gives none"
     ):
-        evaluated(*sinkhorn, "method.weights=null")
+        evaluated(*sinkhorn, "method.checkpoint=null")
     metrics = evaluated(*sinkhorn, "allow_untrained=true")
     assert metrics["untrained"] and not metrics["trained"]
     again = evaluated(*sinkhorn, "allow_untrained=true", "force=true")

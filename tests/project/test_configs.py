@@ -25,7 +25,7 @@ def test_every_choice_composes_and_names_what_exists(composed, group, name):
     elif group == "method":  # variants, like dhtm_all, are the same method
         assert name.startswith(run.method.name)
         assert run.method.reducer()
-        assert run.method.weights in (None, "trained")
+        assert run.method.checkpoint in (None, "trained")
         assert run.method.knob is None or run.method.knob in run.method.options
     elif group == "tracker":
         assert (run.tracker is None) == (name == "none")

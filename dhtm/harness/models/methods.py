@@ -23,7 +23,7 @@ class Method:
         name: in tables, figures and directories.
         target: the dotted path of its class, a :class:`dhtm.Reducer`.
         knob: the option that is varied to reach a target cost; None if it has none.
-        weights: None for the backbone's own weights, "trained" for those that were trained with the method, or a file.
+        checkpoint: None for the backbone's own weights, "trained" for those that were trained with the method, or a file.
         options: arguments of the class, its layers among them; the class's defaults for those that are not given.
 
     Raises:
@@ -33,7 +33,7 @@ class Method:
     name: str
     target: str
     knob: str | None = None
-    weights: str | None = None
+    checkpoint: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

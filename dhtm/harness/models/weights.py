@@ -23,7 +23,7 @@ def load_model(
     """Return a backbone patched with a method, off-the-shelf or with weights that were trained with the method.
 
     Args:
-        backbone, method: what to load; ``method.weights`` chooses the weights.
+        backbone, method: what to load; ``method.checkpoint`` chooses the weights.
         checkpoints_dir: where :mod:`dhtm.harness.training` puts weights; searched before the shipped ones.
         allow_untrained: run a method that learns without weights trained for it.
         seed: for parameters that are not trained.
@@ -42,20 +42,20 @@ def load_model(
         model = method.put_into(pretrained, backbone.name)
         if any(True for _ in model.reducer.parameters()) and not allow_untrained:
             raise UserError(
-                f"method={method.name} has parameters of its own and method.weights=null gives none: set "
-                "method.weights=trained or a file, or allow_untrained=true to run it with random ones"
+                f"method={method.name} has parameters of its own and method.checkpoint=null gives none: set "
+                "method.checkpoint=trained or a file, or allow_untrained=true to run it with random ones"
             )
         return model, None
     model = method.put_into(backbone.bare(), backbone.name)
-    source = f"method.weights={file}"
+    source = f"method.checkpoint={file}"
     state, about = _read(file, source)
     for key, wanted in _identity(backbone, method).items():
         if about.get(key) != wanted:
             raise UserError(f"{source}: trained with {key}={about.get(key)}, not {key}={wanted}")
-    if method.weights == "trained" and about.get("epoch") != about.get("epochs"):
+    if method.checkpoint == "trained" and about.get("epoch") != about.get("epochs"):
         raise UserError(
             f"{file}: trained for {about.get('epoch')} of {about.get('epochs')} epochs so far; resume it by the command that "
-            f"started it, or take the weights as they are, method.weights={file}"
+            f"started it, or take the weights as they are, method.checkpoint={file}"
         )
     fit(model, state, source, f"{backbone.name} with {method.name}")
     return model, file
@@ -86,10 +86,10 @@ def _identity(backbone: Backbone, method: Method) -> dict[str, str]:
 
 def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untrained: bool) -> Path | None:
     """Return the file of weights that a method asks for; None for the backbone's own."""
-    if method.weights is None:
+    if method.checkpoint is None:
         return None
-    if method.weights != "trained":
-        return Path(method.weights).expanduser()
+    if method.checkpoint != "trained":
+        return Path(method.checkpoint).expanduser()
     name = backbone.name / method.place
     own = checkpoints_dir / name / "last.safetensors"
     for file in (own, *(PROJECT / "results" / folder / "weights" / f"{name}.safetensors" for folder in SHIPPED)):
@@ -99,7 +99,7 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
         return None
     raise UnavailableError(
         f"method={method.name}: no weights trained for {name.name} in {backbone.name} ({own} does not exist); train them by "
-        "scripts/train.py with the same backbone and method, give a file, method.weights=FILE, or run the method untrained, "
+        "scripts/train.py with the same backbone and method, give a file, method.checkpoint=FILE, or run the method untrained, "
         "allow_untrained=true"
     )
 
