@@ -43,9 +43,10 @@ def test_compiled_in_one_graph(model):
     torch.testing.assert_close(compiled(IMAGES[:2]), expected[:2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.stress
 @torch.no_grad()
 def test_compiled_to_machine_code():
-    """A small model, because this takes seconds for each of its layers."""
+    """The default compiler of torch.compile, which takes many seconds for each layer."""
     torch.compiler.reset()
     model = dhtm.patch(micro(1).eval(), dhtm.DHTM(k=30, layers=(1,), proportional_attention=True))
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)

@@ -142,7 +142,7 @@ def test_dtypes(dtype):
     assert torch.equal(merged, wide.to(dtype))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(merges(), st.sampled_from(HERE))
 def test_operator_checks(case, backend):
     tokens, grid, k, options = case

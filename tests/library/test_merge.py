@@ -211,10 +211,10 @@ def smooth(batch, grid, channels, seed):
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize(("connectivity", "k"), [(8, 150), ("all", 3)])
-def test_full_size_tokens_merge_as_in_the_reference(similarity, connectivity, k):
-    options = {"grid": (14, 14), "connectivity": connectivity, "similarity": similarity}
-    tokens = smooth(1, (14, 14), 64, seed=1)
+@pytest.mark.parametrize(("grid", "connectivity", "k"), [((14, 14), 8, 150), ((7, 7), "all", 10)])
+def test_full_size_tokens_merge_as_in_the_reference(similarity, grid, connectivity, k):
+    options = {"grid": grid, "connectivity": connectivity, "similarity": similarity}
+    tokens = smooth(1, grid, 64, seed=1)
     expected, regions = hierarchical_merge(tokens, k, backend="reference", **options)
     for backend in ("torch", "numba"):
         merged, other = hierarchical_merge(tokens, k, backend=backend, **options)
