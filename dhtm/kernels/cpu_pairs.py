@@ -161,7 +161,7 @@ def _cluster_images_of(dtype: np.dtype) -> Callable:
 def _cluster_images(first, last, made, k, features, linkage, token_map):
     """Merge clusters in images first, …, last - 1 of the batch, and fill the token map."""
     n, n_features = features.shape[1], features.shape[2]
-    x = np.zeros((n_features + -n_features % 4, n), np.float64)  # one row per feature, and rows of zeros
+    x = np.empty((n, n_features), np.float64)
     score, to_new, inverse = np.empty((n, n), np.float64), np.empty(n, np.float64), np.empty(n, np.float64)
     best, partner, count = np.empty(n, np.float64), np.empty(n, np.int64), np.empty(n, np.int64)
     bits, best_bits, alive = score.view(np.int64), best.view(np.int64), np.empty(n, np.int64)
@@ -169,11 +169,8 @@ def _cluster_images(first, last, made, k, features, linkage, token_map):
     for image in range(first, last):
         for t in range(n):
             count[t], member[t], last_member[t], gone[t], alive[t] = 1, -1, t, False, -1
-            square = 0.0
             for d in range(n_features):
-                x[d, t] = features[image, t, d]
-                square += x[d, t] * x[d, t]
-            inverse[t] = 1 / np.sqrt(square) if square > 0 else 0.0
+                x[t, d] = features[image, t, d]
         _multiply(x, score)
         _to_scores(score, inverse)
         for t in range(n):
@@ -192,23 +189,37 @@ def _cluster_images(first, last, made, k, features, linkage, token_map):
 
 @compiled(fastmath=SUMS)
 def _multiply(x, product):
-    """Fill the upper triangle with the products of all pairs of columns of x [F, N], where F is a multiple of 4."""
-    for t in range(0, len(product) - 1, 2):  # two rows at once read x half as often
-        row, next_row = product[t, t:], product[t + 1, t:]
-        row[:] = 0
-        next_row[:] = 0
-        for d in range(0, len(x), 4):
-            a, b, c, e = x[d, t], x[d + 1, t], x[d + 2, t], x[d + 3, t]
-            next_a, next_b, next_c, next_e = x[d, t + 1], x[d + 1, t + 1], x[d + 2, t + 1], x[d + 3, t + 1]
-            xa, xb, xc, xe = x[d, t:], x[d + 1, t:], x[d + 2, t:], x[d + 3, t:]
-            for i in range(len(row)):
-                row[i] += a * xa[i] + b * xb[i] + c * xc[i] + e * xe[i]
-                next_row[i] += next_a * xa[i] + next_b * xb[i] + next_c * xc[i] + next_e * xe[i]
+    """Fill the upper triangle with the products of all pairs of rows of x [N, F]."""
+    last = len(x) - 1
+    for t in range(
+        0, len(x), 3
+    ):  # nine pairs at once read x a third as often; the last ones may be the same pair again
+        t_1, t_2 = min(t + 1, last), min(t + 2, last)
+        a, b, c = x[t], x[t_1], x[t_2]
+        for i in range(t, len(x), 3):
+            i_1, i_2 = min(i + 1, last), min(i + 2, last)
+            e, f, g = x[i], x[i_1], x[i_2]
+            ae = af = ag = be = bf = bg = ce = cf = cg = 0.0
+            for d in range(len(a)):
+                ae += a[d] * e[d]
+                af += a[d] * f[d]
+                ag += a[d] * g[d]
+                be += b[d] * e[d]
+                bf += b[d] * f[d]
+                bg += b[d] * g[d]
+                ce += c[d] * e[d]
+                cf += c[d] * f[d]
+                cg += c[d] * g[d]
+            product[t, i], product[t, i_1], product[t, i_2] = ae, af, ag
+            product[t_1, i], product[t_1, i_1], product[t_1, i_2] = be, bf, bg
+            product[t_2, i], product[t_2, i_1], product[t_2, i_2] = ce, cf, cg
 
 
 @compiled()
 def _to_scores(score, inverse):
     """Turn the products of all pairs, in the upper triangle, into scores, cosines - 1, in the whole matrix."""
+    for t in range(len(score)):
+        inverse[t] = 1 / np.sqrt(score[t, t]) if score[t, t] > 0 else 0.0
     for t in range(len(score)):
         row, others = score[t, t:], inverse[t:]
         for i in range(len(row)):
