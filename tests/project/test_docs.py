@@ -1,5 +1,6 @@
 """Every command and every Python snippet of README.md and docs/ runs; their tables, numbers and links are right."""
 
+import itertools
 import os
 import re
 import shlex
@@ -91,14 +92,12 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def imagenette(photos, tmp_path_factory):
     """The ten classes of Imagenette, each with ten copies of one photograph."""
-    root = tmp_path_factory.mktemp("imagenette")
-    for number in ("01440764", "02102040", "02979186", "03000684", "03028079", "03394916", "03417042", "03425413", "03445777",
-                   "03888257"):  # fmt: skip
-        for split in ("train", "val"):
-            folder = root / split / f"n{number}"
-            folder.mkdir(parents=True)
-            for i in range(10):
-                shutil.copy(next((photos / "val").glob("*/*")), folder / f"{i}.JPEG")
+    root, photograph = tmp_path_factory.mktemp("imagenette"), next((photos / "val").glob("*/*"))
+    numbers = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777 03888257"
+    for split, number, i in itertools.product(("train", "val"), numbers.split(), range(10)):
+        folder = root / split / f"n{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photograph, folder / f"{i}.JPEG")
     return root
 
 
@@ -217,19 +216,11 @@ def test_make_sweep(shortened, tmp_path):
 
 
 @needs_make
-def test_make_bench():
-    """The script behind it; tests/harness/test_benchmark.py runs that."""
-    assert (
-        run("make", "-n", "--no-print-directory", "bench", "ARGS=rounds=3").stdout
-        == ".venv/bin/python scripts/benchmark.py rounds=3\n"
-    )
-
-
-@needs_make
-def test_make_test():
-    result = run("make", "test", "ARGS=--version")
-    assert result.returncode == 0, result.stderr
-    assert "pytest" in result.stdout
+def test_make_bench_and_make_test():
+    """That they call the script, which is run above, and pytest."""
+    bench = run("make", "-n", "--no-print-directory", "bench", "ARGS=rounds=3")
+    assert bench.stdout == ".venv/bin/python scripts/benchmark.py rounds=3\n"
+    assert "pytest" in run("make", "test", "ARGS=--version").stdout
 
 
 def test_snippets(monkeypatch, tmp_path, capsys):
