@@ -81,14 +81,3 @@ def test_experiments_are_the_papers():
     assert set(table2.method.split(",")) == {"unmerged", *learned, *trained, *rivals, *off_the_shelf}
     assert set(figure1.method.split(",")) == {"unmerged", "dhtm_all", "sit", *off_the_shelf, *trained}
     assert figure1["target.reduction_pct"] == "10,20,30,40,50,60"
-
-
-def test_common_keys(composed):
-    config = composed()
-    keys = {"batch_size", "device", "dtype", "seed", "force", "results_dir", "tracker", "backbone", "method", "data"}
-    assert keys <= set(config)
-    assert {"k", "layers"} <= set(config.method)
-    assert {"root", "limit"} <= set(composed("data=imagenet").data)
-    chosen = [config[group].name for group in ("backbone", "method", "data", "tracker")]
-    assert chosen == ["deit_micro", "dhtm", "digits", "none"]
-    assert config.results_dir == "results/runs"

@@ -1,6 +1,5 @@
 """The committed reference run: what it shows, and that a part of it comes out again."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from conftest import ROOT
 
 from dhtm.harness import config as door
 from dhtm.harness.models.backbones import Backbone, weights_sha256
-from dhtm.harness.runs.evaluate import evaluate
+from dhtm.harness.models.weights import load_model
 
 EMBEDDED = ROOT / "results" / "embedded"
 PHOTOGRAPHS = ROOT / "results" / "imagenette"
@@ -54,35 +53,28 @@ def test_the_embedded_task_distinguishes_methods(over_k):
     assert over_k.loc[("random", 56), "ci_high"] < over_k.loc[("dhtm", 56), "ci_low"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A folder that the runs share, and so the unmerged model's run."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [["method=dhtm", "method.k=56"], ["method=sit", "target.reduction_pct=30"]],
-)
-def test_a_part_of_it_comes_out_again(committed, composed, results, overrides):
-    """With the shipped weights, not with those that somebody may have trained in the checkout."""
-    folders = [f"results_dir={results}", f"checkpoints_dir={results}"]
-    metrics = evaluate(door.evaluation(composed(*overrides, *folders, "device=cpu")))
-    same = (committed.method == metrics["method"]) & (committed.value == metrics["knobs"][metrics["knob"]])
-    reference = committed[same & (committed.layers == ",".join(map(str, metrics["layers"])))].iloc[0]
+def test_a_row_of_it_comes_out_again(committed, evaluated):
+    metrics = evaluated("method=dhtm", "method.k=56")
+    rows = committed[(committed.method == "dhtm") & (committed.layers == "4,7,11")]
+    reference = rows.set_index("k").loc[56]
     assert metrics["n_images"] == reference.n_images
-    assert metrics["weights_sha256"] == reference.weights_sha256
     assert metrics["flops_g"] == pytest.approx(reference.flops_g, rel=1e-7)
+    assert ",".join(map(str, metrics["tokens_by_layer"])) == reference.tokens_by_layer
     # Another processor rounds differently, and an image at the decision boundary may change sides: 4 of 2,000.
     assert metrics["top1"] == pytest.approx(reference.top1, abs=0.2)
-    assert ",".join(map(str, metrics["tokens_by_layer"])) == reference.tokens_by_layer
-    if not metrics["trained"]:
-        assert metrics["kl"] == pytest.approx(reference.kl, rel=0.05)
-        assert metrics["agreement"] == pytest.approx(reference.agreement, abs=0.2)
-    assert json.loads((results / metrics["run_id"] / "metrics.json").read_text()) == metrics
+    assert metrics["agreement"] == pytest.approx(reference.agreement, abs=0.2)
+    assert metrics["kl"] == pytest.approx(reference.kl, rel=0.05)
 
 
-def test_a_row_of_the_photographs_comes_out_again(composed, tmp_path):
+def test_rows_of_trained_methods_are_of_the_shipped_weights(committed, composed, tmp_path):
+    """And not of those that somebody may have trained in the checkout."""
+    run = door.evaluation(composed("method=sit", "target.reduction_pct=30"))
+    model, weights = load_model(run.backbone, run.method, tmp_path)
+    rows = committed[(committed.method == "sit") & (committed.value == run.method.setting)]
+    assert weights is not None and set(rows.weights_sha256) == {weights_sha256(model)}
+
+
+def test_a_row_of_the_photographs_comes_out_again(evaluated):
     """The cheapest one, where the photographs are at hand: IMAGENETTE=DIR names them."""
     folder = Path(os.environ.get("IMAGENETTE", ROOT / "data" / "imagenette"))
     if not (folder / "val").is_dir():
@@ -90,8 +82,7 @@ def test_a_row_of_the_photographs_comes_out_again(composed, tmp_path):
     runs = pd.read_csv(PHOTOGRAPHS / "tables" / "runs.csv")
     reference = runs[(runs.method == "tome") & (runs.targets == "60")].iloc[0]
     overrides = ["backbone=deit_mini", "data=imagenette", f"data.root={folder}", "method=tome"]
-    overrides += [f"method.r={reference.value:.0f}", f"results_dir={tmp_path}", f"cache_dir={tmp_path}", "device=cpu"]
-    metrics = evaluate(door.evaluation(composed(*overrides)))
+    metrics = evaluated(*overrides, f"method.r={reference.value:.0f}")
     assert metrics["n_images"] == reference.n_images == 3925
     assert metrics["weights_sha256"] == reference.weights_sha256
     assert metrics["top1"] == pytest.approx(reference.top1, abs=0.2)

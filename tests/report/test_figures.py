@@ -98,12 +98,6 @@ def test_every_method_has_a_colour_of_its_own():
     assert (METHODS["dhtm"].colour, METHODS["random"].colour) == ("#E69F00", "#0072B2"), "the paper's"
 
 
-def test_a_panel_of_figure_1_needs_three_targets_on_the_same_images(tmp_path):
-    assert len(figure1(runs_over_targets(tmp_path, targets=(20.0, 30.0))).axes) == 1
-    # Four targets now, but two on each set of images.
-    assert len(figure1(runs_over_targets(tmp_path, targets=(40.0, 50.0), n_images=5000)).axes) == 1
-
-
 def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
     runs = runs_over_targets(tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000)
     (ax,) = figure1(runs).axes

@@ -104,11 +104,12 @@ def test_statistics_of_regions_by_hand():
 
 
 def test_the_script_writes_numbers_and_words(script, tmp_path):
-    small = ["n_images=6", "methods=[dhtm,tome]", "distances=[1,13]", "device=cpu", f"output_dir={tmp_path}"]
-    result = script("premise", *small)
+    small = ["data.limit=12", "n_images=6", "methods=[dhtm,tome]", "target.reduction_pct=null", "distances=[1,13]"]
+    result = script("premise", *small, "device=cpu", f"output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     data = pd.read_csv(tmp_path / "premise.csv")
     assert data.groupby("part").size().to_dict() == {"similarity": 12 * 13, "regions": 2 * 5, "one_merge": 4}
+    assert (data.n_images == 6).all()
     assert (data.low <= data["mean"]).all() and (data["mean"] <= data.high).all()
     pieces = data[data.quantity == "pieces"].set_index("method")["mean"]
     assert pieces["dhtm"] == 1 <= pieces["tome"], "DHTM's tokens are connected regions"

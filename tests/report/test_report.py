@@ -12,69 +12,58 @@ import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.report import table1 as table1_module
 from dhtm.report.report import report
-from dhtm.report.runs import published
+from dhtm.report.runs import load_runs, published
+from dhtm.report.table1 import gflops
 
 
-@pytest.fixture
-def reported(monkeypatch, tmp_path):
-    """Make the report of tmp_path/runs, without counting the FLOPs of DeiT 42 times."""
+@pytest.fixture(autouse=True)
+def closed_form(monkeypatch):
+    """Counting the FLOPs of DeiT 42 times takes seconds."""
 
-    def closed_form(backbone, ks):
+    def gflops(backbone, ks):
         return {layers: [len(backbone) - k * sum(layers) / 1000 for k in ks] for layers in table1_module.SCHEDULES}
 
-    monkeypatch.setattr(table1_module, "gflops", closed_form)
-    (tmp_path / "runs").mkdir()
-
-    def make():
-        report(tmp_path / "runs", tmp_path / "out")
-        return tmp_path / "out"
-
-    return make
+    monkeypatch.setattr(table1_module, "gflops", gflops)
 
 
 def test_flops_of_the_published_backbones_are_counted():
     model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=48, layers=(4, 7, 10)))
     expected = dhtm.count_flops(model).total / 1e9
-    assert table1_module.gflops("deit_tiny", (48,))[4, 7, 10] == [expected] == [pytest.approx(0.81, rel=0.01)]
+    assert gflops("deit_tiny", (48,))[4, 7, 10] == [expected] == [pytest.approx(0.81, rel=0.01)]
 
 
-def test_without_imagenet_there_are_dashes_and_nothing_is_taken_from_the_paper(reported, tmp_path):
+def test_our_runs_stand_beside_the_published_numbers(tmp_path):
+    """Dashes are where ImageNet was not evaluated: nothing is taken from the paper."""
+    numbers = {"top1": 79.40, "top1_ci95": [79.05, 79.75], "n_images": 50_000}
+    write_run(tmp_path, 1000, k=40, backbone="deit_small", data="imagenet", **numbers)
     for number, k in enumerate(KS):
-        write_run(tmp_path / "runs", number, k=k)
-        write_run(tmp_path / "runs", 100 + number, k=k, method="random")
-    output = reported()
-    table = pd.read_csv(output / "tables/table1.csv")
-    deit = table[table.data == "imagenet"]
-    assert len(deit) == 21 and deit[["top1", "top1_difference"]].isna().all(axis=None)
-    micro = table[table.backbone == "deit_micro"]
+        write_run(tmp_path, number, k=k)
+    table = table1_module.table1(load_runs(tmp_path))
+    deit = table.data[table.data.data == "imagenet"].set_index(["backbone", "k"])
+    row = deit.loc["deit_small", 40]
+    assert (row.published_top1, row.top1_difference) == (79.46, pytest.approx(-0.06))
+    assert len(deit) == 21 and deit.top1.count() == deit.top1_difference.count() == 1
+    micro = table.data[table.data.backbone == "deit_micro"]
     assert micro.k.tolist() == KS and (micro.top1 == 90).all()
-    text = (output / "tables/table1.md").read_text()
+    text = table.markdown()
+    assert "DeiT-Small on ImageNet-1K, 50,000 images" in text
+    assert "79.40 [79.05, 79.75]" in text and "−0.06" in text
     assert "|  40 |               71.66 |              – |          – |               0.88 |" in text
     assert "90.00 [89.00, 91.00]" in text
     assert "these are the figures of k = 48" in text
+
+
+def test_a_report_without_runs_has_the_papers_part(tmp_path):
+    (tmp_path / "runs").mkdir()
+    output = tmp_path / "out"
+    report(tmp_path / "runs", output)
+    assert len(pd.read_csv(output / "tables/table1.csv")) == 21
+    assert pd.read_csv(output / "tables/table2.csv").top1.isna().all()
     latex = (output / "tables/table1.tex").read_text()
     assert r"\toprule" in latex and "_" not in latex.replace(r"\_", "")
-    assert len(pd.read_csv(output / "tables/runs.csv")) == 14
     for name in ("figure1", "figure4"):
         assert (output / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (output / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_imagenet_runs_stand_beside_the_published_numbers(reported, tmp_path):
-    numbers = {"top1": 79.40, "top1_ci95": [79.05, 79.75], "n_images": 50_000}
-    write_run(tmp_path / "runs", 1, k=40, backbone="deit_small", data="imagenet", **numbers)
-    output = reported()
-    row = pd.read_csv(output / "tables/table1.csv").set_index(["backbone", "k"]).loc["deit_small", 40]
-    assert (row.published_top1, row.top1_difference) == (79.46, pytest.approx(-0.06))
-    text = (output / "tables/table1.md").read_text()
-    assert "DeiT-Small on ImageNet-1K, 50,000 images" in text
-    assert "79.40 [79.05, 79.75]" in text and "−0.06" in text
-
-
-def test_a_report_without_runs_has_the_papers_part(reported, tmp_path):
-    output = reported()
-    assert len(pd.read_csv(output / "tables/table1.csv")) == 21
-    assert pd.read_csv(output / "tables/table2.csv").top1.isna().all()
     with pytest.raises(UserError, match=r"results_dir=.*none: no such directory; evaluate something first"):
         report(tmp_path / "none", output)
 

@@ -12,7 +12,7 @@ from made_up import predictions_frame
 from scipy.stats import binomtest
 
 from dhtm.report.claims import claim
-from dhtm.report.statistics import compare_kl, compare_top1, holm, mcnemar
+from dhtm.report.statistics import compare_kl, compare_top1, holm
 
 
 def by_enumeration(first_only, second_only):
@@ -26,13 +26,6 @@ def two_models(first_only, second_only, both=0, groups=None):
     first = [True] * first_only + [False] * second_only + [True] * both
     second = [False] * first_only + [True] * second_only + [True] * both
     return predictions_frame(first, groups), predictions_frame(second, groups)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 80), st.integers(0, 80))
-def test_mcnemar_is_the_exact_one(first_only, second_only):
-    assert mcnemar(first_only, second_only) == pytest.approx(by_enumeration(first_only, second_only), rel=1e-9)
-    assert mcnemar(first_only, second_only) == mcnemar(second_only, first_only)
 
 
 @settings(deadline=None, max_examples=30)
@@ -56,14 +49,6 @@ def test_with_groups_every_flip_of_their_signs_is_counted(images):
     expected = np.mean(np.array(flips) >= abs(sum(sums)))
     found = compare_top1(predictions_frame(first, groups), predictions_frame(second, groups))
     assert found.p == pytest.approx(expected, rel=1e-9)
-
-
-def test_images_of_one_group_are_no_independent_evidence():
-    assert compare_top1(*two_models(12, 0, 12)).p == pytest.approx(2 / 2**12)
-    grouped = compare_top1(*two_models(12, 0, 12, np.arange(24) // 4))
-    assert grouped.p == pytest.approx(2 / 2**3)
-    alone = compare_top1(*two_models(12, 0, 12))
-    assert grouped.high - grouped.low > alone.high - alone.low
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -176,10 +161,3 @@ def test_independent_errors():
     assert found.beyond_chance == "beyond chance even if the two err independently"
     assert claim(80, 78, 1000).beyond_chance.startswith("beyond chance only if the two disagree on at most")
     assert claim(80, 80, 1000).beyond_chance == "within chance however seldom the two disagree"
-
-
-@pytest.mark.parametrize(("first", "second"), [(71.66, 71.74), (79.46, 79.18), (80.68, 81.05)])
-def test_the_limit_is_near_the_normal_one(first, second):
-    """p is below 0.05 where the net difference is beyond 1.96 √disagreements, minus the step between counts."""
-    net = round(abs(first - second) * 500)
-    assert claim(first, second, 50_000).most_disagreement_pct == pytest.approx(((net - 1) / 1.96) ** 2 / 500, rel=0.01)

@@ -109,13 +109,6 @@ def test_the_correction_counts_every_test_of_the_table(tmp_path):
     assert cells.loc["ToMe OTS", "p"] == "0.0156", "0.0625 after the correction"
 
 
-def test_runs_of_other_images_are_not_shown(tmp_path):
-    write_solved_run(tmp_path, 100, "dhtm", 20.0, correct=wrong(0, 9))
-    others = [("tome", RIGHT[:100], {}), ("lotm", RIGHT, {"data_fingerprint": "3" * 64})]
-    rows = rows_of(made(tmp_path, ("dhtm", RIGHT, {}), *others, ("k_medoids", RIGHT, {"split": "train"})))
-    assert rows.top1.notna().sum() == 1 and rows.difference.isna().all()
-
-
 def test_untrained_methods_are_marked_until_trained_ones_exist(tmp_path):
     table = made(
         tmp_path,
