@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import runpy
 
 import pandas as pd
 import pytest
@@ -47,6 +48,13 @@ def test_the_boundary_is_between_two_neighbouring_settings(start, last, per_sett
 
 
 @pytest.fixture
+def coarse(monkeypatch):
+    """Settings are 30% apart, and those between are not searched."""
+    monkeypatch.setattr(module, "STEP", 30)
+    monkeypatch.setattr(module, "FINEST", 30)
+
+
+@pytest.fixture
 def on_digits(tmp_path):
     """Return what scripts/choose.py is to do with the embedded model on 24 scenes, for this process."""
     folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
@@ -59,10 +67,12 @@ def on_digits(tmp_path):
     return choice
 
 
-def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, tmp_path, monkeypatch):
-    """The bound lies between a mean and the upper end of its interval: this setting must not be chosen."""
+def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, coarse, tmp_path, monkeypatch):
+    """The bound lies between a mean and the upper end of its interval: this setting must not be chosen.
+
+    A method that misses the bound is named, and the others are chosen all the same.
+    """
     monkeypatch.setattr(module, "STEP", 20)
-    monkeypatch.setattr(module, "FINEST", 20)  # the trade-off is enough
     frame, *_ = choose(on_digits("max_kl=100"))
     tried = frame[frame.part == "choose"].sort_values("kl")
     assert (frame.n_images == 12).all()
@@ -77,15 +87,18 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
 
     before, between = tried.iloc[-2], tried.iloc[-1]
     assert before.kl_high < between.kl < between.kl_high, "the test needs settings that differ"
-    bound = (between.kl + between.kl_high) / 2
-    frame, chosen, missed = choose(on_digits(f"max_kl={bound}"))
-    assert chosen["dhtm"].setting == before.value and not missed
+    bounded = on_digits(f"max_kl={(between.kl + between.kl_high) / 2}", "methods=[random,dhtm]")
+    frame, chosen, (missed,) = choose(bounded)
+    assert list(chosen) == ["dhtm"] and chosen["dhtm"].setting == before.value
     (reported,) = frame[frame.part == "report"].itertuples()
     assert reported.value == before.value and reported.speedup > 0 and reported.latency_ms > 0
+    assert re.match(
+        r"method=random: no setting meets max_kl=0\.\d+; the smallest KL is 0\.\d+ \[.*at k = \d+ \(", missed
+    )
+    assert missed in choice_table(frame, [missed], bounded).markdown()
 
 
-@pytest.fixture
-def made_up_machine(monkeypatch):
+def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch):
     """One image takes 100 ms by the unmerged model, and half a millisecond less for each k; later all take twice as long."""
     load = itertools.chain([1], itertools.repeat(2))
 
@@ -94,73 +107,41 @@ def made_up_machine(monkeypatch):
         frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_speedup": 100 / ms})
         return frame.assign(latency_ms=ms * next(load), speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
 
+    monkeypatch.setattr(module, "STEP", 30)
     monkeypatch.setattr(module, "time_methods", time_methods)
-
-
-@pytest.mark.parametrize(
-    ("limit", "message"),
-    [
-        (
-            1,
-            r"method=dhtm: no setting meets max_latency_ms=1; the shortest time for one image is 67\.5 ms, at k = 65 \(",
-        ),
-        (100, r"max_latency_ms=100: the unmerged model needs 100\.0 ms for one image, nothing has to be merged"),
-    ],
-)
-def test_bounds_on_latency_that_cannot_choose(limit, message, on_digits, made_up_machine):
-    with pytest.raises(UserError, match=message):
-        choose(on_digits(f"max_latency_ms={limit}", "data.limit=2"))
-
-
-def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, made_up_machine):
     _, chosen, _ = choose(on_digits("max_latency_ms=90.3", "data.limit=2"))
     assert chosen["dhtm"].setting == 20
-
-
-def test_one_image_cannot_both_choose_and_report(on_digits):
+    load = itertools.repeat(1)
+    with pytest.raises(
+        UserError, match=r"max_latency_ms=100: the unmerged model needs 100\.0 ms .*, nothing has to be"
+    ):
+        choose(on_digits("max_latency_ms=100", "data.limit=2"))
     with pytest.raises(UserError, match="data=digits: one image is too few"):
         choose(on_digits("max_kl=1", "data.limit=1"))
 
 
-def test_methods_that_miss_the_bound_are_named_and_others_go_on(on_digits):
-    frame, chosen, missed = choose(on_digits("max_kl=1e-4", "methods=[random,dhtm]"))
-    assert list(chosen) == ["dhtm"] and list(frame.method[frame.part == "report"]) == ["dhtm"]
-    of_random = frame[frame.method == "random"]
-    assert not of_random.chosen.any() and of_random.value.min() == 1 and of_random.value.max() == 65
-    (sentence,) = missed
-    assert re.match(
-        r"method=random: no setting meets max_kl=0.0001; the smallest KL is 0\.0\d+ \[.*at k = \d+ \(", sentence
-    )
-    assert sentence in choice_table(frame, missed, on_digits("max_kl=1e-4")).markdown()
-
-
-@pytest.fixture
-def on_photographs(photos, tmp_path):
-    """Overrides for eight photographs and a model of random weights."""
-    torch.manual_seed(0)
+def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, caplog, tmp_path):
+    """Of eight photographs, and a model of random weights; every setting meets the bound."""
+    caplog.set_level("INFO")
     model = timm.create_model("deit_mini", num_classes=10)
     torch.nn.init.normal_(model.head.weight)
     save_file(model.state_dict(), tmp_path / "mini.safetensors")
     places = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", f"data.root={photos}/val"]
-    return [*backbone, *places, "rounds=1", "batch_size=2", "device=cpu"]
-
-
-def test_several_methods_side_by_side(on_photographs, script, tmp_path):
-    result = script("choose", *on_photographs, "method=dhtm,lotm", "max_kl=0.01")
-    assert result.returncode == 0, result.stderr
+    small = ["rounds=1", "batch_size=2", "device=cpu", "methods=[dhtm,lotm]", "max_kl=100"]
+    main = runpy.run_path(str(ROOT / "scripts/choose.py"))["main"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        main(compose("choose", [*backbone, *places, *small]))
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     assert (frame.n_images == 4).all(), "half of the eight choose, the other half reports"
-    assert set(reported.method) == {"dhtm", "lotm"}
+    assert reported.method.tolist() == ["dhtm", "lotm"]
     for row in reported.itertuples():
-        of_method = tried[tried.method == row.method]
-        (choice,) = of_method[of_method.chosen].itertuples()
-        assert choice.value == row.value and choice.kl_high <= 0.01
-        assert of_method.flops_reduction_pct[of_method.kl_high <= 0.01].max() == choice.flops_reduction_pct
+        (choice,) = tried[(tried.method == row.method) & tried.chosen].itertuples()
+        assert choice.value == row.value
         line = rf"dhtm\.patch\(model, \S+\(k={row.value:.0f}.*\)\)"
-        model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
-        exec(re.search(line, result.stdout).group())
+        model = timm.create_model("deit_mini")  # the line patches it
+        exec(re.search(line, caplog.text).group())
     for ending in ("csv", "md", "tex", "pdf", "png"):
         assert (tmp_path / "output" / f"choice.{ending}").stat().st_size > 500
 
@@ -170,46 +151,27 @@ def test_several_methods_side_by_side(on_photographs, script, tmp_path):
     [
         ([], "0 bounds: give one of max_kl=, min_agreement= and max_latency_ms="),
         (["max_kl=1", "min_agreement=99"], "2 bounds: give one of"),
-        (["max_kl=-1"], "max_kl=-1: "),
-        (["min_agreement=99"], "method=dhtm: no setting meets min_agreement=99; the smallest KL is "),
         (["max_kl=1", "methods=[sit]"], "method=sit: its weights are trained with it"),
         (["max_kl=1", "methods=[unmerged]"], "method=unmerged: it has no knob"),
-        (["max_kl=1", "data.root=/nowhere"], "data.root=/nowhere: no such directory"),
-        (["max_kl=1", "backbone=deit_micro", "backbone.checkpoint=null"], "choose a backbone for this data"),
+        (["max_latency_ms=10", "methods=[dhtm_threshold]"], "its time depends on the image"),
     ],
 )
-def test_mistakes_get_one_line(on_photographs, monkeypatch, overrides, message):
-    monkeypatch.setattr(module, "STEP", 20)
-    monkeypatch.setattr(module, "FINEST", 20)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), pytest.raises(UserError) as error:
-        choose(config.choice(compose("choose", [*on_photographs, *overrides])))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_mistakes_get_one_line(on_digits, overrides, message):
+    with pytest.raises(UserError, match=message):
+        on_digits(*overrides)
 
 
-@pytest.mark.parametrize(
-    ("method", "line"),
-    [
-        (Method("dhtm", "dhtm.DHTM", "k", options={"k": 37}), "dhtm.patch(model, dhtm.DHTM(k=37))"),
-        (
-            Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5], "linkage": "size"}),
-            "dhtm.patch(model, dhtm.DHTM(k=3, layers=(2, 5), linkage='size'))",
-        ),
-        (Method("tome", "baselines.ToMe", "r", options={"r": 8}), "dhtm.patch(model, baselines.ToMe(r=8))"),
-    ],
-)
-def test_the_line_of_python_has_the_options_that_are_not_defaults(method, line):
-    assert python_line(method) == line
+def test_the_line_of_python_has_the_options_that_are_not_defaults():
+    method = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5], "linkage": "size"})
+    line = python_line(method)
+    assert line == "dhtm.patch(model, dhtm.DHTM(k=3, layers=(2, 5), linkage='size'))"
     model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
     exec(line)
 
 
-def test_thresholds_are_chosen_through_the_merges_they_make_on_average(on_digits, monkeypatch):
-    monkeypatch.setattr(module, "STEP", 20)
-    monkeypatch.setattr(module, "FINEST", 20)
-    frame, chosen, _ = choose(on_digits("methods=[dhtm_threshold]", "max_kl=100"))
+def test_thresholds_are_chosen_through_the_merges_they_make_on_average(on_digits, coarse):
+    frame, chosen, _ = choose(on_digits("methods=[dhtm_threshold]", "max_kl=100", "data.limit=12"))
     assert len(chosen["dhtm_threshold"].setting) == 12
     tried = frame[frame.part == "choose"]
-    assert tried.flops_reduction_pct.is_monotonic_increasing and tried.flops_reduction_pct.max() > 40
+    assert tried.flops_reduction_pct.is_monotonic_increasing and tried.flops_reduction_pct.max() > 25
     assert "dhtm.DHTMPlus(threshold=(" in python_line(chosen["dhtm_threshold"])
-    with pytest.raises(UserError, match="its time depends on the image"):
-        on_digits("methods=[dhtm_threshold]", "max_latency_ms=10")

@@ -1,13 +1,9 @@
 """The embedded scenes."""
 
 import numpy as np
-import pytest
 from PIL import Image
-from pydantic import ValidationError
 
-from dhtm.harness import config as door
 from dhtm.harness.data.scenes import N_TEST_SCENES, Digits, scans, scenes
-from dhtm.harness.runs.evaluate import evaluate
 
 
 def test_scans_of_the_splits_are_disjoint():
@@ -41,42 +37,6 @@ def test_the_test_split():
     assert Image.fromarray(split.dataset[0][0]).size == (56, 56)
     assert (np.bincount(split.groups) == 4).all(), "every scan is in four scenes"
     assert all(len(set(labels[split.groups == scan])) == 1 for scan in range(500))
-
-
-def test_every_epoch_of_training_has_new_scenes():
-    split = Digits(limit=3).open("train", np.asarray)
-    epochs = [split.dataset_in(epoch) for epoch in (1, 2)]
-    expected = scenes("train", range(3, 9))[0]
-    assert all(
-        (image == expected[i]).all() for i, (image, _) in enumerate([epoch[j] for epoch in epochs for j in range(3)])
-    )
-
-
-@pytest.mark.parametrize("options", [{"limit": 0}, {"limit": "abc"}, {"seed": -1}, {"on_error": "fail_fast"}])
-def test_settings_are_checked(options):
-    with pytest.raises(ValidationError, match=next(iter(options))):
-        Digits(**options)
-
-
-def test_a_scene_has_an_object_a_background_and_distractors():
-    """The digit stands at its centre; elsewhere there is ground, noise, and now and then ink of other digits."""
-    plain, _, centres = scenes("test", range(50), difficulty=0)
-    hard, *_ = scenes("test", range(50))
-    rows, columns = np.mgrid[:56, :56]
-    for image, (x, y) in zip(plain, centres, strict=True):
-        ink = image.astype(float)
-        assert abs((ink * columns).sum() / ink.sum() - x) < 6
-        assert abs((ink * rows).sum() / ink.sum() - y) < 6
-        assert np.median(image) == 0
-    away = np.stack([np.hypot(columns - x, rows - y) > 20 for x, y in centres])
-    assert (hard[away] > 150).any(), "distractors are as bright as digits"
-    assert hard[away].std() > 5 * plain[away].std() or plain[away].std() == 0
-
-
-def test_the_training_split_can_be_evaluated(composed, tmp_path):
-    folders = [f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
-    metrics = evaluate(door.evaluation(composed("data.split=train", "data.limit=20", *folders)))
-    assert metrics["split"] == "train" and metrics["n_images"] == 20 and metrics["kl"] < 0.1
 
 
 def test_patches_have_the_class_of_their_ink():

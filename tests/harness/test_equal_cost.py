@@ -16,33 +16,36 @@ MICRO = Backbone("deit_micro", "deit_micro", 10)
 PLAIN = dhtm.count_flops(MICRO.bare()).total
 
 
-def flops(method):
-    return dhtm.count_flops(method.put_into(MICRO.bare(), "deit_micro")).total
-
-
 @pytest.fixture
 def method(composed):
     """Make a method from the config of its name and overrides."""
     return lambda name, *overrides: config.evaluation(composed(f"method={name}", *overrides)).method
 
 
-@pytest.mark.parametrize(("name", "reduction"), [("tome", 30), ("dpc_knn", 55)])
-def test_no_neighbouring_knob_comes_nearer(method, name, reduction):
-    given = method(name)
-    solved, target_pct = solve(MICRO, given, Target(reduction_pct=reduction))
-    assert target_pct == pytest.approx(reduction)
-    step = {"keep_rate": 0.005}.get(solved.knob, 1)
+@pytest.mark.parametrize(
+    ("name", "overrides", "step"),
+    [("tome", [], 1), ("dpc_knn", ["method.layers=[2]", "method.keep_rate=1"], 0.005)],  # an integer is still a rate
+)
+def test_no_neighbouring_knob_comes_nearer(method, name, overrides, step):
+    """In timm's smallest ViT."""
+    backbone = Backbone("test_vit", "test_vit", 10)
+
+    def flops(found):
+        return dhtm.count_flops(found.put_into(backbone.bare(), "test_vit") if found else backbone.bare()).total
+
+    given, plain = method(name, *overrides), flops(None)
+    solved, target_pct = solve(backbone, given, Target(reduction_pct=30))
+    assert target_pct == pytest.approx(30)
     misses = []
     for value in (solved.setting - step, solved.setting, solved.setting + step):
-        near = round(value, 3) if step < 1 else value
-        near = dataclasses.replace(solved, options=solved.options | {solved.knob: near})
-        misses.append(abs(flops(near) / PLAIN - (1 - reduction / 100)))
+        near = dataclasses.replace(solved, options=solved.options | {solved.knob: round(value, 3)})
+        misses.append(abs(flops(near) / plain - 0.7))
     assert min(misses) == misses[1] < 0.02
-    assert given == method(name) != solved, "the method given stays as it is"
+    assert given == method(name, *overrides) != solved, "the method given stays as it is"
 
 
 def test_thresholds_meet_a_target_on_average_over_images(method):
-    images = torch.from_numpy(scenes("train", range(48))[0])[:, None].float() / 127.5 - 1
+    images = torch.from_numpy(scenes("train", range(16))[0])[:, None].float() / 127.5 - 1
     found, target_pct = solve_thresholds(
         MICRO, MICRO.load(), method("dhtm_threshold"), Target(reduction_pct=40), images
     )
@@ -63,29 +66,16 @@ def test_a_target_in_gflops(method):
     assert solved == solve(MICRO, method("lotm"), Target(reduction_pct=20))[0]
 
 
-def test_a_keep_rate_given_as_an_integer_is_still_a_rate(method):
-    given = method("dpc_knn", "method.keep_rate=1")
-    assert solve(MICRO, given, Target(reduction_pct=30))[0].setting == 0.79
-
-
 def test_without_a_target_or_a_knob_the_method_stays_as_it_is(method):
     given, unmerged = method("dhtm"), method("unmerged")
     assert solve(MICRO, given, Target()) == (given, None)
     assert solve(MICRO, unmerged, Target(reduction_pct=30)) == (unmerged, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "reduction", "message"),
-    [
-        ("lotm", "[4,7,11]", 60, r"method=lotm in layers \[4, 7, 11\] of .* from 0.0% \(k=0\) to 43.5% \(k=60\)"),
-        # Half of the tokens, once, is all that ToMe can merge in one layer.
-        ("tome", "[6]", 40, r"method=tome in layers \[6\] of deit_micro reaches from 0.0% \(r=0\) to 30.7% \(r=98\)"),
-    ],
-)
-def test_a_target_out_of_reach_raises_with_the_range(method, name, layers, reduction, message):
-    given = method(name, f"method.layers={layers}")
-    with pytest.raises(UnavailableError, match=f"target.reduction_pct={reduction}: {message}"):
-        solve(MICRO, given, Target(reduction_pct=reduction))
+def test_a_target_out_of_reach_raises_with_the_range(method):
+    message = r"target.reduction_pct=60: method=lotm in layers \[4, 7, 11\] of .* from 0.0% \(k=0\) to 43.5% \(k=60\)"
+    with pytest.raises(UnavailableError, match=message):
+        solve(MICRO, method("lotm"), Target(reduction_pct=60))
 
 
 @pytest.mark.parametrize(
@@ -93,16 +83,11 @@ def test_a_target_out_of_reach_raises_with_the_range(method, name, layers, reduc
     [
         (["target.reduction_pct=30", "target.flops_g=0.1"], "give target.reduction_pct or target.flops_g, not both"),
         (["target.reduction_pct=-5"], "target.reduction_pct=-5: Input should be greater than or equal to 0"),
-        (["target.reduction_pct=100"], "target.reduction_pct=100: Input should be less than 100"),
-        (["target.reduction_pct=much"], "target.reduction_pct=much: Input should be a valid number"),
         (["target.flops_g=-1"], "target.flops_g=-1: Input should be greater than or equal to 0"),
-        (["target.flops_g=nan"], "target.flops_g=nan: Input should be"),
         (["target=30"], "target=30: it has keys of its own, set target.KEY=VALUE"),
         (["target.reduction_pct=30", "method.layers=[4,7,13]"], r"layers=\[4, 7, 13\]: the model has layers 1 to 12"),
         (["target.reduction_pct=30", "method=k_medoids", "method.layers=all"], "so it starts from 2"),
         (["target.reduction_pct=30", "backbone.architecture=resnet18"], "cannot patch a ResNet"),
-        (["method.k=true"], "method.k=True: it must be a number"),
-        (["method.k=many"], "method=dhtm: "),
     ],
 )
 def test_what_cannot_be_solved_or_built_is_refused(composed, overrides, message):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -13,12 +11,12 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT
 from PIL import Image
 from processes import start_script, wait_for
 from safetensors.torch import save_file
 
 import dhtm
+from dhtm.harness import config
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models import cost
@@ -62,7 +60,6 @@ def test_dense_prediction_segments_by_the_features_of_every_patch(evaluated, tmp
     assert 70 < low < metrics["miou"] < high < 95 and metrics["iou"].keys() == {"ground", "digit", "distractor"}
     unmerged = json.loads((tmp_path / "runs" / _other_run(metrics, tmp_path) / "metrics.json").read_text())
     assert metrics["miou"] < unmerged["miou"], "the unmerged run, which comes first, has the same probe"
-    assert evaluated("method.k=40", "data.limit=60")["run_id"] != metrics["run_id"]
     with pytest.raises(UserError, match="only data=digits"):
         evaluated("dense=true", "data=images", f"data.root={tmp_path}", "backbone=deit_mini")
 
@@ -75,17 +72,17 @@ def _other_run(metrics, tmp_path):
 
 def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path, monkeypatch):
     """It is found on training scenes; on others the mean cost comes near, and every image has its own."""
-    run = ("method=dhtm_threshold", "target.reduction_pct=30", "data.limit=60")
+    run = ("method=dhtm_threshold", "target.reduction_pct=30", "data.limit=32")
     metrics = evaluated(*run)
     _, predictions = read(metrics, tmp_path)
     tokens = np.stack(predictions.tokens)
-    assert tokens.shape == (60, 12) and (np.diff(tokens) <= 0).all() and len(np.unique(tokens[:, -1])) > 20
+    assert tokens.shape == (32, 12) and (np.diff(tokens) <= 0).all() and len(np.unique(tokens[:, -1])) > 10
     np.testing.assert_allclose(metrics["tokens_by_layer"], tokens.mean(axis=0), atol=0.006)
-    assert metrics["targets_reduction_pct"] == [30] and metrics["flops_reduction_pct"] == pytest.approx(30, abs=6)
+    assert metrics["targets_reduction_pct"] == [30] and metrics["flops_reduction_pct"] == pytest.approx(30, abs=7)
     least, *_, most = metrics["flops_g_quartiles"]
     assert least < metrics["flops_g"] < most < metrics["flops_baseline_g"]
     found_on = metrics["thresholds_from"]
-    assert (found_on["split"], found_on["n_images"], len(found_on["sha256"])) == ("train", 60, 64)
+    assert (found_on["split"], found_on["n_images"], len(found_on["sha256"])) == ("train", 32, 64)
     assert len(metrics["knobs"]["threshold"]) == 12 and metrics["merge_flops_g"] > 0
     monkeypatch.setattr(cost, "find_thresholds", lambda *_: pytest.fail("they were found before"))
     assert evaluated(*run)["finished"] == metrics["finished"]
@@ -142,9 +139,9 @@ def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, 
 def test_results_depend_neither_on_batch_size_nor_on_what_else_is_evaluated(evaluated, tmp_path):
     for method in ("dhtm", "random"):
         parts = []
-        for overrides in (["batch_size=1", "data.limit=12"], ["batch_size=7", "data.limit=30"]):
+        for overrides in (["batch_size=1", "data.limit=6"], ["batch_size=7", "data.limit=16"]):
             metrics = evaluated(f"method={method}", "method.k=56", "force=true", *overrides)
-            parts.append(read(metrics, tmp_path)[1][CLASSES][:12])
+            parts.append(read(metrics, tmp_path)[1][CLASSES][:6])
         assert np.array_equal(*parts)
 
 
@@ -160,7 +157,7 @@ def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
     assert forced["run_id"] == first["run_id"]
 
 
-def test_what_determines_the_result_is_in_the_run_id(evaluated, tmp_path):
+def test_what_determines_the_result_is_in_the_run_id(composed, tmp_path):
     changes = [
         [],
         ["method.k=41"],
@@ -170,8 +167,18 @@ def test_what_determines_the_result_is_in_the_run_id(evaluated, tmp_path):
         ["data.seed=1"],
         ["method=random"],
         ["method=random", "seed=1"],
+        ["dense=true"],
     ]
-    ids = {evaluated("data.limit=4", *change)["run_id"] for change in changes}
+    ids = set()
+
+    def stop(folder, n_images):
+        ids.add(folder.name)
+        raise KeyboardInterrupt
+
+    for change in changes:
+        run = config.evaluation(composed("data.limit=4", f"results_dir={tmp_path}", *change))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, on_start=stop)
     assert len(ids) == len(changes)
 
 
@@ -197,42 +204,19 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_pa
     assert evaluated("data.limit=4")["top1"] == metrics["top1"]
 
 
-def test_a_sweep_is_hydras_multirun(script, tmp_path):
-    result = script(
-        "evaluate", "-m", "method=dhtm,random", "method.k=0,8", "data.limit=8", f"results_dir={tmp_path}/runs"
-    )
-    assert result.returncode == 0, result.stderr
-    runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json")]
-    assert sorted((run["method"], run["knobs"]["k"]) for run in runs) == [
-        ("dhtm", 0), ("dhtm", 8), ("random", 0), ("random", 8), ("unmerged", 0),
-    ], "the unmerged model's outputs came first"  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["method.k=100"], r"method=dhtm: k=100 merges in layer 7, but only N=96 tokens are left"),
-        (["method.k=-1"], r"method=dhtm: k=-1"),
         (["method.k=many"], r"method=dhtm: k='many'"),
         (["method.layers=[4,13]"], r"layers=\[4, 13\]: the model has layers 1 to 12"),
-        (["method.layers=[7,4]"], r"layers=\[7, 4\]: give increasing"),
-        (["method.layers=all", "method.k=17"], r"k=17 merges in layer 12, but only N=9 tokens"),
         (["method.similarity=dot"], r"similarity='dot': choose one of 'cosine'"),
         (["data=imagenet"], r"data.root is not set: give the folder"),
         (["data=imagenet", "data.root=/no/such/place"], r"data.root=/no/such/place: no such directory"),
-        (["method=random", "method.connectivity=6"], r"method=random: connectivity=6: choose one of 8, 4"),
         (["method=random", "seed=abc"], r"seed=abc: Input should be a valid integer"),
-        (["num_workers=-1"], r"num_workers=-1: Input should be greater than or equal to 0"),
-        (["device=null"], r"device=None: Input should be a valid string"),
-        (["device=meta"], r"device=meta: not available"),
-        (["results_dir=null"], r"results_dir=None: Input is not a valid path"),
-        (["results_dir='~nobody.such/x'"], r"~nobody.such/x: there is no such home directory"),
         (["data.seed=-1"], r"data.seed=-1: "),
         (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
-        (["data.limit=0"], r"data.limit=0: Input should be greater than 0"),
         (["data.split=valid"], r"data.split=valid: the digits have data.split=test, and train"),
-        (["batch_size=0"], r"batch_size=0: Input should be greater than 0"),
-        (["dtype=int8"], r"dtype=int8: Input should be 'float32', 'bfloat16' or 'float16'"),
         (["device=tpu"], r"device=tpu: not available"),
         (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
         (
@@ -240,28 +224,12 @@ def test_a_sweep_is_hydras_multirun(script, tmp_path):
             r"backbone.checkpoint=/no/such/file: no such file",
         ),
         (["backbone=deit_small"], r"pretrained weights are not available .*backbone.checkpoint=FILE"),
-        (["backbone.architecture=swin_tiny_patch4_window7_224"], r"swin_tiny_patch4_window7_224"),
     ],
 )
 def test_mistakes_get_one_line(evaluated, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         evaluated("data.limit=2", *overrides)
     assert "\n" not in str(error.value)
-
-
-def test_unsupported_models_are_refused_by_name(evaluated, photos, tmp_path):
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "swin.pth")
-    overrides = [
-        f"backbone.checkpoint={tmp_path}/swin.pth",
-        "backbone.num_classes=3",
-        "data=imagefolder",
-        f"data.root={photos}",
-    ]
-    with pytest.raises(
-        UserError, match="only timm's VisionTransformer, Eva, NaFlexVit and their subclasses are supported"
-    ):
-        evaluated("backbone.architecture=swin_tiny_patch4_window7_224", *overrides)
 
 
 def test_data_that_does_not_fit_is_refused(evaluated, photos, tmp_path):
@@ -278,20 +246,6 @@ def test_data_that_does_not_fit_is_refused(evaluated, photos, tmp_path):
     (tmp_path / "val" / "n01440764").mkdir(parents=True)
     with pytest.raises(UserError, match="no valid file for the classes n01440764"):
         evaluated("data=imagefolder", f"data.root={tmp_path}")
-    (tmp_path / "flat").mkdir()
-    with pytest.raises(UserError, match="any class folder"):
-        evaluated("data=imagefolder", f"data.root={tmp_path}/flat")
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_that_cannot_be_read_is_named(evaluated, photos, checkpoint, tmp_path, num_workers):
-    shutil.copytree(photos, tmp_path / "photos")
-    file = sorted((tmp_path / "photos").glob("val/*/*.JPEG"))[4]
-    file.write_bytes(file.read_bytes()[:500])
-    overrides = ["data=imagefolder", f"data.root={tmp_path}/photos", f"num_workers={num_workers}", "backbone=deit_tiny"]
-    with pytest.raises(UserError, match=rf"image 4 cannot be read: {file}: ") as error:
-        evaluated(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3")
-    assert "\n" not in str(error.value)
 
 
 def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
@@ -311,13 +265,6 @@ def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
     assert settings["data"]["limit"] == 4
 
 
-def test_a_closed_pipe_ends_a_script_quietly():
-    command = f"{sys.executable} scripts/evaluate.py --help | head -1"
-    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.stdout.startswith("Evaluate one backbone")
-    assert not result.stderr
-
-
 def test_damaged_metrics_are_named(evaluated, tmp_path):
     folder = tmp_path / "runs" / evaluated("data.limit=2")["run_id"]
     (folder / "metrics.json").write_text('{"top1": 9')
@@ -330,9 +277,7 @@ def test_damaged_metrics_are_named(evaluated, tmp_path):
     ("overrides", "message"),
     [
         (["method.k=100"], "error: backbone=deit_micro, method=dhtm: k=100 merges in layer 7"),
-        (["method=dhtn"], "Could not find 'method/dhtn'"),
         (["backbone=deit_huge"], "Could not find 'backbone/deit_huge'"),
-        (["method.kk=3"], "Key 'kk' is not in struct"),
         (["batchsize=3"], "Key 'batchsize' is not in struct"),
     ],
 )
@@ -344,7 +289,7 @@ def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, 
 
 
 def test_interrupting_with_ctrl_c(tmp_path):
-    run = ["batch_size=2", "store_every_s=0", f"results_dir={tmp_path}/runs"]
+    run = ["data.limit=300", "batch_size=1", "store_every_s=0", f"results_dir={tmp_path}/runs"]
     process = start_script("evaluate", *run, stderr=tmp_path / "errors")
     wait_for(lambda: list(tmp_path.glob("runs/*/shards/*")))
     os.kill(process.pid, signal.SIGINT)

@@ -46,13 +46,13 @@ def test_kl_and_agreement_are_those_of_a_plain_loop(evaluated, predictions_of):
 
 def test_nothing_merged_is_nothing_changed(evaluated, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        metrics = evaluated("method.k=0", "data.limit=40", f"dtype={dtype}")
+        metrics = evaluated("method.k=0", "data.limit=20", f"dtype={dtype}")
         assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["agreement"] == 100
         assert metrics["flips_won"] == metrics["flips_lost"] == 0
     runs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/metrics.json")]
     unmerged = {run["dtype"]: run for run in runs if run["method"] == "unmerged"}
     assert unmerged["float32"]["kl"] == 0
-    first, second = outputs_of(40), outputs_of(40, torch.bfloat16)
+    first, second = outputs_of(20), outputs_of(20, torch.bfloat16)
     kl = (np.exp(first) * (first - second)).sum(axis=1).mean()
     assert unmerged["bfloat16"]["kl"] == pytest.approx(kl, rel=0.02), "the unmerged model is compared with float32"
 

@@ -17,8 +17,6 @@ from forms import (
     FORMS,
     SYNSETS,
     WORDS,
-    add,
-    flat,
     flat_with_devkit,
     in_class_folders,
     opened,
@@ -77,7 +75,7 @@ def test_every_form_has_the_same_images_in_the_same_classes(form, images, tmp_pa
         assert list(found.values()) == expected
 
 
-@pytest.mark.parametrize("form", [flat_with_devkit, original_tar, shards, parquet])
+@pytest.mark.parametrize("form", [flat_with_devkit, parquet])
 def test_what_identifies_the_data_changes_with_it(form, images, tmp_path):
     fingerprints = set()
     other = dict(images)
@@ -122,24 +120,6 @@ def test_an_evaluation_is_the_same_whatever_the_form_and_how_it_is_read(run, ima
 def made(folder):
     folder.mkdir()
     return folder
-
-
-def test_members_of_a_tar_file_reach_nothing_outside_it(images, tmp_path):
-    """Nothing is unpacked; links, which might point anywhere, are no images."""
-    (tmp_path / "in").mkdir()
-    content = images["ILSVRC2012_val_00000001.JPEG"][0]
-    (tmp_path / "secret.JPEG").write_bytes(content)
-    with tarfile.open(tmp_path / "in" / "val.tar", "w") as tar:
-        for name in ("../../escaped/n01440764/a.JPEG", f"{tmp_path}/n01443537/b.JPEG"):
-            add(tar, name, content)
-        for kind, target in ((tarfile.SYMTYPE, "../secret.JPEG"), (tarfile.LNKTYPE, f"{tmp_path}/secret.JPEG")):
-            link = tarfile.TarInfo("n01440764/link.JPEG")
-            link.type, link.linkname = kind, target
-            tar.addfile(link)
-    before = sorted(tmp_path.rglob("*"))
-    split = opened(tmp_path / "in", class_map="synsets")
-    assert [split.dataset[i][1] for i in range(len(split.dataset))] == [0, 1]
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images, tmp_path, caplog):
@@ -218,28 +198,19 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
     ("options", "message"),
     [
         ({"class_map": "synsets"}, r"the class zebra \(1 such\) is not one of class_map=synsets"),
-        ({"class_map": "numbers"}, r"the class n01440764 \(5 such\) is not one of class_map=numbers"),
         ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: cannot be read \(.*No such file"),
-        ({"class_map": "{}/broken.json"}, r"data\.class_map=.*broken\.json: cannot be read"),
         (
             {"real_labels": True},
             r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",
         ),
-        ({"labels": "/no/labels.csv"}, r"data\.labels=/no/labels\.csv: cannot be read as labels \(.*No such file"),
-        ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line lacks .*meta\.mat"),
         (
             {"labels": "{}/half.csv"},
             r"data\.labels=.*half\.csv: it has no label for the image ILSVRC2012_val_0000000\d",
         ),
-        ({"labels": "{}"}, r"data\.labels=.*: cannot be read as labels \(.*No such file.*meta\.mat'\)"),
         ({"labels": "{}/broken.tar.gz"}, r"data\.labels=.*broken\.tar\.gz: cannot be read as labels"),
         ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or damaged"),
-        ({"root": "{}/packed.tar"}, r"data\.root: .*packed\.tar: .* or compressed, then decompress it"),
-        ({"root": "{}/empty.tar"}, r"data\.root: .*: there are no images in .*empty\.tar"),
         ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar does not exist"),
         ({"root": "{}/broken.json"}, r"neither a folder nor a \.tar, \.parquet or \.arrow file"),
-        ({"root": "{}/broken.parquet"}, r"data\.root=.*broken\.parquet: cannot be read"),
-        ({"root": "{}/numbers.parquet"}, r"data\.root=.*: none of its columns x has labels"),
         ({"root": "{}/labels.parquet"}, r"data\.root=.*: none of its columns label has images"),
         ({"root": "hf://datasets/ILSVRC/imagenet-1k"}, r"data\.root=hf://.*: cannot be read \(.*"),
     ],
@@ -249,16 +220,9 @@ def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_p
     (tmp_path / "val" / "zebra").mkdir()
     (tmp_path / "val" / "zebra" / "a.JPEG").write_bytes(b"")
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "ids.txt").write_text("490\n361\n")
     (tmp_path / "half.csv").write_text("ILSVRC2012_val_00000007,n01440764\n")
     (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b nothing")
     (tmp_path / "broken.tar").write_bytes(b"nothing" * 1000)
-    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
-        tar.add(tmp_path / "ids.txt")
-    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
-        tar.add(tmp_path / "ids.txt", "ids.txt")
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
-    pd.DataFrame({"x": [{"bytes": b""}]}).to_parquet(tmp_path / "numbers.parquet")
     pd.DataFrame({"label": [1]}).to_parquet(tmp_path / "labels.parquet")
     options = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(UserError, match=message) as error:
@@ -270,7 +234,6 @@ def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
         "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not tench"),
-        "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
         "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
     }
     for name, (names, message) in orders.items():
@@ -280,26 +243,13 @@ def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
             opened(tmp_path / name, class_map="synsets")
 
 
-def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
-    table(images, SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
-    split = opened(tmp_path, class_map="synsets")
-    expected = [999 - SYNSETS.index(synset) for _, synset in images.values()]
-    assert [label for _, label in split.dataset] == expected
-
-
-def test_numbers_of_classes_are_checked_and_mapped(images, tmp_path):
-    for first, file in ((0, "right"), (997, "wrong")):
-        (tmp_path / file).mkdir()
-        numbers = {synset: first + i for i, synset in enumerate(CHOSEN)}
-        write_shards(tmp_path / file, images, lambda synset, numbers=numbers: {"cls": numbers[synset]})
+def test_numbers_of_classes_are_checked(images, tmp_path):
+    write_shards(tmp_path, images, lambda synset: {"cls": 997 + CHOSEN.index(synset)})
     with pytest.raises(UserError, match="is of class 1000, the last is 999"):
-        opened(tmp_path / "wrong", class_map="synsets")
-    (tmp_path / "map.json").write_text(json.dumps({str(i): 10 * i for i in range(4)}))
-    split = opened(tmp_path / "right", class_map=f"{tmp_path}/map.json")
-    assert [label for _, label in split.dataset] == [10 * CHOSEN.index(synset) for _, synset in images.values()]
+        opened(tmp_path, class_map="synsets")
 
 
-@pytest.mark.parametrize("damage", ["a header", "the end", "half a file", "the end of a file"])
+@pytest.mark.parametrize("damage", ["a header", "half a file", "the end of a file"])
 def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path, damage):
     """``tarfile`` by itself would list what comes before the damage."""
     original_tar(tmp_path, images)
@@ -309,40 +259,10 @@ def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path, damage):
     content = bytearray(file.read_bytes())
     if damage == "a header":
         content[members[5].offset : members[5].offset + 512] = b"x" * 512
-    cut = {"the end": members[-1].offset_data + 1024, "half a file": members[5].offset_data + 9}
-    file.write_bytes(content[: cut.get(damage, members[7].offset if damage == "the end of a file" else None)])
+    cut = {"half a file": members[5].offset_data + 9, "the end of a file": members[7].offset}
+    file.write_bytes(content[: cut.get(damage)])
     with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or damaged"):
         opened(tmp_path, class_map="synsets")
-
-
-def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
-    flat(tmp_path, images)
-    lines = [f"{folder}/{name},{synset}" for name, (_, synset) in images.items() for folder in "ab"]
-    (tmp_path / "twice.csv").write_text("\n".join(lines))
-    arguments = {"labels": f"{tmp_path}/twice.csv", "class_map": "synsets"}
-    assert len(opened(tmp_path, **arguments).dataset) == 12
-    module._listed.cache_clear()
-    (tmp_path / "twice.csv").write_text("\n".join([*lines, "c/ILSVRC2012_val_00000003.JPEG,n01530575"]))
-    with pytest.raises(UserError, match="ILSVRC2012_val_00000003 has two classes"):
-        opened(tmp_path, **arguments)
-
-
-def test_a_picture_beside_class_folders_is_no_data(images, tmp_path):
-    in_class_folders(tmp_path, images)
-    (tmp_path / "val" / "preview.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"preview\.png lies beside folders of images like n01440764"):
-        opened(tmp_path)
-
-
-def test_an_empty_row_is_one_image_that_cannot_be_read(images, tmp_path):
-    rows = {"image": [{"bytes": content, "path": None} for content, _ in images.values()], "label": [0] * 12}
-    rows["image"][4] = {"bytes": None, "path": None}
-    pd.DataFrame(rows).to_parquet(tmp_path / "validation.parquet")
-    (batch,) = load(opened(tmp_path, class_map="synsets").dataset, [range(12)], 0)
-    assert [str(unreadable) for unreadable in batch.failed] == [
-        f"image 4 cannot be read: {tmp_path}/row 4: the row is empty"
-    ]
-    assert batch.ids.tolist() == [0, 1, 2, 3, *range(5, 12)]
 
 
 def test_of_the_hub_one_split_is_taken(images, tmp_path, monkeypatch):

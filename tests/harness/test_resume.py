@@ -17,12 +17,10 @@ import pytest
 import torch
 from conftest import ROOT
 from processes import wait_for
-from safetensors.torch import save_file
 
 from dhtm.harness import config as door
 from dhtm.harness.core.command import command
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.runs import evaluate as evaluation
 from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
@@ -106,7 +104,7 @@ def killed_until_done(composed, results, n_kills, seed):
 
 def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(run, composed, tmp_path):
     expected, _ = run()
-    stored = killed_until_done(composed, tmp_path / "killed", 6, seed=0)
+    stored = killed_until_done(composed, tmp_path / "killed", 4, seed=0)
     assert max(stored) > 0, "some were killed half way"
     for results in tmp_path.glob("killed*"):
         pd.testing.assert_frame_equal(read(results), expected)
@@ -176,7 +174,7 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
         "experiment=figure4",
         "method=unmerged",
         "method.k=0",
-        "data.limit=1999,2000",
+        "data.limit=600,601",
         "device=cpu",
         f"results_dir={tmp_path}/runs",
         *slow,
@@ -186,15 +184,15 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
     told = script("status", f"results_dir={tmp_path}/runs").stdout
     assert re.search(
-        r"\ndata.limit=1999 +running +[1-9]\d* of 1999 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
+        r"\ndata.limit=600 +running +[1-9]\d* of 600 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
     )
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
     assert "stopped by SIGTERM" in said and "Traceback" not in said
-    assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 2000
+    assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 600
     told = script("status", f"results_dir={tmp_path}/runs").stdout
-    assert re.search(r" stopped +.* of 1999 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
+    assert re.search(r" stopped +.* of 600 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
 @pytest.fixture
@@ -231,25 +229,6 @@ def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_p
         assert process.exitcode == 0
     assert carried_out.read_text() == "xxx"
     assert len(list(tmp_path.glob("runs/*/outputs.parquet"))) == 1
-
-
-def test_a_run_resumes_by_way_of_the_cache(evaluated, photos, tmp_path, monkeypatch):
-    save_file(Backbone("tiny", "deit_tiny_patch16_224", 3).bare().state_dict(), tmp_path / "tiny.safetensors")
-    overrides = [
-        "backbone=deit_tiny", f"backbone.checkpoint={tmp_path}/tiny.safetensors", "backbone.num_classes=3",
-        "data=imagefolder", f"data.root={photos}", "num_workers=0", "batch_size=1", "store_every_s=0",
-        "method=unmerged",
-    ]  # fmt: skip
-    evaluated(*overrides, "cache_dir=null", f"results_dir={tmp_path}/direct")
-    with monkeypatch.context() as stopping:
-        predict = prediction.predict
-        stopping.setattr(
-            prediction, "predict", lambda *a: (part if part["index"][0] < 3 else 1 / 0 for part in predict(*a))
-        )
-        with pytest.raises(ZeroDivisionError):
-            evaluated(*overrides)
-    evaluated(*overrides)
-    pd.testing.assert_frame_equal(read(tmp_path / "runs"), read(tmp_path / "direct"))
 
 
 def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
@@ -292,26 +271,6 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
     assert rows["index"].tolist() == list(range(40))
 
 
-def test_results_that_vanish_are_told_and_go_on_when_they_are_back(run, tmp_path, monkeypatch):
-    expected, _ = run()
-    predict = prediction.predict
-
-    def unmounting(*arguments):
-        for i, part in enumerate(predict(*arguments)):
-            if i == 3:
-                (tmp_path / "runs").rename(tmp_path / "elsewhere")
-            yield part
-
-    monkeypatch.setattr(prediction, "predict", unmounting)
-    with pytest.raises(
-        UserError, match=r"cannot be written \(No such file or directory\); what was stored before is kept"
-    ):
-        run(results=tmp_path / "runs")
-    monkeypatch.setattr(prediction, "predict", predict)
-    (tmp_path / "elsewhere").rename(tmp_path / "runs")
-    pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
-
-
 def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monkeypatch, caplog):
     assert run()[1]["first_nonfinite"] is None
     predict = prediction.predict
@@ -329,9 +288,9 @@ def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monk
 def test_ranks_share_a_run_image_by_image(ranks, composed, tmp_path):
     """And the run of the unmerged model that comes first; also where there are more ranks than images."""
     _, *shared = RUN
-    results = ranks(3, "evaluate", "-m", "method.k=10", *shared, "data.limit=2,23", f"results_dir={tmp_path}/runs")
+    results = ranks(3, "evaluate", "-m", "method.k=10", *shared, "data.limit=2,11", f"results_dir={tmp_path}/runs")
     assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
-    for limit in (2, 23):
+    for limit in (2, 11):
         alone = ["method.k=10", *shared, f"data.limit={limit}", f"results_dir={tmp_path}/alone"]
         run_id = evaluate(door.evaluation(composed(*alone)))["run_id"]
         found, expected = (

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -186,23 +185,6 @@ def test_online_rows_summary_and_pictures_reach_the_server(tracked, wandb_server
     assert sum(name.endswith(".png") for name in server.uploaded) == 6
 
 
-def test_wandb_killed_half_way_does_not_matter(tracked, monkeypatch, caplog):
-    evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
-    predict = prediction.predict
-
-    def killing(*arguments, **options):
-        for i, part in enumerate(predict(*arguments, **options)):
-            if i == 5:
-                found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, check=True)
-                for process in found.stdout.split():
-                    os.kill(int(process), signal.SIGKILL)
-            yield part
-
-    monkeypatch.setattr(prediction, "predict", killing)
-    assert evaluate(tracked(), sample_regions)["n_images"] == 40
-    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1
-
-
 def test_a_server_that_breaks_half_way_is_left_after_a_while(wandb_server, monkeypatch, caplog, tmp_path):
     monkeypatch.setitem(tracking._SETTINGS, "finish_timeout", 1)
     wandb_server(broken_after=2)
@@ -215,33 +197,17 @@ def test_a_server_that_breaks_half_way_is_left_after_a_while(wandb_server, monke
     assert [row["epoch"] for row in found.rows] == [1], "`wandb sync` can upload it later"
 
 
-@pytest.mark.stress
-def test_an_artifact_that_a_broken_server_does_not_take_is_left_after_a_while(tracked, wandb_server, caplog, tmp_path):
-    """W&B's client retries for a while."""
-    wandb_server(broken_after=2)
-    start = time.monotonic()
-    metrics = evaluate(tracked("tracker.mode=null"), sample_regions)
-    found = logged(tmp_path)
-    assert time.monotonic() - start < 120
-    assert "W&B failed, nothing more is logged to this run" in caplog.text
-    assert found.summary["top1"] == metrics["top1"] and steps(found.rows) == STEPS
-
-
-@pytest.mark.parametrize("listening", [False, True])
-def test_without_a_network_it_logs_offline(log_in, monkeypatch, caplog, tmp_path, listening):
-    """Connections are refused, or accepted and never answered."""
+def test_without_a_network_it_logs_offline(log_in, monkeypatch, caplog, tmp_path):
+    """Connections are accepted and never answered."""
     monkeypatch.setitem(tracking._SETTINGS, "init_timeout", 2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        if listening:
-            silent.listen()
+        silent.listen()
         log_in(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
         for epoch in (1, 2):
             with track_training(Tracker(dir=tmp_path), {}, "a training", f"run{epoch}") as report:
                 report({"epoch": epoch})
         found = logged(tmp_path)
-        assert time.monotonic() - start < 30
     assert caplog.text.count("W&B cannot be reached, this process logs offline") == 1
     assert [row["epoch"] for row in found.rows] == [1, 2]
 
@@ -312,9 +278,7 @@ def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
     [
         ("wandb.init", {}),
         ("wandb.Run.log", {}),
-        ("wandb.Run.finish", {}),
         (None, {"dir": "/proc/nowhere"}),
-        (None, {"project": "a/b/c"}),
     ],
 )
 def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path, broken, options):
@@ -341,17 +305,10 @@ def test_a_wandb_that_cannot_be_imported_and_pictures_that_fail_do_not_matter(tr
     assert found.summary["top1"] == metrics["top1"] and found.exit_codes == [0]
 
 
-@pytest.mark.parametrize("options", [["tracker=none"], ["tracker=wandb", "tracker.mode=disabled"]])
-def test_by_default_and_disabled_nothing_is_started(evaluated, monkeypatch, options):
+def test_by_default_and_disabled_nothing_is_started(evaluated, monkeypatch):
     monkeypatch.setattr(tracking, "_start", lambda *a: pytest.fail("W&B was started"))
-    evaluated("data.limit=4", *options)
-
-
-def test_the_settings_are_checked(tracked):
-    with pytest.raises(UserError, match=r"tracker.mode=sometimes: Input should be 'online', 'offline' or 'disabled'"):
-        tracked("tracker.mode=sometimes")
-    with pytest.raises(UserError, match=r"tracker.dir=5: Input is not a valid path"):
-        tracked("tracker.dir=5")
+    for options in ([], ["tracker=wandb", "tracker.mode=disabled"]):
+        evaluated("data.limit=2", *options)
 
 
 def test_the_dashboard_is_saved_with_its_panels(wandb_server, tmp_path, tracked):
@@ -366,23 +323,11 @@ def test_the_dashboard_is_saved_with_its_panels(wandb_server, tmp_path, tracked)
     assert list(panels) == [
         "Accuracy against FLOPs", "KL against FLOPs", "Throughput", "Tokens by layer", "Table 2", "Regions",
     ]  # fmt: skip
-    scatter, kl, bars, lines = (list(panels.values())[i]["config"] for i in range(4))
+    kl = panels["KL against FLOPs"]["config"]
     assert (kl["xAxis"], kl["yAxis"]) == ("summary:flops_g", "summary:kl")
-    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:flops_g", "summary:top1")
-    assert bars["metrics"] == ["images_per_s"]
-    assert (lines["xAxis"], lines["metrics"]) == ("layer", ["tokens"])
-    assert '"table2"' in json.dumps(panels["Table 2"])
     assert section["customRunColors"][metrics["run_id"]] == METHODS["dhtm"].colour
 
 
 def test_without_a_login_there_is_no_dashboard(tmp_path):
     with pytest.raises(UserError, match="no login to W&B: run `wandb login` once, or set WANDB_API_KEY"):
-        save_dashboard(Tracker(), "DHTM", tmp_path)
-
-
-@pytest.mark.stress
-def test_a_dashboard_that_cannot_be_saved_says_why(log_in, tmp_path):
-    """W&B's client retries for a while."""
-    log_in("http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"tracker\.project=dhtm: W&B saved no dashboard"):
         save_dashboard(Tracker(), "DHTM", tmp_path)
