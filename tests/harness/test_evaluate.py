@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import ROOT
 from PIL import Image
 from processes import start_script, wait_for
 from safetensors.torch import save_file
@@ -263,6 +266,13 @@ def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
     )
     assert settings["method"] == by_hydra["method"] and settings["method"]["layers"] == [4, 7, 11]
     assert settings["data"]["limit"] == 4
+
+
+def test_a_closed_pipe_ends_a_script_quietly():
+    command = f"{sys.executable} scripts/evaluate.py --help | head -1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("Evaluate one backbone")
+    assert not result.stderr
 
 
 def test_damaged_metrics_are_named(evaluated, tmp_path):

@@ -234,6 +234,7 @@ def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
         "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not tench"),
+        "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
         "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
     }
     for name, (names, message) in orders.items():
@@ -241,6 +242,13 @@ def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
         table(images, names).to_parquet(tmp_path / name / "validation.parquet")
         with pytest.raises(UserError, match=message):
             opened(tmp_path / name, class_map="synsets")
+
+
+def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
+    table(images, SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
+    split = opened(tmp_path, class_map="synsets")
+    expected = [999 - SYNSETS.index(synset) for _, synset in images.values()]
+    assert [label for _, label in split.dataset] == expected
 
 
 def test_numbers_of_classes_are_checked(images, tmp_path):
