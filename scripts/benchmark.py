@@ -3,14 +3,13 @@
 import datetime
 import logging
 
-import hydra
 import pandas as pd
 import torch
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
 from dhtm.harness.benchmark import time_merge, time_methods
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.files import require_writable, write_json
 from dhtm.harness.models.cost import Target
@@ -22,8 +21,6 @@ from dhtm.report.style import save_figure
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
     benchmark = door.benchmark(config)
@@ -59,4 +56,4 @@ def _aim(targets: list[Target]) -> str:
 
 
 if __name__ == "__main__":
-    start(main, resumes=False)
+    start(main, "benchmark")

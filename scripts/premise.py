@@ -2,11 +2,10 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.files import require_writable
 from dhtm.harness.locality import measure
 from dhtm.report.premise import premise_figure, premise_table
@@ -15,8 +14,6 @@ from dhtm.report.style import save_figure
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="premise")
-@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Measure, then write and print the table and the figure."""
     premise = door.premise(config)
@@ -29,4 +26,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, resumes=False)
+    start(main, "premise")

@@ -2,12 +2,11 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 from timm.data import resolve_data_config
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.cache import cached
 from dhtm.harness.data.splits import open_split
@@ -15,8 +14,6 @@ from dhtm.harness.data.splits import open_split
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command(resumes=True)
 def main(config: DictConfig) -> None:
     """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
     evaluation = door.evaluation(config)
@@ -39,4 +36,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, resumes=True)
+    start(main, "evaluate", resumes=True)
