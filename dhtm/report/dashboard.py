@@ -7,7 +7,7 @@ import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.harness.tracking import Tracker, is_logged_in
 from dhtm.report.registry import entry_of
@@ -29,11 +29,9 @@ def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
     runs = finished_runs(results_dir)
     if not is_logged_in():
         raise UserError("no login to W&B: run `wandb login` once, or set WANDB_API_KEY")
-    try:
+    with explained(f"tracker.project={tracker.project}: W&B saved no dashboard"):
         entity = tracker.entity or wandb.Api().default_entity
         return dashboard(entity, tracker.project, name, runs).save().url
-    except Exception as error:  # W&B's exceptions have no common base class
-        raise UserError(f"tracker.project={tracker.project}: W&B saved no dashboard ({one_line(error)})") from error
 
 
 def dashboard(entity: str, project: str, name: str, runs: pd.DataFrame) -> workspaces.Workspace:

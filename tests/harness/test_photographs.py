@@ -229,7 +229,7 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ({"labels": "{}/ids.txt"}, r"data\.labels=.*ids\.txt: cannot be read as labels \(a line lacks .*meta\.mat"),
         (
             {"labels": "{}/half.csv"},
-            r"data\.labels=.*half\.csv: it has no label for the image ILSVRC2012_val_0000000\d",
+            r"data\.labels=.*half\.csv: it has no label for the image \('ILSVRC2012_val_0000000\d'\)",
         ),
         ({"labels": "{}"}, r"data\.labels=.*: cannot be read as labels \(.*No such file.*meta\.mat'\)"),
         ({"labels": "{}/broken.tar.gz"}, r"data\.labels=.*broken\.tar\.gz: cannot be read as labels"),

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import pyarrow.compute as pc
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.data.sources import SPLITS, Source
 
 HUB = "hf://datasets/"
@@ -60,11 +60,9 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
         split: which to take of the hub's.
         files: parquet or Arrow files, all of the split.
     """
-    try:
+    with explained("data.root: parquet, Arrow and the hub need `datasets`", remedy=": pip install -e '.[hub]'"):
         import datasets
-    except ImportError:
-        raise UserError("data.root: parquet, Arrow and the hub need `datasets`: pip install -e '.[hub]'") from None
-    try:
+    with explained(f"data.root={root}: cannot be read"):
         if root.startswith(HUB):
             return Table(root, *_from_hub(datasets, root, split))
         if files:
@@ -74,10 +72,6 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
             table = datasets.load_from_disk(root)
             files = [Path(file["filename"]) for file in table.cache_files]
         return Table(root, table, [[file.name, file.stat().st_size] for file in files])
-    except UserError:
-        raise
-    except Exception as error:  # of files, the network, the hub
-        raise UserError(f"data.root={root}: cannot be read ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _from_hub(datasets, root: str, split: str) -> tuple:

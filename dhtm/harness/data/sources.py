@@ -18,7 +18,7 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and their other names
 
@@ -133,10 +133,8 @@ def _require_no_classes(folder: Path, stray: Path) -> None:
 
 
 def _by_class(folder: Path) -> tuple[list[Path], list[str]]:
-    try:
+    with explained(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
         listed = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"data.root: {folder}: {one_line(error)}") from None
     return [Path(file) for file, _ in listed.samples], [listed.classes[label] for _, label in listed.samples]
 
 
@@ -196,15 +194,13 @@ class Tars(Source):
 
 
 def _members(file: Path) -> list[tarfile.TarInfo]:
-    try:
-        with tarfile.open(file, "r:") as tar:
-            members = [member for member in tar if member.isreg()]
-            _require_end(tar)
-            return members
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it ({one_line(error)})"
-        ) from error
+    with (
+        explained(f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it"),
+        tarfile.open(file, "r:") as tar,
+    ):
+        members = [member for member in tar if member.isreg()]
+        _require_end(tar)
+        return members
 
 
 def _require_end(tar: tarfile.TarFile) -> None:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,9 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
     Raises:
         UserError: the data set cannot be read, or does not fit the backbone.
     """
-    try:
+    options = " ".join(f"{key}={value}" for key, value in augmentation.items())
+    with explained(f"{options}: timm does not support this augmentation"):
         transform = create_transform(**preprocessing, **augmentation)
-    except Exception as error:  # timm checks options by assertions, conversions and look-ups
-        options = " ".join(f"{key}={value}" for key, value in augmentation.items())
-        raise UserError(f"{options}: timm does not support this augmentation ({one_line(error)})") from error
     opened = data.open(split, transform)
     if opened.n_classes > n_classes or (opened.classes is not None and opened.n_classes < n_classes):
         raise UserError(

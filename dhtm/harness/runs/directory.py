@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import explained, one_line
 from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
@@ -77,15 +77,9 @@ class RunDirectory:
         (self.path / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self._shards, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); what was stored before is kept, the same command resumes "
-                "from there once this is fixed"
-            ) from error
+    def _writing(self) -> contextlib.AbstractContextManager:
+        remedy = "; what was stored before is kept, the same command resumes from there once this is fixed"
+        return explained(f"{self.path}: cannot be written", OSError, remedy=remedy)
 
     def list_failed(self, failed: list[UnreadableError]) -> None:
         """Write the list of the images that cannot be read; remove an earlier one if all can."""
@@ -136,14 +130,10 @@ def predictions(folder: Path) -> pd.DataFrame:
         UserError: the run is not finished, or its predictions are damaged.
     """
     file = folder / "predictions.parquet"
-    try:
+    with explained(f"{file}: missing or damaged", remedy="; compute the run again with force=true"):
         if _sha256(file) != _read_metrics(folder / "metrics.json")["predictions_sha256"]:
             raise ValueError("it has changed since the run")
         return _read(file).set_index("index").sort_index()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}: missing or damaged ({one_line(error)}); compute the run again with force=true"
-        ) from error
 
 
 def outputs(folder: Path) -> pd.DataFrame:
@@ -153,12 +143,8 @@ def outputs(folder: Path) -> pd.DataFrame:
         UserError: the run has none, or they are damaged.
     """
     file = folder / OUTPUTS
-    try:
+    with explained(f"{file}: missing or damaged", remedy="; compute the run again with method=unmerged force=true"):
         return _read(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: missing or damaged ({one_line(error)}); compute the run again with method=unmerged force=true"
-        ) from error
 
 
 def finished_runs(results_dir: Path) -> pd.DataFrame:
@@ -175,12 +161,8 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def _read_metrics(file: Path) -> dict:
-    try:
+    with explained(f"{file}: damaged", remedy="; remove it, or compute the run again with force=true"):
         return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{file}: damaged ({one_line(error)}); remove it, or compute the run again with force=true"
-        ) from error
 
 
 def _sha256(file: Path) -> str:

@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.data.splits import Batch, Split, load, open_split
@@ -289,10 +289,8 @@ def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, S
 
 def _optimiser(training: Training, model: nn.Module) -> torch.optim.Optimizer:
     lr = training.base_lr * training.batch_size / 1024
-    try:
+    with explained(f"optimiser={training.optimiser}: timm makes no such optimiser"):
         return create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
-    except Exception as error:  # an unknown name, or one that needs another package
-        raise UserError(f"optimiser={training.optimiser}: timm makes no such optimiser ({one_line(error)})") from error
 
 
 def _micro_batch(training: Training, world: int) -> int:
