@@ -8,7 +8,7 @@ from dhtm.report.dashboard import save_dashboard
 
 
 def main(config: DictConfig) -> None:
-    print(save_dashboard(**vars(door.dashboard(config))))
+    print(door.call(save_dashboard, config))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dhtm.report.report import report
 
 
 def main(config: DictConfig) -> None:
-    report(**vars(door.report(config)))
+    door.call(report, config)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,6 @@ def test_frames_are_the_regions_of_ever_larger_k(image):
         (["image=pyproject.toml"], "image=pyproject.toml: cannot be read ("),
         (["backbone=deit_tiny"], "backbone deit_tiny_patch16_224: its pretrained weights are not available ("),
         (["method=sinkhorn", "backbone=deit_tiny"], "method=sinkhorn: no weights trained for sinkhorn_keep_rate_"),
-        (["output=regions.gif"], "output=regions.gif: it ends in .gif or .webp with animate=true"),
         (["animate=true", "output=x.gif", "method=tome"], "method=tome: it does not merge pair by pair"),
         (["output=regions.xyz"], "output=regions.xyz: cannot be written ("),
         (["method=nothing"], "Could not find 'method/nothing'"),
