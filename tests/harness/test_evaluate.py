@@ -237,7 +237,7 @@ def test_a_sweep_is_hydras_multirun(script, tmp_path):
         (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
         (
             ["backbone.num_classes=7", "backbone.checkpoint=/no/such/file"],
-            r"backbone.checkpoint=/no/such/file: no such file",
+            r"backbone.checkpoint=/no/such/file: Path does not point to a file",
         ),
         (["backbone=deit_small"], r"pretrained weights are not available .*backbone.checkpoint=FILE"),
         (["backbone.architecture=swin_tiny_patch4_window7_224"], r"swin_tiny_patch4_window7_224"),

@@ -84,7 +84,7 @@ def test_weights_record_how_they_were_trained_and_may_be_read_by_others(weights)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda whole, file: None, "no such file"),
+        (lambda whole, file: None, "No such file"),
         (
             lambda whole, file: file.write_bytes(whole.read_bytes()[:5000]),
             "not weights of scripts/train.py, or damaged",

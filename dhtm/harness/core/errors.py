@@ -1,6 +1,7 @@
 """Errors that the user can fix, reported in one line."""
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 
 
@@ -28,5 +29,5 @@ def explained(what: str, kind: type[Exception] = Exception, remedy: str = "") ->
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, for use inside another message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the beginning of an exception's message on one line, for use inside another message."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__

@@ -105,8 +105,6 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
 
 
 def _read(file: Path, source: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise UserError(f"{source}: no such file")
     with explained(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
         names = content.keys()
         return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
