@@ -29,10 +29,6 @@ def main(config: DictConfig) -> None:
     log.info("%s for %s: %d images in %s", data.name, backbone.name, len(split.dataset), found.dataset.folder)
     for unreadable in found.dataset.failed:
         log.warning("%s", unreadable)
-    if found.dataset.failed and data.on_error != "skip":
-        raise UserError(
-            f"{len(found.dataset.failed)} images cannot be read; fix them, or skip them by data.on_error=skip"
-        )
 
 
 if __name__ == "__main__":

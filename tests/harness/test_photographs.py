@@ -236,7 +236,7 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or damaged"),
         ({"root": "{}/packed.tar"}, r"data\.root: .*packed\.tar: .* or compressed, then decompress it"),
         ({"root": "{}/empty.tar"}, r"data\.root: .*: there are no images in .*empty\.tar"),
-        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar does not exist"),
+        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root: .*shard-0\.tar: .*No such file"),
         ({"root": "{}/broken.json"}, r"neither a folder nor a \.tar, \.parquet or \.arrow file"),
         ({"root": "{}/broken.parquet"}, r"data\.root=.*broken\.parquet: cannot be read"),
         ({"root": "{}/numbers.parquet"}, r"data\.root=.*: none of its columns x has labels"),
@@ -269,9 +269,9 @@ def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_p
 def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
-        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not tench"),
+        "sorted": (sorted(WORDS), "its 1000 classes are not ImageNet-1K's in their order"),
         "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
-        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
+        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order"),
     }
     for name, (names, message) in orders.items():
         (tmp_path / name).mkdir()
@@ -325,13 +325,6 @@ def test_labels_that_contradict_each_other_are_refused(images, tmp_path):
     (tmp_path / "twice.csv").write_text("\n".join([*lines, "c/ILSVRC2012_val_00000003.JPEG,n01530575"]))
     with pytest.raises(UserError, match="ILSVRC2012_val_00000003 has two classes"):
         opened(tmp_path, **arguments)
-
-
-def test_a_picture_beside_class_folders_is_no_data(images, tmp_path):
-    in_class_folders(tmp_path, images)
-    (tmp_path / "val" / "preview.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"preview\.png lies beside folders of images like n01440764"):
-        opened(tmp_path)
 
 
 def test_an_empty_row_is_one_image_that_cannot_be_read(images, tmp_path):

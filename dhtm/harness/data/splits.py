@@ -101,11 +101,6 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
     return opened
 
 
-def describe(preprocessing: dict) -> str:
-    """Describe in one line what a backbone's preprocessing does to images."""
-    return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
-
-
 def choice_images(
     data, split: str, model: VisionTransformer, n_images: int = 256, first: int = 0, step: int = 1
 ) -> Tensor:
@@ -163,25 +158,16 @@ def load(
         num_workers: processes that load them; None for one per core, up to 16.
 
     Raises:
-        UserError: the data set as a whole can no longer be read, or a loading process was killed.
+        UserError: the data set as a whole can no longer be read.
     """
     n_workers = min(16, _n_cores()) if num_workers is None else num_workers
     loader = DataLoader(
         _Indexed(dataset), batch_sampler=batches, collate_fn=_collate, num_workers=n_workers, pin_memory=pin_memory
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        # An error of the data set itself has "in DataLoader worker process".
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            "a process that loads images was killed, perhaps because memory ran out; run the same command again to resume, "
-            f"for example with num_workers={n_workers // 2}"
-        ) from error
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _n_cores() -> int:
