@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dhtm.harness.core.errors import explained, one_line
+from dhtm.harness.core.errors import explained
 from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
-
-log = logging.getLogger(__name__)
 
 FAILED = "failed.csv"  # in a run's directory: the images that could not be read
 OUTPUTS = "outputs.parquet"  # of an unmerged run: its log-probabilities, with which other runs are compared
@@ -61,13 +58,8 @@ class RunDirectory:
             write_atomically(file, lambda path: _write(predictions, path))
 
     def predictions_so_far(self) -> pd.DataFrame:
-        """Return what :meth:`append` stored, one row per image; the images of a damaged shard are predicted again."""
-        shards = []
-        for file in sorted(self._shards.glob("[0-9]*.parquet")):
-            try:
-                shards.append(_read(file))
-            except (OSError, ValueError) as error:
-                log.warning("%s: damaged (%s), its images are predicted again", file, one_line(error))
+        """Return what :meth:`append` stored, one row per image."""
+        shards = [_read(file) for file in sorted(self._shards.glob("[0-9]*.parquet"))]
         if not shards:
             return pd.DataFrame(columns=["index"], dtype="int64")
         return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
