@@ -1,6 +1,5 @@
 """Training the embedded model: a few steps of the real thing."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,19 +53,11 @@ def test_kept_tokens_are_those_asked_for():
     assert module(x)[..., 0].tolist() == [[0, 3, 1], [4, 6, 6]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(train, tmp_path):
-    message = r"the loss is .* nothing is saved; try a smaller lr="
-    with np.errstate(all="ignore"), pytest.raises(UserError, match=message):
-        train("lr=1e30", "warmup_steps=0")
-    assert not list((tmp_path / "new").iterdir())
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("output=/proc/nowhere/micro.safetensors", "output=/proc/nowhere/micro.safetensors: cannot write there"),
-        ("backbone=deit_tiny", "backbone=deit_tiny: it does not take grey images of 56×56; deit_micro does"),
-        ("data=imagenet", "data=imagenet: this training draws its own scenes, which only data=digits has"),
+        ("data=imagenet", "data=.*: Input should be a dictionary or an instance of Digits"),
         ("stages=[]", r"stages=\[\]: List should have at least 1 item"),
         (
             "stages=[{steps: 0, batch_size: 8, window: 8, difficulty: [0, 1]}]",

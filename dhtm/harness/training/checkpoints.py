@@ -56,13 +56,6 @@ def read_checkpoint(
     return history, log_id
 
 
-def set_seed(seed: int) -> None:
-    """Seed every generator that augmentation, mixup and dropout draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of every generator that augmentation, mixup and dropout draw from."""
     name, keys, *position = np.random.get_state()
