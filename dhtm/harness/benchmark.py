@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dhtm.flops import count_flops, count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_device
-from dhtm.harness.core.errors import UnavailableError, UserError
+from dhtm.harness.core.errors import UnavailableError
 from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.cost import Target, baseline_flops, solve, solve_thresholds
@@ -50,10 +50,6 @@ class Scaling:
     ks: Annotated[list[PositiveInt], Field(min_length=1)]
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)]
     channels: PositiveInt = 384
-
-    def __post_init__(self):
-        if max(self.ks) >= min(self.grids) ** 2:
-            raise UserError(f"scaling.ks={self.ks}: each must be below the tokens of the smallest of scaling.grids")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,6 @@ def test_the_script_writes_tables_figures_and_the_machine(script, tmp_path):
         ("rounds=0", "rounds=0: Input should be greater than 0"),
         ("dtype=int8", "dtype=int8: Input should be 'float32', 'bfloat16' or 'float16'"),
         ("scaling.grids=[]", r"scaling.grids=\[\]: List should have at least 1 item"),
-        ("scaling.ks=[196]", r"scaling.ks=\[196\]: each must be below the tokens of the smallest"),
         ("scaling.channels=0", "channels=0: Input should be greater than 0"),
         ("device=nowhere", "device=nowhere: not available"),
     ],
