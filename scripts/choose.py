@@ -9,7 +9,6 @@ from dhtm.harness.choose import choose, python_line
 from dhtm.harness.core.command import accept_method_lists, start
 from dhtm.harness.core.files import require_writable
 from dhtm.report.choices import choice_figure, choice_table
-from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +19,7 @@ def main(config: DictConfig) -> None:
     require_writable(choice.output_dir, f"output_dir={choice.output_dir}")
     frame, chosen, missed = choose(choice)
     table = choice_table(frame, missed, choice)
-    table.save(choice.output_dir / "choice")
-    save_figure(choice_figure(frame, choice), choice.output_dir / "choice")
+    table.save(choice.output_dir / "choice", choice_figure(frame, choice))
     log.info("\n%s\n%s", table.markdown(), choice.output_dir)
     for method in chosen.values():
         log.info("%s", python_line(method))

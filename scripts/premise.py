@@ -9,7 +9,6 @@ from dhtm.harness.core.command import start
 from dhtm.harness.core.files import require_writable
 from dhtm.harness.locality import measure
 from dhtm.report.premise import premise_figure, premise_table
-from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +19,7 @@ def main(config: DictConfig) -> None:
     require_writable(premise.output_dir, f"output_dir={premise.output_dir}")
     frames = measure(premise)
     table = premise_table(frames, premise)
-    table.save(premise.output_dir / "premise")
-    save_figure(premise_figure(frames, premise), premise.output_dir / "premise")
+    table.save(premise.output_dir / "premise", premise_figure(frames, premise))
     log.info("\n%s\n%s", table.markdown(), premise.output_dir)
 
 

@@ -22,7 +22,7 @@ def main(config: DictConfig) -> None:
         raise UserError("cache_dir=null: there is no cache to fill; give a folder")
     preprocessing = resolve_data_config(model=backbone.bare())
     split = open_split(data, data.split, preprocessing, backbone.num_classes)
-    found = cached(data, split, data.split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
+    found = cached(data, split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
     if found is split:
         log.info("%s needs no cache", data.name)
         return

@@ -6,9 +6,9 @@ objects of nested settings; a value that does not fit is a :class:`UserError` th
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, TypeVar
@@ -23,7 +23,7 @@ from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError, explained
-from dhtm.harness.core.files import expanded, locked, require_writable, write_json
+from dhtm.harness.core.files import locked, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
@@ -68,7 +68,7 @@ def evaluation(config: DictConfig) -> Evaluation:
     if options is not None and not isinstance(options, dict):
         raise UserError(f"options={options}: give options of the method, options='{{linkage: size}}'")
     values["method"] |= options or {}
-    target = _target(values)
+    target = _typed(Target, values.pop("target"), "target")
     run = _run(Evaluation, values)
     if run.method.knob != "threshold" or target == Target():
         method, target_pct = solve(run.backbone, run.method, target)
@@ -80,8 +80,8 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     """Find a method's thresholds for a target, or read those that were found before, which ``results_dir`` keeps."""
     model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
     images = choice_images(run.data, split, model)
-    found_on = {"split": split, "n_images": len(images), "sha256": _sha256(images.cpu().numpy().tobytes())}
-    key = _sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode())[:16]
+    found_on = {"split": split, "n_images": len(images), "sha256": sha256(images.cpu().numpy().tobytes()).hexdigest()}
+    key = sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode()).hexdigest()[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
     require_writable(file.parent, f"results_dir={run.results_dir}")
     with locked(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
@@ -91,10 +91,6 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     found = json.loads(file.read_text())
     method = dataclasses.replace(run.method, options={**run.method.options, "threshold": found["threshold"]})
     return dataclasses.replace(run, method=method, target_pct=found["target_pct"], thresholds_from=found_on)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
@@ -135,7 +131,8 @@ def visualization(config: DictConfig) -> Visualization:
 
 def _solved(values: dict[str, Any]) -> dict[str, Any]:
     """Replace the backbone's settings and the names of methods by objects, the knobs solved for ``target``."""
-    target, backbone = _target(values), _typed(Backbone, values["backbone"], "backbone")
+    target = _typed(Target, values.pop("target"), "target")
+    backbone = _typed(Backbone, values["backbone"], "backbone")
     methods = _named_methods(values["methods"], values["seed"])
     solved = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
     return values | {"backbone": backbone, "methods": solved}
@@ -149,7 +146,7 @@ def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
 def training(config: DictConfig) -> Training:
     """Return the training that a config of scripts/train.py describes."""
     values = _values(config)
-    target = _target(values)
+    target = _typed(Target, values.pop("target"), "target")
     run = _run(Training, values)
     return dataclasses.replace(run, method=solve(run.backbone, run.method, target)[0])
 
@@ -190,11 +187,10 @@ def _expanded(value: Any) -> Any:
         return {key: _expanded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_expanded(item) for item in value]
-    return str(expanded(value)) if isinstance(value, str) and value.startswith("~") else value
-
-
-def _target(values: dict[str, Any]) -> Target:
-    return _typed(Target, values.pop("target"), "target")
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    with explained(value, RuntimeError):
+        return str(Path(value).expanduser())
 
 
 def _typed(cls: Callable[..., T], values: Any, group: str = "") -> T:

@@ -114,21 +114,16 @@ class TrackedEvaluation:
 
 @contextlib.contextmanager
 def track_evaluation(
-    tracker: Tracker | None,
-    settings: dict,
-    run_id: str,
-    trained: bool,
-    n_images: int,
-    done: pd.DataFrame,
-    ranks: Ranks,
+    evaluation: Any, run_id: str, trained: bool, n_images: int, done: pd.DataFrame, ranks: Ranks
 ) -> Iterator[TrackedEvaluation]:
     """Log an evaluation, from its first rank, to the W&B run that has the run's id; an evaluation that resumes continues it.
 
     Args:
-        settings: of the evaluation, as plain values.
+        evaluation: what is logged, with its ``tracker`` and ``settings()``.
         trained: whether its weights were trained with the method.
         n_images, done, ranks: as for :class:`TrackedEvaluation`.
     """
+    settings = evaluation.settings()
     method = settings["method"]
     knob = f" {method['knob']}={method[method['knob']]}" if method["knob"] else ""
     trained = " trained" if trained else ""
@@ -139,7 +134,7 @@ def track_evaluation(
         "job_type": "evaluation",
         "config": json.loads(_portable(json.dumps(settings, ensure_ascii=False))),
     }
-    with _run(tracker if ranks.first else None, options) as do:
+    with _run(evaluation.tracker if ranks.first else None, options) as do:
         yield TrackedEvaluation(do, n_images, done, ranks.world)
 
 

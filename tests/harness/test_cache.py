@@ -32,7 +32,7 @@ class Cached:
 
     def open(self, preprocessing=PREPROCESSING, num_workers=0):
         split = open_split(self.data, "val", preprocessing, 3)
-        return split, cached(self.data, split, "val", preprocessing, self.folder, num_workers)
+        return split, cached(self.data, split, preprocessing, self.folder, num_workers)
 
     def chunks(self):
         return sorted(file.name for file in self.folder.glob("*/*.npy"))
@@ -102,10 +102,10 @@ def test_other_images_crops_or_borders_are_another_cache(images):
 
 def test_splits_that_need_no_cache_stay_as_they_are(images):
     split = open_split(images.data, "val", PREPROCESSING | {"normalize": False}, 3)
-    assert cached(images.data, split, "val", PREPROCESSING | {"normalize": False}, images.folder, 0) is split
+    assert cached(images.data, split, PREPROCESSING | {"normalize": False}, images.folder, 0) is split
     grey = PREPROCESSING | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
     split = open_split(Digits(limit=2), "test", grey, 10)
-    assert cached(Digits(limit=2), split, "test", grey, images.folder, 0) is split
+    assert cached(Digits(limit=2), split, grey, images.folder, 0) is split
     assert not images.folder.exists()
 
 

@@ -226,7 +226,7 @@ def test_a_sweep_is_hydras_multirun(script, tmp_path):
         (["device=null"], r"device=None: Input should be a valid string"),
         (["device=meta"], r"device=meta: not available"),
         (["results_dir=null"], r"results_dir=None: Input is not a valid path"),
-        (["results_dir='~nobody.such/x'"], r"~nobody.such/x: there is no such home directory"),
+        (["results_dir='~nobody.such/x'"], r"~nobody.such/x \(Could not determine home directory"),
         (["data.seed=-1"], r"data.seed=-1: "),
         (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
         (["data.limit=0"], r"data.limit=0: Input should be greater than 0"),

@@ -12,19 +12,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import dhtm
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import explained
 
 log = logging.getLogger(__name__)
 
 PROJECT = Path(dhtm.__file__).parent.parent  # the checkout, which holds configs/ and results/
-
-
-def expanded(path: str) -> Path:
-    """Return a path with ~ and ~user resolved."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such home directory; write the path in full") from None
 
 
 def require_writable(folder: Path, setting: str) -> None:

@@ -45,8 +45,3 @@ class Ranks:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
-
-    def wait(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.barrier()

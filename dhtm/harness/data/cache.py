@@ -27,13 +27,12 @@ CHUNK = 256  # images in a file
 _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize differently
 
 
-def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
+def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
     """Return a split that reads its images from the cache, after filling what the cache lacks.
 
     Args:
         data: the data set that the split is of.
-        split: as opened for the whole preprocessing.
-        name: of the split.
+        split: its ``data.split``, as opened for the whole preprocessing.
         preprocessing: the backbone's, as timm resolves it.
         cache_dir: the folder of all caches.
         num_workers: processes that decode images; None for one per core.
@@ -49,7 +48,7 @@ def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, 
     kept = not split.in_memory and split.new_each_epoch is None
     if not kept or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
         return split
-    cropped = data.open(name, Compose([*crop, PILToTensor()])).dataset
+    cropped = data.open(data.split, Compose([*crop, PILToTensor()])).dataset
     # timm's transforms do not print the colour that they fill borders with.
     steps = [(str(step), getattr(step, "fill", None)) for step in crop]
     versions = {package: metadata.version(package) for package in _PACKAGES}

@@ -45,15 +45,7 @@ class Photographs:
         return "holdout" if self.holdout is not None else self.train_split
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open a split.
-
-        Args:
-            split: "val", for example.
-            transform: of an RGB PIL image.
-
-        Raises:
-            UserError: the photographs or their classes cannot be read.
-        """
+        """Open a split, "val" for example; the transform is of an RGB PIL image."""
         if self.root is None:
             raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
         of_training = self.holdout is not None and split in (self.train_split, "holdout")
@@ -94,11 +86,7 @@ class Images:
         return "choose"
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open a split; its labels are all −1.
-
-        Raises:
-            UserError: there are no images.
-        """
+        """Open a split; its labels are all −1."""
         if self.root is None:
             raise UserError("data.root is not set: give a folder of images, data.root=DIR")
         source = Tree(Path(self.root))

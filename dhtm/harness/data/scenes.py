@@ -49,11 +49,7 @@ class Digits:
         return "train"
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open the split "test" or "train".
-
-        Args:
-            transform: of a grey PIL image.
-        """
+        """Open the split "test" or "train"; the transform is of a grey PIL image."""
         if split not in _SPLITS:
             raise UserError(f"data.split={split}: the digits have data.split=test, and train")
         options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}

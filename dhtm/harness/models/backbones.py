@@ -93,41 +93,33 @@ class Backbone:
                 f"backbone.architecture={self.architecture}: timm has no such model; timm.list_models() names them"
             )
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019  the runs of a sweep follow each other and mostly share their backbone
     def bare(self) -> VisionTransformer:
         """Return the model without trained weights, in evaluation mode. It is shared: leave it as it is, or copy it."""
-        return _bare(self.architecture, self.num_classes)
+        return timm.create_model(self.architecture, pretrained=False, num_classes=self.num_classes).eval()
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019
     def load(self) -> VisionTransformer:
         """Return the model with its weights, in evaluation mode. It is shared: leave it as it is, or copy it.
 
         Raises:
             UserError: the weights are not available, cannot be read, or do not fit.
         """
-        return _load(self)
-
-
-@functools.lru_cache(maxsize=4)
-def _bare(architecture: str, num_classes: int) -> VisionTransformer:
-    return timm.create_model(architecture, pretrained=False, num_classes=num_classes).eval()
-
-
-@functools.lru_cache(maxsize=4)  # the runs of a sweep follow each other in one process and mostly share their backbone
-def _load(backbone: Backbone) -> VisionTransformer:
-    if backbone.checkpoint is not None:
-        model, source = copy.deepcopy(backbone.bare()), f"backbone.checkpoint={backbone.checkpoint}"
-        with explained(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
-            state = load_state_dict(str(backbone.checkpoint), weights_only=True, use_ema=False)
-        fit(model, state, source, backbone.architecture)
-        return model
-    pretrained = timm.get_pretrained_cfg(backbone.architecture)
-    if pretrained and pretrained.num_classes != backbone.num_classes:
-        raise UserError(
-            f"backbone.num_classes={backbone.num_classes}: the pretrained weights of {backbone.architecture} have "
-            f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
-        )
-    remedy = "; give a local file, backbone.checkpoint=FILE"
-    with explained(f"backbone {backbone.architecture}: its pretrained weights are not available", remedy=remedy):
-        return timm.create_model(backbone.architecture, pretrained=True, num_classes=backbone.num_classes).eval()
+        if self.checkpoint is not None:
+            model, source = copy.deepcopy(self.bare()), f"backbone.checkpoint={self.checkpoint}"
+            with explained(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
+                state = load_state_dict(str(self.checkpoint), weights_only=True, use_ema=False)
+            fit(model, state, source, self.architecture)
+            return model
+        pretrained = timm.get_pretrained_cfg(self.architecture)
+        if pretrained and pretrained.num_classes != self.num_classes:
+            raise UserError(
+                f"backbone.num_classes={self.num_classes}: the pretrained weights of {self.architecture} have "
+                f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
+            )
+        remedy = "; give a local file, backbone.checkpoint=FILE"
+        with explained(f"backbone {self.architecture}: its pretrained weights are not available", remedy=remedy):
+            return timm.create_model(self.architecture, pretrained=True, num_classes=self.num_classes).eval()
 
 
 def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:

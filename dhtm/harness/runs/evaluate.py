@@ -106,9 +106,8 @@ class _Prepared:
 
     def tracked(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
         """Log the run to the tracker, if there is one, where ``done`` are the predictions of an earlier process."""
-        settings, n_images = self.evaluation.settings(), len(self.split.dataset)
-        run_id = self.directory.path.name
-        return track_evaluation(self.evaluation.tracker, settings, run_id, self.trained, n_images, done, ranks)
+        run_id, n_images = self.directory.path.name, len(self.split.dataset)
+        return track_evaluation(self.evaluation, run_id, self.trained, n_images, done, ranks)
 
 
 def evaluate(
@@ -248,7 +247,7 @@ def _predict_missing(
     split = prepared.split
     if evaluation.cache_dir is not None and missing:
         data = evaluation.data
-        split = cached(data, split, data.split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
+        split = cached(data, split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
     failed = {}
 
     def on_unreadable(unreadable: UnreadableError) -> None:

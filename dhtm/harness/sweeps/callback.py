@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from dhtm.harness.core.command import command, register_resolvers
 from dhtm.harness.core.devices import take_gpu
 from dhtm.harness.core.errors import UserError, one_line
-from dhtm.harness.core.files import expanded, require_writable, write_json
+from dhtm.harness.core.files import require_writable, write_json
 from dhtm.harness.core.ranks import rank, world_size
 from dhtm.harness.sweeps import status
 
@@ -64,7 +64,7 @@ class Sweep(Callback):
         typed = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
-        self.folder, self.process = expanded(self.root).absolute() / "sweeps" / name, os.getpid()
+        self.folder, self.process = Path(self.root).expanduser().absolute() / "sweeps" / name, os.getpid()
         if rank() > 0:
             return
         require_writable(self.folder, f"{setting}={self.root}")

@@ -129,7 +129,9 @@ def train(training: Training) -> dict:
     if n_updates == 0:
         raise UserError(f"batch_size={training.batch_size}: the training split has only {len(images.dataset)} images")
 
-    optimiser = _optimiser(training, model)
+    lr = training.base_lr * training.batch_size / 1024
+    with explained(f"optimiser={training.optimiser}: timm makes no such optimiser"):
+        optimiser = create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
     schedule, _ = create_scheduler_v2(
         optimiser, "cosine", training.epochs, warmup_epochs=training.warmup_epochs, warmup_lr=training.warmup_lr,
         min_lr=training.min_lr, step_on_epochs=False, updates_per_epoch=n_updates,
@@ -178,7 +180,7 @@ def train(training: Training) -> dict:
                 _save_epoch(training, model, history, folder)
                 write_checkpoint(folder / "last.pt", parts, history, log_id, random_states, training.determinants())
                 report(row)
-            ranks.wait()
+            ranks.gather(None)  # the others wait until it is saved
     return history[-1]
 
 
@@ -205,10 +207,7 @@ def _one_epoch(
 ) -> float:
     """Make one pass over the training split; return the mean loss over all ranks."""
     model.train()
-    mixup = None
-    if training.mixes:
-        options = {"label_smoothing": training.label_smoothing, "num_classes": parts["model"].num_classes}
-        mixup = Mixup(training.mixup, training.cutmix, prob=training.mixup_prob, **options)
+    mixup = _mixup(training, parts["model"].num_classes)
     losses = []
     with tqdm(total=n_updates, desc=title, unit=" updates", disable=None if ranks.first else True) as bar:
         for step, batch in enumerate(loader):
@@ -271,12 +270,6 @@ def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, S
     return images, validation
 
 
-def _optimiser(training: Training, model: nn.Module) -> torch.optim.Optimizer:
-    lr = training.base_lr * training.batch_size / 1024
-    with explained(f"optimiser={training.optimiser}: timm makes no such optimiser"):
-        return create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
-
-
 def _micro_batch(training: Training, world: int) -> int:
     """Return how many images one rank takes at once."""
     micro_batch, rest = divmod(training.batch_size, world * training.accumulate)
@@ -297,6 +290,13 @@ def _model(training: Training) -> VisionTransformer:
     if trained is not None:
         model.load_state_dict(trained.state_dict())
     return training.method.put_into(model, backbone.name)
+
+
+def _mixup(training: Training, n_classes: int) -> Mixup | None:
+    if not training.mixes:
+        return None
+    options = {"label_smoothing": training.label_smoothing, "num_classes": n_classes}
+    return Mixup(training.mixup, training.cutmix, prob=training.mixup_prob, **options)
 
 
 def _loader(training: Training, dataset: Dataset, epoch: int, micro_batch: int, ranks: Ranks) -> Iterator[Batch]:
