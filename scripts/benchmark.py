@@ -3,27 +3,23 @@
 import datetime
 import logging
 
-import hydra
 import pandas as pd
 import torch
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
 from dhtm.harness.benchmark import time_merge, time_methods
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.files import require_writable, write_json
 from dhtm.harness.models.cost import Target
 from dhtm.harness.runs.provenance import environment
 from dhtm.report.registry import BACKBONES
 from dhtm.report.speed import scaling_figure, scaling_table, speed_figure, speed_table
-from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
-@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Measure, then write tables and figures."""
     benchmark = door.benchmark(config)
@@ -37,16 +33,14 @@ def main(config: DictConfig) -> None:
 
     frame = time_methods(benchmark)
     table = speed_table(frame, f"{title}, {benchmark.rounds} rounds, PyTorch {torch.__version__}")
-    table.save(folder / "speed")
-    if benchmark.runs is not None and frame.target.notna().any():
-        save_figure(speed_figure(frame, pd.read_csv(benchmark.runs), title), folder / "speed")
+    has_runs = benchmark.runs is not None and frame.target.notna().any()
+    table.save(folder / "speed", speed_figure(frame, pd.read_csv(benchmark.runs), title) if has_runs else None)
     log.info("%s", table.markdown())
 
     scaling = time_merge(benchmark)
     title = f"DHTM's merge by itself, {benchmark.scaling.channels} channels, {benchmark.dtype}, {where}"
     table = scaling_table(scaling, f"{title}, {benchmark.rounds} rounds")
-    table.save(folder / "merge")
-    save_figure(scaling_figure(scaling, title), folder / "merge")
+    table.save(folder / "merge", scaling_figure(scaling, title))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     write_json(folder / "environment.json", {"device": str(device), "date": date, **machine})
     log.info("%s\n%s", table.markdown(), folder)
@@ -59,4 +53,4 @@ def _aim(targets: list[Target]) -> str:
 
 
 if __name__ == "__main__":
-    start(main, resumes=False)
+    start(main, "benchmark")

@@ -2,29 +2,24 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
 from dhtm.harness.choose import choose, python_line
-from dhtm.harness.core.command import accept_method_lists, command, start
+from dhtm.harness.core.command import accept_method_lists, start
 from dhtm.harness.core.files import require_writable
 from dhtm.report.choices import choice_figure, choice_table
-from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="choose")
-@command(resumes=True)
 def main(config: DictConfig) -> None:
     """Choose, then write and print the table, and print the line of Python that applies each choice."""
     choice = door.choice(config)
     require_writable(choice.output_dir, f"output_dir={choice.output_dir}")
     frame, chosen, missed = choose(choice)
     table = choice_table(frame, missed, choice)
-    table.save(choice.output_dir / "choice")
-    save_figure(choice_figure(frame, choice), choice.output_dir / "choice")
+    table.save(choice.output_dir / "choice", choice_figure(frame, choice))
     log.info("\n%s\n%s", table.markdown(), choice.output_dir)
     for method in chosen.values():
         log.info("%s", python_line(method))
@@ -32,4 +27,4 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     accept_method_lists()
-    start(main, resumes=True)
+    start(main, "choose", resumes=True)

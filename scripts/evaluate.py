@@ -5,7 +5,6 @@ import logging
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
@@ -19,8 +18,6 @@ from dhtm.report.regions import sample_regions
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command(resumes=True)
 def main(config: DictConfig) -> dict | None:
     """Return the run's metrics, for a sweep's records, or None if it was skipped."""
     try:
@@ -48,4 +45,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--from", dest="folder", type=Path)
     given, overrides = parser.parse_known_args()
-    start((lambda: again(given.folder, overrides)) if given.folder else main, resumes=True)
+    if given.folder is not None:
+        command(resumes=True)(again)(given.folder, overrides)
+    start(main, "evaluate", resumes=True)

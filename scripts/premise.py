@@ -2,31 +2,26 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.files import require_writable
 from dhtm.harness.locality import measure
 from dhtm.report.premise import premise_figure, premise_table
-from dhtm.report.style import save_figure
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="premise")
-@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Measure, then write and print the table and the figure."""
     premise = door.premise(config)
     require_writable(premise.output_dir, f"output_dir={premise.output_dir}")
     frames = measure(premise)
     table = premise_table(frames, premise)
-    table.save(premise.output_dir / "premise")
-    save_figure(premise_figure(frames, premise), premise.output_dir / "premise")
+    table.save(premise.output_dir / "premise", premise_figure(frames, premise))
     log.info("\n%s\n%s", table.markdown(), premise.output_dir)
 
 
 if __name__ == "__main__":
-    start(main, resumes=False)
+    start(main, "premise")

@@ -2,12 +2,11 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 from timm.data import resolve_data_config
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import command, start
+from dhtm.harness.core.command import start
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.cache import cached
 from dhtm.harness.data.splits import open_split
@@ -15,8 +14,6 @@ from dhtm.harness.data.splits import open_split
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@command(resumes=True)
 def main(config: DictConfig) -> None:
     """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
     evaluation = door.evaluation(config)
@@ -25,18 +22,14 @@ def main(config: DictConfig) -> None:
         raise UserError("cache_dir=null: there is no cache to fill; give a folder")
     preprocessing = resolve_data_config(model=backbone.bare())
     split = open_split(data, data.split, preprocessing, backbone.num_classes)
-    found = cached(data, split, data.split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
+    found = cached(data, split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
     if found is split:
         log.info("%s needs no cache", data.name)
         return
     log.info("%s for %s: %d images in %s", data.name, backbone.name, len(split.dataset), found.dataset.folder)
     for unreadable in found.dataset.failed:
         log.warning("%s", unreadable)
-    if found.dataset.failed and data.on_error != "skip":
-        raise UserError(
-            f"{len(found.dataset.failed)} images cannot be read; fix them, or skip them by data.on_error=skip"
-        )
 
 
 if __name__ == "__main__":
-    start(main, resumes=True)
+    start(main, "evaluate", resumes=True)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STOP = (signal.SIGTERM, signal.SIGUSR1)
 REPORT_KEYS = {"results_dir", "output_dir", "tracker"}
 REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.core.command.REQUEUE
 
@@ -21,32 +22,21 @@ def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split(".")[0]
 
 
-class Sweep:
-    """The script that is running, and whether the system wants this process to stop."""
-
-    def __init__(self):
-        self.process, self.stopped = None, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.stop)
-
-    def stop(self, number, frame) -> None:
-        self.stopped = True
-        if self.process:
-            self.process.send_signal(number)  # it stores what it has
-
-    def run(self, script: str, *arguments: str) -> int:
-        """The script's exit code, 0 or 1; any other, or a signal, ends this process too."""
-        if self.stopped:
-            sys.exit(REQUEUE)
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
-        try:
-            code = self.process.wait()
-        except KeyboardInterrupt:  # which the script has got too, and says so
-            self.process.wait()
-            raise
-        if self.stopped or code not in (0, 1):
-            sys.exit(REQUEUE if self.stopped else code if code > 0 else 128 - code)
-        return code
+def run(script: str, *arguments: str) -> int:
+    """The script's exit code, 0 or 1; any other, or a signal, ends this process too."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
+    for number in STOP:
+        signal.signal(number, lambda number, frame: process.send_signal(number))  # it stores what it has
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the script has got too, and says so
+        process.wait()
+        raise
+    if -code in STOP:  # before it could store anything
+        sys.exit(REQUEUE)
+    if code not in (0, 1):
+        sys.exit(code if code > 0 else 128 - code)
+    return code
 
 
 def begun(results: list[str]) -> dict[Path, int]:
@@ -62,15 +52,15 @@ def main() -> None:
     experiments = chosen or [f"experiment={name}" for name in ("figure1", "figure4", "table1", "table2")]
     shared = [override for override in overrides if key(override) not in ("experiment", "output_dir")]
     results = [override for override in overrides if key(override) == "results_dir"]
-    sweep, failed = Sweep(), False
+    failed = False
     for experiment in experiments:
         before = begun(results)
-        if sweep.run("evaluate.py", "-m", experiment, *shared):
+        if run("evaluate.py", "-m", experiment, *shared):
             if begun(results) == before:  # a mistake in the overrides, which it has told
                 sys.exit(1)
             failed = True
-    failed |= bool(sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))
-    sweep.run("status.py", *results)
+    failed |= bool(run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))
+    run("status.py", *results)
     sys.exit(failed)
 
 

@@ -2,18 +2,15 @@
 
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import accept_method_lists, command, start
+from dhtm.harness.core.command import accept_method_lists, start
 from dhtm.report.visualize import visualize
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="visualize")
-@command(resumes=False)
 def main(config: DictConfig) -> None:
     """Draw."""
     wanted = door.visualization(config)
@@ -23,4 +20,4 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     accept_method_lists()
-    start(main, resumes=False)
+    start(main, "visualize")

@@ -1,14 +1,14 @@
 """The door: from Hydra's composed config to the typed, frozen objects that everything below takes.
 
-Each function takes the config of the script of its name. Types and ranges are checked here, by pydantic; a value that does
-not fit is a :class:`UserError` that names its key.
+Each function takes the config of the script of its name. Types and ranges are checked by pydantic, which also makes the
+objects of nested settings; a value that does not fit is a :class:`UserError` that names its key.
 """
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, TypeVar
@@ -16,15 +16,14 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
 
-from dhtm.harness.benchmark import Benchmark, Scaling
+from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import UserError, one_line
-from dhtm.harness.core.files import expanded, locked, require_writable, write_json
+from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.files import locked, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
@@ -32,29 +31,10 @@ from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.runs.provenance import VERSION
-from dhtm.harness.tracking import Tracker
-from dhtm.harness.training.embedded import EmbeddedTraining, Stage
+from dhtm.harness.training.embedded import EmbeddedTraining
 from dhtm.harness.training.trainer import Training
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What scripts/report.py is to do; ``configs/report.yaml`` explains the settings."""
-
-    results_dir: Path
-    output_dir: Path
-    tracker: Tracker | None = None
-
-
-@dataclass(frozen=True)
-class Dashboard:
-    """What scripts/dashboard.py is to do; ``configs/dashboard.yaml`` explains the settings."""
-
-    tracker: Tracker
-    name: str
-    results_dir: Path
 
 
 @dataclass(frozen=True)
@@ -73,12 +53,6 @@ class Visualization:
     checkpoints_dir: Path = Path("checkpoints")
     allow_untrained: bool = False
     seed: NonNegativeInt = 0
-
-    def __post_init__(self):
-        if self.animate != (self.output.suffix.lower() in (".gif", ".webp")):
-            raise UserError(
-                f"output={self.output}: it ends in .gif or .webp with animate=true, else in .png or .pdf, say"
-            )
 
 
 def evaluation(config: DictConfig) -> Evaluation:
@@ -106,8 +80,8 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     """Find a method's thresholds for a target, or read those that were found before, which ``results_dir`` keeps."""
     model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
     images = choice_images(run.data, split, model)
-    found_on = {"split": split, "n_images": len(images), "sha256": _sha256(images.cpu().numpy().tobytes())}
-    key = _sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode())[:16]
+    found_on = {"split": split, "n_images": len(images), "sha256": sha256(images.cpu().numpy().tobytes()).hexdigest()}
+    key = sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode()).hexdigest()[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
     require_writable(file.parent, f"results_dir={run.results_dir}")
     with locked(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
@@ -119,10 +93,6 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     return dataclasses.replace(run, method=method, target_pct=found["target_pct"], thresholds_from=found_on)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
     """Return the run of a directory, with overrides like "device=cpu".
 
@@ -130,16 +100,11 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
         UserError: the directory has no readable config, or an override is not one of its keys.
     """
     file = folder / "config.yaml"
-    try:
+    with explained(f"{file}: missing or damaged", remedy="; give a finished run's directory"):
         config = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
         OmegaConf.set_struct(config, True)
+    with explained(f"{' '.join(overrides)}: not of the run's config", remedy="; give key=value"):
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-    except OSError as error:
-        raise UserError(f"{file}: missing or damaged ({error.strerror}); give a finished run's directory") from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(
-            f"{' '.join(overrides)}: not of the run's config ({one_line(error)}); give key=value"
-        ) from error
     return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
 
 
@@ -148,8 +113,7 @@ def choice(config: DictConfig) -> Choice:
     values = _values(config)
     methods = _named_methods(values.pop("methods"), values["seed"])
     own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
-    run = {"method": UNMERGED, "backbone": _typed(Backbone, values["backbone"], "backbone")}
-    evaluation = _typed(Evaluation, values | run | {"data": _data(values["data"])})
+    evaluation = _typed(Evaluation, values | {"method": UNMERGED, "data": _data(values["data"])})
     return _typed(Choice, own | {"evaluation": evaluation, "methods": methods})
 
 
@@ -170,10 +134,8 @@ def _solved(values: dict[str, Any]) -> dict[str, Any]:
     target = _typed(Target, values.pop("target"), "target")
     backbone = _typed(Backbone, values["backbone"], "backbone")
     methods = _named_methods(values["methods"], values["seed"])
-    return values | {
-        "backbone": backbone,
-        "methods": {name: solve(backbone, method, target)[0] for name, method in methods.items()},
-    }
+    solved = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
+    return values | {"backbone": backbone, "methods": solved}
 
 
 def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
@@ -192,11 +154,7 @@ def training(config: DictConfig) -> Training:
 def embedded_training(config: DictConfig) -> EmbeddedTraining:
     """Return the training that a config of scripts/train_micro.py describes."""
     values = _values(config)
-    if config.data.name != "digits":
-        raise UserError(f"data={config.data.name}: this training draws its own scenes, which only data=digits has")
-    stages = [_typed(Stage, stage, "stages") for stage in values["stages"]]
-    backbone = _typed(Backbone, values["backbone"], "backbone")
-    return _typed(EmbeddedTraining, values | {"backbone": backbone, "data": _data(values["data"]), "stages": stages})
+    return _typed(EmbeddedTraining, values | {"data": _data(values["data"])})
 
 
 def benchmark(config: DictConfig) -> Benchmark:
@@ -207,42 +165,35 @@ def benchmark(config: DictConfig) -> Benchmark:
     reductions = target["reduction_pct"] if isinstance(target, dict) else None
     targets = [target | {"reduction_pct": one} for one in reductions] if isinstance(reductions, list) else [target]
     groups = {
-        "backbone": _typed(Backbone, values["backbone"], "backbone"),
         "targets": [_typed(Target, one, "target") for one in targets],
         "methods": {name: _method(given) for name, given in values["methods"].items()},
-        "scaling": _typed(Scaling, values["scaling"], "scaling"),
     }
     return _typed(Benchmark, values | groups)
 
 
-def report(config: DictConfig) -> Report:
-    """Return the report that a config of scripts/report.py describes."""
+def call(function: Callable, config: DictConfig) -> Any:
+    """Call a function with the values of a config, which its annotations describe."""
     values = _values(config)
-    return _typed(Report, values | {"tracker": _tracker(values["tracker"])})
-
-
-def dashboard(config: DictConfig) -> Dashboard:
-    """Return the dashboard that a config of scripts/dashboard.py describes."""
-    values = _values(config)
-    return _typed(Dashboard, values | {"tracker": _tracker(values["tracker"])})
+    return _typed(validate_call(function), values | {"tracker": _tracker(values["tracker"])})
 
 
 def _values(config: DictConfig) -> dict[str, Any]:
     """Return a config as plain values, with ~ resolved in every text that starts with it."""
-    return _map_texts(
-        OmegaConf.to_container(config, resolve=True), lambda text: str(expanded(text)) if text.startswith("~") else text
-    )
+    return _expanded(OmegaConf.to_container(config, resolve=True))
 
 
-def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+def _expanded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _map_texts(item, change) for key, item in value.items()}
+        return {key: _expanded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_map_texts(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+        return [_expanded(item) for item in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    with explained(value, RuntimeError):
+        return str(Path(value).expanduser())
 
 
-def _typed(cls: type[T], values: Any, group: str = "") -> T:
+def _typed(cls: Callable[..., T], values: Any, group: str = "") -> T:
     if not isinstance(values, dict):
         raise UserError(f"{group}={values}: it has keys of its own, set {group}.KEY=VALUE")
     try:
@@ -255,31 +206,21 @@ def _typed(cls: type[T], values: Any, group: str = "") -> T:
 
 def _run(cls: type[T], values: dict[str, Any]) -> T:
     """Make an Evaluation or a Training, the knob of its method as it is given."""
-    groups = {
-        "backbone": _typed(Backbone, values["backbone"], "backbone"),
-        "method": _method(values["method"]),
-        "data": _data(values["data"]),
-        "tracker": _tracker(values["tracker"]),
-    }
-    return _typed(cls, values | groups)
+    method, data, tracker = _method(values["method"]), _data(values["data"]), _tracker(values["tracker"])
+    return _typed(cls, values | {"method": method, "data": data, "tracker": tracker})
 
 
 def _method(values: dict[str, Any]) -> Method:
-    values = dict(values)
     about = {key: values.pop(key) for key in ("name", "knob", "checkpoint")}
     return _typed(Method, about | {"target": values.pop("_target_"), "options": values}, "method")
 
 
 def _data(values: dict[str, Any]) -> Any:
-    values = dict(values)
     target = values.pop("_target_")
-    try:
+    with explained(f"data._target_={target}: cannot be imported"):
         data = resolve_name(target)
-    except Exception as error:  # importing a module of the user's own may raise anything
-        raise UserError(f"data._target_={target}: {one_line(error)}") from error
     return _typed(data, values, "data")
 
 
-def _tracker(values: dict[str, Any]) -> Tracker | None:
-    values = dict(values)
-    return None if values.pop("name") == "none" else _typed(Tracker, values, "tracker")
+def _tracker(values: dict[str, Any]) -> dict[str, Any] | None:
+    return None if values.pop("name") == "none" else values

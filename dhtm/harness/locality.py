@@ -3,6 +3,7 @@
 Distances are Chebyshev's on the grid of patches, so neighbours, diagonal ones included, are at distance 1.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import exact, pick_batch_size, pick_device
-from dhtm.harness.data.splits import Split, batches, open_split
+from dhtm.harness.data.splits import batches, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.faithfulness import kl_divergence
@@ -153,7 +154,9 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         method, quantity of :func:`region_statistics`, mean; "one_merge": mode, distance, mean KL in nats of the unmerged from
         the model that merges one such pair. Each with the ends of the 95% interval over images, low and high.
     """
-    model = premise.backbone.load()
+    device = pick_device(premise.device)
+    size = premise.batch_size or pick_batch_size(device)
+    model = copy.deepcopy(premise.backbone.load()).to(device)
     split = open_split(premise.data, premise.data.split, resolve_data_config(model=model), model.num_classes)
     chosen = np.linspace(0, len(split.dataset) - 1, min(premise.n_images, len(split.dataset)), dtype=int)
     groups = None if split.groups is None else split.groups[chosen]
@@ -163,8 +166,17 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         low, high = bootstrap_interval(values[known], None if groups is None else groups[known])
         return {"mean": float(values[known].mean()), "low": low, "high": high}
 
+    @torch.inference_mode()
     def forwards(reducer: Reducer, look: Callable[[VisionTransformer, Tensor], Any], title: str) -> list[Any]:
-        return _forwards(premise, model, reducer, split, chosen, look, title)
+        """Return what ``look`` sees in the patched model and its outputs, one result per batch."""
+        patch(model, reducer)
+        loaded, results = batches(split, chosen.tolist(), size, device, premise.num_workers, stop), []
+        for ids, images, _ in tqdm(loaded, title, total=-(-len(chosen) // size), leave=False, disable=None):
+            with image_ids(model, ids), exact(device):
+                outputs = model(images)
+            results.append(look(model, outputs))
+        unpatch(model)
+        return results
 
     probe = SimilarityProbe()
     seen = forwards(probe, lambda *_: dict(probe.similarity), "similarity")
@@ -192,29 +204,3 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
             costs.append({"mode": mode, "distance": d, **summary(kl_divergence(unmerged, merged).numpy())})
     frames = {"similarity": similarity, "regions": looks, "one_merge": costs}
     return {name: pd.DataFrame(rows).assign(n_images=len(chosen)) for name, rows in frames.items()}
-
-
-@torch.inference_mode()
-def _forwards(
-    premise: Premise,
-    model: VisionTransformer,
-    reducer: Reducer,
-    split: Split,
-    chosen: np.ndarray,
-    look: Callable[[VisionTransformer, Tensor], Any],
-    title: str,
-) -> list[Any]:
-    """Return what ``look`` sees in the patched model and its outputs, one result per batch."""
-    device = pick_device(premise.device)
-    size = premise.batch_size or pick_batch_size(device)
-    patch(model.to(device), reducer)
-    try:
-        loaded = batches(split, chosen.tolist(), size, device, premise.num_workers, stop)
-        results = []
-        for ids, images, _ in tqdm(loaded, title, total=-(-len(chosen) // size), leave=False, disable=None):
-            with image_ids(model, ids), exact(device):
-                outputs = model(images)
-            results.append(look(model, outputs))
-        return results
-    finally:
-        unpatch(model)

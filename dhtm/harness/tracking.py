@@ -1,6 +1,7 @@
 """Logging to Weights & Biases. A failure there is a warning and never ends what is logged."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -90,29 +91,39 @@ class TrackedEvaluation:
         Args:
             draw: makes pictures, each with a caption; called only if they are logged.
         """
-        self._do(lambda run: run.summary.update(metrics))
-        self._do(lambda run: _log_tokens(run, metrics["tokens_by_layer"]))
-        self._do(lambda run: run.log_artifact(_artifact(metrics["run_id"], folder)))
-        self._do(lambda run: _log_pictures(run, draw()))
+
+        def log_all(run: Any) -> None:
+            import wandb
+
+            run.summary.update(metrics)
+            run.define_metric("layer", hidden=True)
+            run.define_metric("tokens", step_metric="layer", summary="none")
+            for layer, n_tokens in enumerate(metrics["tokens_by_layer"], start=1):
+                run.log({"layer": layer, "tokens": n_tokens})
+            artifact = wandb.Artifact(f"run-{metrics['run_id']}", type="run")
+            for name in _FILES:
+                with artifact.new_file(name) as file:
+                    file.write(_portable((folder / name).read_text()))
+            artifact.add_file(str(folder / "predictions.parquet"))
+            run.log_artifact(artifact)
+            if pictures := draw():
+                run.log({"regions": [wandb.Image(image, caption=text) for image, text in pictures]})
+
+        self._do(log_all)
 
 
 @contextlib.contextmanager
 def track_evaluation(
-    tracker: Tracker | None,
-    settings: dict,
-    run_id: str,
-    trained: bool,
-    n_images: int,
-    done: pd.DataFrame,
-    ranks: Ranks,
+    evaluation: Any, run_id: str, trained: bool, n_images: int, done: pd.DataFrame, ranks: Ranks
 ) -> Iterator[TrackedEvaluation]:
     """Log an evaluation, from its first rank, to the W&B run that has the run's id; an evaluation that resumes continues it.
 
     Args:
-        settings: of the evaluation, as plain values.
+        evaluation: what is logged, with its ``tracker`` and ``settings()``.
         trained: whether its weights were trained with the method.
         n_images, done, ranks: as for :class:`TrackedEvaluation`.
     """
+    settings = evaluation.settings()
     method = settings["method"]
     knob = f" {method['knob']}={method[method['knob']]}" if method["knob"] else ""
     trained = " trained" if trained else ""
@@ -121,26 +132,32 @@ def track_evaluation(
         "name": f"{settings['backbone']['name']} {method['name']}{knob}{trained}, {settings['data']['name']}",
         "group": settings["experiment"],
         "job_type": "evaluation",
-        "config": _portable(settings),
-        "resume": "allow",
+        "config": json.loads(_portable(json.dumps(settings, ensure_ascii=False))),
     }
-    with _run(tracker if ranks.first else None, options) as do:
+    with _run(evaluation.tracker if ranks.first else None, options) as do:
         yield TrackedEvaluation(do, n_images, done, ranks.world)
 
 
 @contextlib.contextmanager
 def track_training(tracker: Tracker | None, settings: dict, name: str, log_id: str) -> Iterator[Callable[[dict], None]]:
     """Log a training: yield a function that takes the figures of one epoch. The same ``log_id`` continues the W&B run."""
-    options = {"id": log_id, "name": name, "job_type": "training", "config": _portable(settings), "resume": "allow"}
+    config = json.loads(_portable(json.dumps(settings, ensure_ascii=False)))
+    options = {"id": log_id, "name": name, "job_type": "training", "config": config}
     with _run(tracker, options) as do:
         yield lambda row: do(lambda run: run.log(row))
 
 
 def log_report(tracker: Tracker | None, tables: dict[str, pd.DataFrame], figures: dict[str, Path]) -> None:
     """Log the tables and figures of a report under their names, as the next step of the project's one report."""
-    options = {"id": "report", "name": "report", "job_type": "report", "resume": "allow"}
-    with _run(tracker, options) as do:
-        do(lambda run: _log_report(run, tables, figures))
+
+    def log_all(run: Any) -> None:
+        import wandb
+
+        run.log({name: wandb.Table(dataframe=table) for name, table in tables.items()})
+        run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+
+    with _run(tracker, {"id": "report", "name": "report", "job_type": "report"}) as do:
+        do(log_all)
 
 
 def is_logged_in() -> bool:
@@ -199,6 +216,7 @@ def _start(tracker: Tracker, options: dict[str, Any]) -> Any:
         "entity": tracker.entity,
         "dir": str(folder),
         "reinit": "create_new",
+        "resume": "allow",
         **options,
     }
     try:
@@ -214,46 +232,7 @@ def _mode(tracker: Tracker) -> str | None:
     return tracker.mode or os.environ.get("WANDB_MODE")
 
 
-def _log_tokens(run: Any, tokens_by_layer: list[int]) -> None:
-    run.define_metric("layer", hidden=True)
-    run.define_metric("tokens", step_metric="layer", summary="none")
-    for layer, n_tokens in enumerate(tokens_by_layer, start=1):
-        run.log({"layer": layer, "tokens": n_tokens})
-
-
-def _log_pictures(run: Any, pictures: list) -> None:
-    import wandb
-
-    if pictures:
-        run.log({"regions": [wandb.Image(image, caption=text) for image, text in pictures]})
-
-
-def _log_report(run: Any, tables: dict[str, pd.DataFrame], figures: dict[str, Path]) -> None:
-    import wandb
-
-    run.log({name: wandb.Table(dataframe=table) for name, table in tables.items()})
-    run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
-
-
-def _artifact(run_id: str, folder: Path) -> Any:
-    """Make an artifact of a run's directory; its config names the user's home by ~."""
-    import wandb
-
-    artifact = wandb.Artifact(f"run-{run_id}", type="run")
-    for name in _FILES:
-        with artifact.new_file(name) as file:
-            file.write(_portable((folder / name).read_text()))
-    artifact.add_file(str(folder / "predictions.parquet"))
-    return artifact
-
-
-def _portable(value: Any) -> Any:
-    """Return nested settings with ~ for the user's home, whose path may contain a name."""
-    if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    if not isinstance(value, str):
-        return value
+def _portable(text: str) -> str:
+    """Return a text with ~ for the user's home, whose path may contain a name."""
     home = str(Path.home())
-    return value if home == "/" else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", value)
+    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import pandas as pd
 import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.harness.tracking import Tracker, is_logged_in
 from dhtm.report.registry import entry_of
@@ -16,7 +15,7 @@ MAX_RUNS = 500  # in a panel; W&B's default is 10
 
 
 def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
-    """Save the dashboard as a view of the project's workspace, and return its address.
+    """Save the dashboard as a view of the project's workspace, each run in its method's colour; return its address.
 
     Args:
         tracker: whose project and entity it is.
@@ -29,15 +28,6 @@ def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
     runs = finished_runs(results_dir)
     if not is_logged_in():
         raise UserError("no login to W&B: run `wandb login` once, or set WANDB_API_KEY")
-    try:
-        entity = tracker.entity or wandb.Api().default_entity
-        return dashboard(entity, tracker.project, name, runs).save().url
-    except Exception as error:  # W&B's exceptions have no common base class
-        raise UserError(f"tracker.project={tracker.project}: W&B saved no dashboard ({one_line(error)})") from error
-
-
-def dashboard(entity: str, project: str, name: str, runs: pd.DataFrame) -> workspaces.Workspace:
-    """Make the dashboard; each of the runs has its method's colour, as in the figures."""
     flops, top1, kl = (panels.SummaryMetric(name) for name in ("flops_g", "top1", "kl"))
     bars = {"max_runs_to_show": MAX_RUNS, "max_bars_to_show": MAX_RUNS}
     lines = {"x": "layer", "y": ["tokens"], "max_runs_to_show": MAX_RUNS}
@@ -51,14 +41,17 @@ def dashboard(entity: str, project: str, name: str, runs: pd.DataFrame) -> works
     }
     whole = workspaces.SectionLayoutSettings(columns=1, rows=1)
     colours = {run.run_id: workspaces.RunSettings(color=entry_of(run.method).colour) for run in runs.itertuples()}
-    return workspaces.Workspace(
-        entity=entity,
-        project=project,
-        name=name,
-        sections=[
-            workspaces.Section(name=title, panels=[panel], is_open=True, layout_settings=whole)
-            for title, panel in sections.items()
-        ],
-        settings=workspaces.WorkspaceSettings(max_runs=MAX_RUNS),
-        runset_settings=workspaces.RunsetSettings(run_settings=colours),
-    )
+    sections = [
+        workspaces.Section(name=title, panels=[panel], is_open=True, layout_settings=whole)
+        for title, panel in sections.items()
+    ]
+    with explained(f"tracker.project={tracker.project}: W&B saved no dashboard"):
+        view = workspaces.Workspace(
+            entity=tracker.entity or wandb.Api().default_entity,
+            project=tracker.project,
+            name=name,
+            sections=sections,
+            settings=workspaces.WorkspaceSettings(max_runs=MAX_RUNS),
+            runset_settings=workspaces.RunsetSettings(run_settings=colours),
+        )
+        return view.save().url

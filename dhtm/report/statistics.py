@@ -1,7 +1,6 @@
 """Tests of whether a difference between two models is beyond chance, paired image by image."""
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -42,7 +41,7 @@ def compare_top1(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
     Raises:
         ValueError: they are not of the same images.
     """
-    return _compare(first, second, lambda predictions: predictions.correct.astype(int), scale=100)
+    return _compare(first, second, "correct", scale=100)
 
 
 def compare_kl(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
@@ -57,17 +56,15 @@ def compare_kl(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
     Raises:
         ValueError: they are not of the same images.
     """
-    return _compare(first, second, lambda predictions: predictions.kl, scale=1)
+    return _compare(first, second, "kl", scale=1)
 
 
-def _compare(
-    first: pd.DataFrame, second: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series], scale: int
-) -> Comparison:
-    """Compare a value of two runs. Images of one group are not independent: they are resampled and flipped together."""
+def _compare(first: pd.DataFrame, second: pd.DataFrame, column: str, scale: int) -> Comparison:
+    """Compare a column of two runs. Images of one group are not independent: they are resampled and flipped together."""
     first, second = first.sort_index(), second.sort_index()
     if not first.label.equals(second.label):
         raise ValueError("predictions of different images cannot be compared")
-    values = (value(first) - value(second)).to_numpy()
+    values = first[column].to_numpy(float) - second[column].to_numpy(float)
     groups = first.group.to_numpy() if "group" in first else None
     low, high = bootstrap_interval(values, groups)
     return Comparison(

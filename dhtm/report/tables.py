@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dhtm.harness.core.files import write_atomically
 from dhtm.report.registry import named
 from dhtm.report.statistics import LEVEL
+from dhtm.report.style import save_figure
 
 DASH = "–"
 FAITHFULNESS = ["kl", "kl_low", "kl_high", "agreement", "agreement_low", "agreement_high", "flips_won", "flips_lost"]
@@ -31,8 +33,8 @@ class Table:
     parts: list[tuple[str, pd.DataFrame]]
     notes: list[str]
 
-    def save(self, path: Path) -> None:
-        """Write ``path`` with the endings .csv, .md and .tex."""
+    def save(self, path: Path, figure: Figure | None = None) -> None:
+        """Write ``path`` with the endings .csv, .md and .tex and, for a figure, .pdf and .png."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for ending, text in (
             (".csv", self.data.to_csv(index=False, float_format="%.8g")),
@@ -40,6 +42,8 @@ class Table:
             (".tex", self.latex()),
         ):
             write_atomically(path.with_suffix(ending), lambda file, text=text: file.write_text(text, encoding="utf-8"))
+        if figure is not None:
+            save_figure(figure, path)
 
     def _printed(self) -> list[tuple[str, pd.DataFrame]]:
         return [(caption, frame.drop(columns="run", errors="ignore")) for caption, frame in self.parts]

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 from dhtm.harness.config import Visualization
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.data.photographs import decode
 from dhtm.harness.models.methods import Method, knob_text
 from dhtm.harness.models.weights import load_model
@@ -29,7 +29,7 @@ def visualize(wanted: Visualization) -> None:
         (method, *load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed))
         for method in wanted.methods
     ]
-    try:
+    with explained(f"output={wanted.output}: cannot be written"):
         if wanted.animate:
             frames = draw_merges(*models[0][:2], image)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]
@@ -37,8 +37,6 @@ def visualize(wanted: Visualization) -> None:
         else:
             rows = [(_title(method, weights is not None), model) for method, model, weights in models]
             draw_strips(rows, image).savefig(wanted.output)
-    except (OSError, ValueError) as error:
-        raise UserError(f"output={wanted.output}: cannot be written ({one_line(error)})") from error
 
 
 def draw_merges(method: Method, model: VisionTransformer, image: Image.Image) -> list[Image.Image]:
@@ -70,11 +68,8 @@ def _read(file: Path | None) -> Image.Image:
         from sklearn.datasets import load_sample_image  # here, because it takes a second
 
         return Image.fromarray(load_sample_image("china.jpg"))
-    try:
-        with file.open("rb") as opened:
-            return decode(opened)
-    except Exception as error:  # decoders raise exceptions of any kind for damaged files
-        raise UserError(f"image={file}: cannot be read ({one_line(error)})") from error
+    with explained(f"image={file}: cannot be read"), file.open("rb") as opened:
+        return decode(opened)
 
 
 def _title(method: Method, is_trained: bool) -> str:

@@ -99,7 +99,6 @@ def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(
     [
         ("runs=/nowhere.csv", "runs=/nowhere.csv: Path does not point to a file"),
         ("rounds=0", "rounds=0: Input should be greater than 0"),
-        ("scaling.ks=[196]", r"scaling.ks=\[196\]: each must be below the tokens of the smallest"),
     ],
 )
 def test_bad_options(composed, override, message):

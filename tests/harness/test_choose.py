@@ -92,9 +92,7 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
     assert list(chosen) == ["dhtm"] and chosen["dhtm"].setting == before.value
     (reported,) = frame[frame.part == "report"].itertuples()
     assert reported.value == before.value and reported.speedup > 0 and reported.latency_ms > 0
-    assert re.match(
-        r"method=random: no setting meets max_kl=0\.\d+; the smallest KL is 0\.\d+ \[.*at k = \d+ \(", missed
-    )
+    assert re.match(r"method=random: no setting meets max_kl=0\.\d+; nearest is kl=0\.\d+ \[.*at k = \d+ \(", missed)
     assert missed in choice_table(frame, [missed], bounded).markdown()
 
 
@@ -111,13 +109,6 @@ def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch
     monkeypatch.setattr(module, "time_methods", time_methods)
     _, chosen, _ = choose(on_digits("max_latency_ms=90.3", "data.limit=2"))
     assert chosen["dhtm"].setting == 20
-    load = itertools.repeat(1)
-    with pytest.raises(
-        UserError, match=r"max_latency_ms=100: the unmerged model needs 100\.0 ms .*, nothing has to be"
-    ):
-        choose(on_digits("max_latency_ms=100", "data.limit=2"))
-    with pytest.raises(UserError, match="data=digits: one image is too few"):
-        choose(on_digits("max_kl=1", "data.limit=1"))
 
 
 def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, caplog, tmp_path):

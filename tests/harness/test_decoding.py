@@ -1,14 +1,11 @@
 """Images of every kind are decoded as timm decodes them, and what is no image is refused."""
 
-import os
-import signal
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-import torch
 from forms import (
     CHOSEN,
     SYNSETS,
@@ -17,8 +14,7 @@ from forms import (
 from PIL import Image
 from timm.data import create_dataset
 
-from dhtm.harness.core.errors import UserError
-from dhtm.harness.data.splits import UnreadableError, load
+from dhtm.harness.data.splits import UnreadableError
 
 PNG = {"format": "PNG"}
 TURNED = Image.Exif()
@@ -77,16 +73,3 @@ def test_decompression_bombs_are_refused(size, tmp_path):
     split = opened(tmp_path, labels=f"{tmp_path}/labels.csv")
     with pytest.raises(UnreadableError, match=r"bomb\.png: .* pixels.*decompression bomb"):
         split.dataset[0]
-
-
-class Deadly(torch.utils.data.Dataset):
-    def __getitem__(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(1), 0
-
-
-def test_a_loading_process_that_is_killed_is_one_line():
-    batches = load(Deadly(), [[0, 1], [2, 3]], num_workers=2)
-    with pytest.raises(UserError, match=r"a process that loads images was killed, .* with num_workers=1"):
-        list(batches)

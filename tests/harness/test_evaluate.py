@@ -224,7 +224,7 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_pa
         (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
         (
             ["backbone.num_classes=7", "backbone.checkpoint=/no/such/file"],
-            r"backbone.checkpoint=/no/such/file: no such file",
+            r"backbone.checkpoint=/no/such/file: Path does not point to a file",
         ),
         (["backbone=deit_small"], r"pretrained weights are not available .*backbone.checkpoint=FILE"),
     ],

@@ -205,11 +205,11 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ),
         (
             {"labels": "{}/half.csv"},
-            r"data\.labels=.*half\.csv: it has no label for the image ILSVRC2012_val_0000000\d",
+            r"data\.labels=.*half\.csv: it has no label for the image \('ILSVRC2012_val_0000000\d'\)",
         ),
         ({"labels": "{}/broken.tar.gz"}, r"data\.labels=.*broken\.tar\.gz: cannot be read as labels"),
         ({"root": "{}/broken.tar"}, r"data\.root: .*broken\.tar: not a tar file, or damaged"),
-        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root=.*: .*shard-0\.tar does not exist"),
+        ({"root": "{}/shard-{{0..3}}.tar"}, r"data\.root: .*shard-0\.tar: .*No such file"),
         ({"root": "{}/broken.json"}, r"neither a folder nor a \.tar, \.parquet or \.arrow file"),
         ({"root": "{}/labels.parquet"}, r"data\.root=.*: none of its columns label has images"),
         ({"root": "hf://datasets/ILSVRC/imagenet-1k"}, r"data\.root=hf://.*: cannot be read \(.*"),
@@ -233,9 +233,9 @@ def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_p
 def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
     """By which every prediction would count as wrong."""
     orders = {
-        "sorted": (sorted(WORDS), "its 1000 classes .* in their order: number 0 is .*, not tench"),
+        "sorted": (sorted(WORDS), "its 1000 classes are not ImageNet-1K's in their order"),
         "turned": (WORDS[::-1], "its 1000 classes are not ImageNet-1K's in their order"),
-        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order: number 999 is none"),
+        "few": (WORDS[:999], "its 999 classes are not ImageNet-1K's in their order"),
     }
     for name, (names, message) in orders.items():
         (tmp_path / name).mkdir()

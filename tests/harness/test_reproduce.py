@@ -58,7 +58,7 @@ def test_differences_are_counted(copy, caplog):
 def test_what_is_no_finished_run_is_refused(copy, script, tmp_path):
     result = script("evaluate", f"--from={tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"error: {tmp_path}/config.yaml: missing or damaged (No such file or directory)" in result.stderr
+    assert f"error: {tmp_path}/config.yaml: missing or damaged ([Errno 2] No such file or directory" in result.stderr
     for override in ("data.size=3", "batch"):
         with pytest.raises(UserError, match=f"{override}: not of the run's config"):
             reproduce(copy, override)

@@ -134,7 +134,7 @@ def interrupt_the_next(monkeypatch):
     return asked
 
 
-def test_a_run_resumes_from_what_is_stored_and_damaged_shards_are_predicted_again(run, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_from_what_is_stored(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     expected, _ = run()
     asked = interrupt_the_next(monkeypatch)
@@ -142,14 +142,9 @@ def test_a_run_resumes_from_what_is_stored_and_damaged_shards_are_predicted_agai
         run(results=tmp_path / "runs")
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
     assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
-    os.truncate(shards[1], 100)
-    content = bytearray(shards[3].read_bytes())
-    content[len(content) // 3 : len(content) // 3 + 64] = bytes(64)
-    shards[3].write_bytes(content)
     rows, metrics = run(results=tmp_path / "runs")
-    assert asked[1] == [4, 5, 6, 7, 12, 13, 14, 15, *range(20, 40)]
-    assert "resuming after 12 of 40 images" in caplog.text
-    assert all(f"{shards[i].name}: damaged" in caplog.text for i in (1, 3))
+    assert asked[1] == list(range(20, 40))
+    assert "resuming after 20 of 40 images" in caplog.text
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["n_images"] == 40
 
@@ -263,7 +258,7 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(
-        UserError, match=r"cannot be written \(No space left on device\); what was stored before is kept"
+        UserError, match=r"cannot be written \(.*No space left on device\); what was stored before is kept"
     ):
         run(results=tmp_path / "runs")
     assert len(list(tmp_path.glob("runs/*/shards/*"))) >= 3

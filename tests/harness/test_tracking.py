@@ -245,10 +245,12 @@ def test_a_training_logs_its_epochs_and_continues_its_wandb_run(composed, tmp_pa
     wandb_options = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", f"output={tmp_path}/out"]
     training, top1 = config.training(composed(*options, *wandb_options, config_name="train")), trainer._top1
 
-    def stopped(training, model, validation, epoch, *rest):
-        if epoch == 2:
+    epochs = itertools.count(1)
+
+    def stopped(*arguments):
+        if next(epochs) == 2:
             raise KeyboardInterrupt
-        return top1(training, model, validation, epoch, *rest)
+        return top1(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "_top1", stopped)

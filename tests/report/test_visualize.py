@@ -108,7 +108,6 @@ def test_frames_are_the_regions_of_ever_larger_k(image):
     [
         (["image=/nowhere.jpg"], "image=/nowhere.jpg: cannot be read ("),
         ([f"image={__file__}"], f"image={__file__}: cannot be read ("),
-        (["output=regions.gif"], "output=regions.gif: it ends in .gif or .webp with animate=true"),
         (["animate=true", "output=x.gif", "methods=[tome]"], "method=tome: it does not merge pair by pair"),
         (["output=regions.xyz"], "output=regions.xyz: cannot be written ("),
     ],

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
+import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
@@ -26,7 +27,7 @@ REQUEUE = 75  # the exit code after a signal to stop, EX_TEMPFAIL of sysexits.h:
 
 
 def command(resumes: bool) -> Callable[[Callable], Callable]:
-    """Decorate the function behind a script: errors end it with one line and exit code 1, Ctrl-C with 130.
+    """Decorate a function: errors end the process with one line and exit code 1, Ctrl-C with 130.
 
     In a sweep, errors are left to :class:`dhtm.harness.sweeps.callback.Sweep`.
 
@@ -47,12 +48,15 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def start(main: Callable, resumes: bool) -> None:
-    """Run a script's main function, which Hydra has decorated, with the same boundary around Hydra itself."""
+def start(main: Callable, config_name: str, resumes: bool = False) -> None:
+    """Run a script's main function with the config of a name, which Hydra composes from the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
     logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
     register_resolvers()
-    command(resumes)(main)()
+    main = command(resumes)(
+        main
+    )  # once for the function, which a launcher calls in another process, once for Hydra itself
+    command(resumes)(hydra.main("../configs", config_name, version_base="1.3")(main))()
 
 
 def accept_method_lists() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import explained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,11 +24,9 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explained(f"device={name}: not available", remedy="; device=auto takes what is"):
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not available ({one_line(error)}); device=auto takes what is") from error
     return device
 
 

@@ -1,5 +1,9 @@
 """Errors that the user can fix, reported in one line."""
 
+import contextlib
+import textwrap
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A mistake that the user can fix. The message says what, where and how."""
@@ -13,6 +17,17 @@ class Preempted(BaseException):
     """The system asks the process to stop, by SIGTERM or by SIGUSR1, which SLURM sends first."""
 
 
+@contextlib.contextmanager
+def explained(what: str, kind: type[Exception] = Exception, remedy: str = "") -> Iterator[None]:
+    """Turn exceptions of a kind into UserErrors, which say what is wrong, why (in the library's words), and the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kind as error:
+        raise UserError(f"{what} ({one_line(error)}){remedy}") from error
+
+
 def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, for use inside another message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the beginning of an exception's message on one line, for use inside another message."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__

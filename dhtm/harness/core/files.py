@@ -12,28 +12,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import dhtm
-from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.errors import explained
 
 log = logging.getLogger(__name__)
 
 PROJECT = Path(dhtm.__file__).parent.parent  # the checkout, which holds configs/ and results/
 
 
-def expanded(path: str) -> Path:
-    """Return a path with ~ and ~user resolved."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such home directory; write the path in full") from None
-
-
 def require_writable(folder: Path, setting: str) -> None:
     """Make a folder if it does not exist; raise a UserError that names the setting if nothing can be written there."""
-    try:
+    with explained(f"{setting}: cannot write there", OSError, remedy="; choose another place"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{setting}: cannot write there ({error.strerror}); choose another place") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -55,20 +45,13 @@ def write_json(path: Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait.
-
-    Raises:
-        UserError: the lock file cannot be written.
-    """
+    """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait."""
     lock = FileLock(path)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info(message)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info(message)
+        lock.acquire()
     try:
         yield
     finally:

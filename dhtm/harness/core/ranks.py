@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import UserError
 
 
 def rank() -> int:
@@ -28,14 +27,8 @@ class Ranks:
     def __init__(self, device: str):
         self.world, self.rank = world_size(), rank()
         self.first = self.rank == 0
-        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        on_gpus = self.world > 1 and n_gpus > 0 and device in ("auto", "cuda")
-        if on_gpus and local >= n_gpus:
-            raise UserError(
-                f"device={device}: at least {local + 1} processes, but {n_gpus} GPUs; set torchrun's "
-                f"--nproc-per-node={n_gpus}, or device=cpu"
-            )
-        self.device = pick_device(f"cuda:{local}" if on_gpus else device)
+        on_gpus = self.world > 1 and torch.cuda.is_available() and device in ("auto", "cuda")
+        self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else device)
         if self.world > 1 and not dist.is_initialized():  # one group serves all runs of this process
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
@@ -52,8 +45,3 @@ class Ranks:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
-
-    def wait(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.barrier()

@@ -5,13 +5,9 @@ the next 256 images. A file is written under a temporary name and renamed, so a 
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
-import math
-import os
-import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import explained
 from dhtm.harness.core.files import locked, require_writable, write_atomically
 from dhtm.harness.data.splits import Split, UnreadableError, load
 
@@ -31,13 +27,12 @@ CHUNK = 256  # images in a file
 _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize differently
 
 
-def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
+def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
     """Return a split that reads its images from the cache, after filling what the cache lacks.
 
     Args:
         data: the data set that the split is of.
-        split: as opened for the whole preprocessing.
-        name: of the split.
+        split: its ``data.split``, as opened for the whole preprocessing.
         preprocessing: the backbone's, as timm resolves it.
         cache_dir: the folder of all caches.
         num_workers: processes that decode images; None for one per core.
@@ -53,7 +48,7 @@ def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, 
     kept = not split.in_memory and split.new_each_epoch is None
     if not kept or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
         return split
-    cropped = data.open(name, Compose([*crop, PILToTensor()])).dataset
+    cropped = data.open(data.split, Compose([*crop, PILToTensor()])).dataset
     # timm's transforms do not print the colour that they fill borders with.
     steps = [(str(step), getattr(step, "fill", None)) for step in crop]
     versions = {package: metadata.version(package) for package in _PACKAGES}
@@ -64,13 +59,9 @@ def cached(data, split: Split, name: str, preprocessing: dict, cache_dir: Path, 
     if images.missing():
         require_writable(images.folder, f"cache_dir={cache_dir}")
         with locked(images.folder / "lock", f"waiting for another process, which fills {images.folder}"):
-            try:
-                images.fill(math.prod(preprocessing["input_size"]), num_workers, data.name)
-            except OSError as error:
-                raise UserError(
-                    f"cache_dir={cache_dir}: {images.folder} cannot be written ({one_line(error)}); remove it and set "
-                    "cache_dir=null, or choose another place"
-                ) from error
+            remedy = "; remove it and set cache_dir=null, or choose another place"
+            with explained(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
+                images.fill(num_workers, data.name)
     mean, std = (
         torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std)
     )
@@ -110,7 +101,7 @@ class CachedImages(Dataset):
         """Return the numbers of the files that do not exist."""
         return [number for number in range(-(-len(self) // CHUNK)) if not self._file(number).exists()]
 
-    def fill(self, image_bytes: int, num_workers: int | None, name: str) -> None:
+    def fill(self, num_workers: int | None, name: str) -> None:
         """Decode the images whose files do not exist, and write the files.
 
         Raises:
@@ -120,8 +111,6 @@ class CachedImages(Dataset):
             file.unlink()
         missing = self.missing()
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(self))) for number in missing]
-        if shutil.disk_usage(self.folder).free < sum(map(len, chunks)) * image_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tqdm(total=sum(map(len, chunks)), desc=f"{name}: cache", unit=" images", disable=None) as bar:
             for number, batch in zip(missing, load(self.cropped, chunks, num_workers), strict=True):
                 if not batch.failed:
@@ -134,14 +123,10 @@ class CachedImages(Dataset):
 
     def _map(self, number: int) -> np.ndarray | None:
         file = self._file(number)
-        try:
-            return np.load(file, mmap_mode="c")  # "c" because PyTorch warns about arrays that cannot be written
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{file}: damaged ({one_line(error)}); remove it and run the same command again, or set cache_dir=null"
-            ) from error
+        with explained(f"{file}: damaged", remedy="; remove it and run the same command again, or set cache_dir=null"):
+            return np.load(file, mmap_mode="c")  # "c" because PyTorch warns about arrays that cannot be written
 
 
 def _normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Images in parquet or Arrow files as the Hugging Face hub stores them, local or on the hub, read by ``datasets``."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow.compute as pc
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.data.sources import SPLITS, Source
 
 HUB = "hf://datasets/"
@@ -26,13 +26,16 @@ class Table(Source):
     def __init__(self, root: str, table, files: list):
         import datasets
 
-        def has_images(name, kind):
-            return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-
-        def has_labels(name, kind):
-            return isinstance(kind, datasets.ClassLabel) or name in _LABELS
-
-        self.column, label = _column(table, root, "images", has_images), _column(table, root, "labels", has_labels)
+        images, labels = [], []  # the columns that have them
+        for name, kind in table.features.items():
+            if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
+                images.append(name)
+            elif isinstance(kind, datasets.ClassLabel) or name in _LABELS:
+                labels.append(name)
+        if not images or not labels:
+            missing = "labels" if images else "images"
+            raise UserError(f"data.root={root}: none of its columns {', '.join(table.features)} has {missing}")
+        self.column, label = images[0], labels[0]
         self.rows = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
         self.class_names = tuple(getattr(table.features[label], "names", None) or ()) or None
         chunks = self.rows.data.column(self.column).chunks  # mapped from the disk: images are not read
@@ -60,11 +63,9 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
         split: which to take of the hub's.
         files: parquet or Arrow files, all of the split.
     """
-    try:
+    with explained("data.root: parquet, Arrow and the hub need `datasets`", remedy=": pip install -e '.[hub]'"):
         import datasets
-    except ImportError:
-        raise UserError("data.root: parquet, Arrow and the hub need `datasets`: pip install -e '.[hub]'") from None
-    try:
+    with explained(f"data.root={root}: cannot be read"):
         if root.startswith(HUB):
             return Table(root, *_from_hub(datasets, root, split))
         if files:
@@ -74,10 +75,6 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
             table = datasets.load_from_disk(root)
             files = [Path(file["filename"]) for file in table.cache_files]
         return Table(root, table, [[file.name, file.stat().st_size] for file in files])
-    except UserError:
-        raise
-    except Exception as error:  # of files, the network, the hub
-        raise UserError(f"data.root={root}: cannot be read ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _from_hub(datasets, root: str, split: str) -> tuple:
@@ -92,10 +89,3 @@ def _from_hub(datasets, root: str, split: str) -> tuple:
     if all(file.endswith(".parquet") for file in files):  # by the data set's name all splits would be downloaded
         return datasets.load_dataset("parquet", data_files={found: files}, split=found), files
     return datasets.load_dataset(name, split=found), files
-
-
-def _column(table, root: str, what: str, has: Callable) -> str:
-    for name, kind in table.features.items():
-        if has(name, kind):
-            return name
-    raise UserError(f"data.root={root}: none of its columns {', '.join(table.features)} has {what}")

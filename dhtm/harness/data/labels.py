@@ -13,7 +13,7 @@ import numpy as np
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.data.sources import Source
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -73,15 +73,13 @@ def _numbers(names: Sequence[str], class_map: str | None) -> tuple[dict[str, int
         outputs = synsets()
     else:
         path = Path(class_map)
-        try:
+        remedy = (
+            "; give synsets, numbers, null, a .txt file with one class per line, or a .json file of classes and numbers"
+        )
+        with explained(f"data.class_map={class_map}: cannot be read", remedy=remedy):
             if path.suffix == ".json":
                 return {str(name): int(number) for name, number in json.loads(path.read_text()).items()}, None
             outputs = tuple(line.strip() for line in path.read_text().split("\n") if line.strip())
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"data.class_map={class_map}: cannot be read ({one_line(error)}); give synsets, numbers, null, a .txt file "
-                "with one class per line, or a .json file of classes and numbers"
-            ) from error
     return {name: number for number, name in enumerate(outputs)}, outputs
 
 
@@ -92,12 +90,7 @@ def _require_order(names: tuple[str, ...], root: str) -> None:
     differ = [_first_word(name) != _first_word(word) for name, word in zip(names, words, strict=False)]
     # The words for a few classes differ between sources; in another order nearly all do.
     if len(names) != len(words) or sum(differ) > len(words) // 10:
-        number = differ.index(True) if True in differ else min(len(names), len(words))
-        found, expected = (listed[number] if number < len(listed) else "none" for listed in (names, words))
-        raise UserError(
-            f"data.root: {root}: its {len(names)} classes are not ImageNet-1K's in their order: number {number} is "
-            f"{found}, not {expected}"
-        )
+        raise UserError(f"data.root: {root}: its {len(names)} classes are not ImageNet-1K's in their order")
 
 
 def _first_word(name: str) -> str:
@@ -128,15 +121,11 @@ def read_labels(source: Source, labels: str) -> np.ndarray:
         UserError: the file cannot be read, or lacks an image.
     """
     path = Path(labels)
-    try:
+    with explained(f"data.labels={labels}: cannot be read as labels"):
         devkit = path.is_dir() or path.name.endswith((".tar.gz", ".tgz"))
         classes = _devkit_labels(path) if devkit else _table_labels(path)
-    except (OSError, ValueError, KeyError, IndexError, tarfile.TarError) as error:
-        raise UserError(f"data.labels={labels}: cannot be read as labels ({one_line(error)})") from error
-    try:
+    with explained(f"data.labels={labels}: it has no label for the image", KeyError):
         found = [classes[_stem(name.decode(errors="replace"))] for name in source.names.tolist()]
-    except KeyError as error:
-        raise UserError(f"data.labels={labels}: it has no label for the image {error.args[0]}") from None
     return np.array([int(name) for name in found]) if all(name.isdecimal() for name in found) else np.array(found)
 
 

@@ -25,25 +25,7 @@ from dhtm.harness.data.splits import Split, UnreadableError
 
 @dataclass(frozen=True)
 class Photographs:
-    """A set of photographs: the config groups ``data=imagenet``, ``imagenette`` and ``imagefolder``.
-
-    Attributes:
-        name: for tables and messages.
-        root: a folder of class folders, of images, of tar files, of parquet or Arrow files, or one that has such a folder
-            for each split; or a tar file, or several by a pattern; or ``hf://datasets/<user>/<name>``.
-        split: what an evaluation takes; ignored where root has no splits.
-        train_split: what a training takes.
-        labels: a file of labels, see :func:`dhtm.harness.data.labels.read_labels`; None where the root has them.
-        class_map: how classes are numbered, see :func:`dhtm.harness.data.labels.number_classes`.
-        among: "all" outputs of the model count, or those of the "present" classes only, as is the custom for ImageNet-A
-            and -R.
-        real_labels: compare with the reassessed labels of ImageNet's validation images too.
-        on_error: what an evaluation does about images that cannot be read: "collect" their names and fail when the others
-            are predicted, or "skip" them.
-        limit: the first so many images only, in the order of the root.
-        holdout: keep every so many-th image of each class out of the training; they are the split "holdout". For choices
-            that must not be made on the images of the final test.
-    """
+    """A set of photographs, whose settings ``configs/data/imagefolder.yaml``, imagenet.yaml and imagenette.yaml explain."""
 
     name: str
     root: str | None
@@ -63,15 +45,7 @@ class Photographs:
         return "holdout" if self.holdout is not None else self.train_split
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open a split.
-
-        Args:
-            split: "val", for example.
-            transform: of an RGB PIL image.
-
-        Raises:
-            UserError: the photographs or their classes cannot be read.
-        """
+        """Open a split, "val" for example; the transform is of an RGB PIL image."""
         if self.root is None:
             raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
         of_training = self.holdout is not None and split in (self.train_split, "holdout")
@@ -98,16 +72,7 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Images:
-    """Any photographs, without labels: the config group ``data=images``.
-
-    Attributes:
-        name: for tables and messages.
-        root: a folder; the images may lie anywhere below it.
-        split: "all"; or "choose" and "report", every second image each, so that what is chosen on some images is reported on
-            others.
-        on_error: as for :class:`Photographs`.
-        limit: the first so many images of the split only, in the order of their paths.
-    """
+    """Any photographs, without labels; ``configs/data/images.yaml`` explains the settings."""
 
     name: str
     root: str | None
@@ -121,11 +86,7 @@ class Images:
         return "choose"
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open a split; its labels are all −1.
-
-        Raises:
-            UserError: there are no images.
-        """
+        """Open a split; its labels are all −1."""
         if self.root is None:
             raise UserError("data.root is not set: give a folder of images, data.root=DIR")
         source = Tree(Path(self.root))
@@ -261,8 +222,4 @@ def _matching(pattern: Path) -> list[Path]:
         return sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     first, last = braces.groups()
     numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    files = [Path(braces.string[: braces.start()] + number + braces.string[braces.end() :]) for number in numbers]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"data.root={pattern}: {missing[0]} does not exist")
-    return files
+    return [Path(braces.string[: braces.start()] + number + braces.string[braces.end() :]) for number in numbers]

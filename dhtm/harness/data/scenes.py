@@ -34,16 +34,7 @@ _INK = 0.2  # mean over a patch from which it is not ground
 
 @dataclass(frozen=True)
 class Digits:
-    """The embedded data set: the config group ``data=digits``.
-
-    Attributes:
-        name: for tables and messages.
-        split: what an evaluation takes.
-        train_split: what a training takes; every epoch has new scenes.
-        seed: fixes every pixel.
-        limit: the first so many scenes only; in training, of each epoch.
-        on_error: as for photographs; scenes can always be read.
-    """
+    """The embedded data set; ``configs/data/digits.yaml`` explains the settings."""
 
     name: str = "digits"
     split: str = "test"
@@ -58,11 +49,7 @@ class Digits:
         return "train"
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open the split "test" or "train".
-
-        Args:
-            transform: of a grey PIL image.
-        """
+        """Open the split "test" or "train"; the transform is of a grey PIL image."""
         if split not in _SPLITS:
             raise UserError(f"data.split={split}: the digits have data.split=test, and train")
         options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}

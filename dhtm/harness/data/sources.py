@@ -1,7 +1,7 @@
 """Where photographs come from: folders and tar files, each as a list of images.
 
 What the libraries would skip silently is an error here: ``tarfile``, and so WebDataset, takes a damaged header for the end of
-the file; ImageFolder ignores images beside class folders.
+the file.
 """
 
 import abc
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and their other names
 
@@ -97,11 +97,12 @@ class Folder(Files):
     """A folder of images, or of one folder per class."""
 
     def __init__(self, folder: Path):
-        files, classes = _images_in(folder), None
-        if files:
-            _require_no_classes(folder, files[0])
-        else:
-            files, classes = _by_class(folder)
+        files, classes = _images(folder.iterdir()), None
+        if not files:
+            with explained(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
+                listed = ImageFolder(str(folder))
+            files = [Path(file) for file, _ in listed.samples]
+            classes = [listed.classes[label] for _, label in listed.samples]
         super().__init__(folder, files, classes)
 
 
@@ -113,31 +114,15 @@ class Tree(Files):
     """
 
     def __init__(self, folder: Path):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+        files = _images(folder.rglob("*"))
         if not files:
             what = "no image in it" if folder.is_dir() else "no such directory"
             raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
         super().__init__(folder, files, None)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
-
-
-def _require_no_classes(folder: Path, stray: Path) -> None:
-    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if _images_in(inside):
-            raise UserError(
-                f"data.root: {folder}: {stray.name} lies beside folders of images like {inside.name}; remove it"
-            )
-
-
-def _by_class(folder: Path) -> tuple[list[Path], list[str]]:
-    try:
-        listed = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"data.root: {folder}: {one_line(error)}") from None
-    return [Path(file) for file, _ in listed.samples], [listed.classes[label] for _, label in listed.samples]
+def _images(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
 
 
 class Tars(Source):
@@ -196,15 +181,13 @@ class Tars(Source):
 
 
 def _members(file: Path) -> list[tarfile.TarInfo]:
-    try:
-        with tarfile.open(file, "r:") as tar:
-            members = [member for member in tar if member.isreg()]
-            _require_end(tar)
-            return members
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it ({one_line(error)})"
-        ) from error
+    with (
+        explained(f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it"),
+        tarfile.open(file, "r:") as tar,
+    ):
+        members = [member for member in tar if member.isreg()]
+        _require_end(tar)
+        return members
 
 
 def _require_end(tar: tarfile.TarFile) -> None:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,9 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
     Raises:
         UserError: the data set cannot be read, or does not fit the backbone.
     """
-    try:
+    options = " ".join(f"{key}={value}" for key, value in augmentation.items())
+    with explained(f"{options}: timm does not support this augmentation"):
         transform = create_transform(**preprocessing, **augmentation)
-    except Exception as error:  # timm checks options by assertions, conversions and look-ups
-        options = " ".join(f"{key}={value}" for key, value in augmentation.items())
-        raise UserError(f"{options}: timm does not support this augmentation ({one_line(error)})") from error
     opened = data.open(split, transform)
     if opened.n_classes > n_classes or (opened.classes is not None and opened.n_classes < n_classes):
         raise UserError(
@@ -101,11 +99,6 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
             f"{preprocessing['input_size'][0]}: choose a backbone for this data (backbone=...)"
         )
     return opened
-
-
-def describe(preprocessing: dict) -> str:
-    """Describe in one line what a backbone's preprocessing does to images."""
-    return ", ".join(str(step) for step in create_transform(**preprocessing).transforms)
 
 
 def choice_images(
@@ -165,25 +158,16 @@ def load(
         num_workers: processes that load them; None for one per core, up to 16.
 
     Raises:
-        UserError: the data set as a whole can no longer be read, or a loading process was killed.
+        UserError: the data set as a whole can no longer be read.
     """
     n_workers = min(16, _n_cores()) if num_workers is None else num_workers
     loader = DataLoader(
         _Indexed(dataset), batch_sampler=batches, collate_fn=_collate, num_workers=n_workers, pin_memory=pin_memory
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        # An error of the data set itself has "in DataLoader worker process".
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            "a process that loads images was killed, perhaps because memory ran out; run the same command again to resume, "
-            f"for example with num_workers={n_workers // 2}"
-        ) from error
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _n_cores() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
-from pydantic import PositiveInt
+from pydantic import FilePath, PositiveInt
 from pydantic.dataclasses import dataclass
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import HybridEmbed
@@ -17,7 +17,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 import dhtm
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.core.files import PROJECT
 
 EMBEDDED_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
@@ -85,7 +85,7 @@ class Backbone:
     name: str
     architecture: str
     num_classes: PositiveInt = 1000
-    checkpoint: Path | None = None
+    checkpoint: FilePath | None = None
 
     def __post_init__(self):
         if not timm.is_model(self.architecture):
@@ -93,85 +93,43 @@ class Backbone:
                 f"backbone.architecture={self.architecture}: timm has no such model; timm.list_models() names them"
             )
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019  the runs of a sweep follow each other and mostly share their backbone
     def bare(self) -> VisionTransformer:
         """Return the model without trained weights, in evaluation mode. It is shared: leave it as it is, or copy it."""
-        return _bare(self.architecture, self.num_classes)
+        return timm.create_model(self.architecture, pretrained=False, num_classes=self.num_classes).eval()
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019
     def load(self) -> VisionTransformer:
         """Return the model with its weights, in evaluation mode. It is shared: leave it as it is, or copy it.
 
         Raises:
             UserError: the weights are not available, cannot be read, or do not fit.
         """
-        return _load(self)
-
-
-@functools.lru_cache(maxsize=4)
-def _bare(architecture: str, num_classes: int) -> VisionTransformer:
-    return timm.create_model(architecture, pretrained=False, num_classes=num_classes).eval()
-
-
-@functools.lru_cache(maxsize=4)  # the runs of a sweep follow each other in one process and mostly share their backbone
-def _load(backbone: Backbone) -> VisionTransformer:
-    if backbone.checkpoint is not None:
-        model = copy.deepcopy(backbone.bare())
-        source = f"backbone.checkpoint={backbone.checkpoint}"
-        fit(model, _read(backbone.checkpoint, source), source, backbone.architecture)
-        return model
-    pretrained = timm.get_pretrained_cfg(backbone.architecture)
-    if pretrained and pretrained.num_classes != backbone.num_classes:
-        raise UserError(
-            f"backbone.num_classes={backbone.num_classes}: the pretrained weights of {backbone.architecture} have "
-            f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
-        )
-    try:
-        return timm.create_model(backbone.architecture, pretrained=True, num_classes=backbone.num_classes).eval()
-    except Exception as error:  # the hub's client raises whatever its transport does
-        raise UserError(
-            f"backbone {backbone.architecture}: its pretrained weights are not available ({type(error).__name__}: "
-            f"{one_line(error)}); give a local file, backbone.checkpoint=FILE"
-        ) from error
-
-
-def _read(checkpoint: Path, source: str) -> dict[str, torch.Tensor]:
-    try:
-        state = load_state_dict(str(checkpoint), weights_only=True, use_ema=False)
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
-    except Exception as error:  # the file may hold anything, and its readers raise as much
-        if "weights_only" in str(error):
-            what = "damaged, or holds more than weights, which is not loaded; save model.state_dict() by itself"
-        else:
-            what = f"cannot be read as weights, it may be damaged ({type(error).__name__}: {one_line(error)})"
-        raise UserError(f"{source}: {what}") from error
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{source}: holds no parameters; save model.state_dict()")
-    return state
+        if self.checkpoint is not None:
+            model, source = copy.deepcopy(self.bare()), f"backbone.checkpoint={self.checkpoint}"
+            with explained(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
+                state = load_state_dict(str(self.checkpoint), weights_only=True, use_ema=False)
+            fit(model, state, source, self.architecture)
+            return model
+        pretrained = timm.get_pretrained_cfg(self.architecture)
+        if pretrained and pretrained.num_classes != self.num_classes:
+            raise UserError(
+                f"backbone.num_classes={self.num_classes}: the pretrained weights of {self.architecture} have "
+                f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
+            )
+        remedy = "; give a local file, backbone.checkpoint=FILE"
+        with explained(f"backbone {self.architecture}: its pretrained weights are not available", remedy=remedy):
+            return timm.create_model(self.architecture, pretrained=True, num_classes=self.num_classes).eval()
 
 
 def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
     """Load a state dict, every parameter of it and no other.
 
     Raises:
-        UserError: parameters are missing, unknown or of another shape; the message begins with the source.
+        UserError: parameters are missing, unknown or of another shape.
     """
-    wanted = model.state_dict()
-    missing, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    if missing:
-        raise UserError(
-            f"{source}: not the weights of {name}: {len(missing)} parameters are missing, for example {min(missing)}"
-        )
-    if unknown:
-        raise UserError(
-            f"{source}: not the weights of {name}: {len(unknown)} parameters are unknown, for example {min(unknown)}"
-        )
-    for key, value in wanted.items():
-        if state[key].shape != value.shape:
-            hint = "; set backbone.num_classes" if key.startswith("head") else ""
-            raise UserError(
-                f"{source}: not the weights of {name}: {key} is {list(state[key].shape)}, not {list(value.shape)}{hint}"
-            )
-    model.load_state_dict(state)
+    with explained(f"{source}: not the weights of {name}", remedy="; backbone.num_classes sets the size of its head"):
+        model.load_state_dict(state)
 
 
 def weights_sha256(model: nn.Module) -> str:

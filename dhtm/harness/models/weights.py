@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dhtm.harness.core.errors import UnavailableError, UserError, one_line
+from dhtm.harness.core.errors import UnavailableError, UserError, explained
 from dhtm.harness.core.files import PROJECT, write_atomically
 from dhtm.harness.models.backbones import Backbone, fit
 from dhtm.harness.models.methods import Method
@@ -89,7 +89,7 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
     if method.checkpoint is None:
         return None
     if method.checkpoint != "trained":
-        return Path(method.checkpoint).expanduser()
+        return Path(method.checkpoint)
     name = backbone.name / method.place
     own = checkpoints_dir / name / "last.safetensors"
     for file in (own, *(PROJECT / "results" / folder / "weights" / f"{name}.safetensors" for folder in SHIPPED)):
@@ -105,11 +105,6 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
 
 
 def _read(file: Path, source: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise UserError(f"{source}: no such file")
-    try:
-        with safe_open(file, "pt") as content:
-            names = content.keys()
-            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
-    except Exception as error:  # the file may hold anything
-        raise UserError(f"{source}: not weights of scripts/train.py, or damaged ({one_line(error)})") from error
+    with explained(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
+        names = content.keys()
+        return {name: content.get_tensor(name) for name in names}, content.metadata() or {}

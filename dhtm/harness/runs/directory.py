@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import explained
 from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
-
-log = logging.getLogger(__name__)
 
 FAILED = "failed.csv"  # in a run's directory: the images that could not be read
 OUTPUTS = "outputs.parquet"  # of an unmerged run: its log-probabilities, with which other runs are compared
@@ -61,13 +58,8 @@ class RunDirectory:
             write_atomically(file, lambda path: _write(predictions, path))
 
     def predictions_so_far(self) -> pd.DataFrame:
-        """Return what :meth:`append` stored, one row per image; the images of a damaged shard are predicted again."""
-        shards = []
-        for file in sorted(self._shards.glob("[0-9]*.parquet")):
-            try:
-                shards.append(_read(file))
-            except (OSError, ValueError) as error:
-                log.warning("%s: damaged (%s), its images are predicted again", file, one_line(error))
+        """Return what :meth:`append` stored, one row per image."""
+        shards = [_read(file) for file in sorted(self._shards.glob("[0-9]*.parquet"))]
         if not shards:
             return pd.DataFrame(columns=["index"], dtype="int64")
         return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
@@ -77,15 +69,9 @@ class RunDirectory:
         (self.path / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self._shards, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); what was stored before is kept, the same command resumes "
-                "from there once this is fixed"
-            ) from error
+    def _writing(self) -> contextlib.AbstractContextManager:
+        remedy = "; what was stored before is kept, the same command resumes from there once this is fixed"
+        return explained(f"{self.path}: cannot be written", OSError, remedy=remedy)
 
     def list_failed(self, failed: list[UnreadableError]) -> None:
         """Write the list of the images that cannot be read; remove an earlier one if all can."""
@@ -136,14 +122,10 @@ def predictions(folder: Path) -> pd.DataFrame:
         UserError: the run is not finished, or its predictions are damaged.
     """
     file = folder / "predictions.parquet"
-    try:
+    with explained(f"{file}: missing or damaged", remedy="; compute the run again with force=true"):
         if _sha256(file) != _read_metrics(folder / "metrics.json")["predictions_sha256"]:
             raise ValueError("it has changed since the run")
         return _read(file).set_index("index").sort_index()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}: missing or damaged ({one_line(error)}); compute the run again with force=true"
-        ) from error
 
 
 def outputs(folder: Path) -> pd.DataFrame:
@@ -153,12 +135,8 @@ def outputs(folder: Path) -> pd.DataFrame:
         UserError: the run has none, or they are damaged.
     """
     file = folder / OUTPUTS
-    try:
+    with explained(f"{file}: missing or damaged", remedy="; compute the run again with method=unmerged force=true"):
         return _read(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: missing or damaged ({one_line(error)}); compute the run again with method=unmerged force=true"
-        ) from error
 
 
 def finished_runs(results_dir: Path) -> pd.DataFrame:
@@ -175,12 +153,8 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def _read_metrics(file: Path) -> dict:
-    try:
+    with explained(f"{file}: damaged", remedy="; remove it, or compute the run again with force=true"):
         return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{file}: damaged ({one_line(error)}); remove it, or compute the run again with force=true"
-        ) from error
 
 
 def _sha256(file: Path) -> str:

@@ -24,14 +24,14 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.data.cache import cached
 from dhtm.harness.data.scenes import Digits
-from dhtm.harness.data.splits import Split, UnreadableError, describe, open_split
+from dhtm.harness.data.splits import Split, UnreadableError, open_split
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import baseline_flops, flops
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.dense import N_PROBE, segmentation, segmenting
-from dhtm.harness.runs.directory import FAILED, RunDirectory
-from dhtm.harness.runs.faithfulness import Observe, UnmergedOutputs, keep
+from dhtm.harness.runs.directory import FAILED, RunDirectory, outputs
+from dhtm.harness.runs.faithfulness import Observe, comparing, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
 from dhtm.harness.runs.predict import predict_and_store
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
@@ -106,9 +106,8 @@ class _Prepared:
 
     def tracked(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
         """Log the run to the tracker, if there is one, where ``done`` are the predictions of an earlier process."""
-        settings, n_images = self.evaluation.settings(), len(self.split.dataset)
-        run_id = self.directory.path.name
-        return track_evaluation(self.evaluation.tracker, settings, run_id, self.trained, n_images, done, ranks)
+        run_id, n_images = self.directory.path.name, len(self.split.dataset)
+        return track_evaluation(self.evaluation, run_id, self.trained, n_images, done, ranks)
 
 
 def evaluate(
@@ -184,8 +183,6 @@ def _prepare(evaluation: Evaluation) -> _Prepared:
     directory = RunDirectory(evaluation.results_dir, run_id(**determinants))
     options = [method.name, method.unusual_options(), "trained" if trained_weights else ""]
     title = f"{backbone.name} · {' '.join(filter(None, options))} · {data.name}"
-    if not split.in_memory and (method == UNMERGED or trained_weights):  # others follow the unmerged model
-        log.info("%s: images as %s takes them: %s", title, backbone.name, describe(preprocessing))
     trained = trained_weights is not None
     return _Prepared(evaluation, title, directory, model, trained, preprocessing, split, determinants)
 
@@ -217,8 +214,7 @@ def _observer(prepared: _Prepared, ranks: Ranks) -> Observe | None:
         log.info("%s: the outputs of the unmerged model come first", prepared.title)
         unmerged = {"method": UNMERGED, "dtype": dtype, "target_pct": None, "force": False, "tracker": None}
         folder = evaluation.results_dir / evaluate(dataclasses.replace(evaluation, **unmerged))["run_id"]
-    outputs = UnmergedOutputs.load(folder)
-    return outputs.compare_and_keep if is_unmerged else outputs.compare
+    return comparing(outputs(folder), keeps=is_unmerged)
 
 
 def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:
@@ -251,7 +247,7 @@ def _predict_missing(
     split = prepared.split
     if evaluation.cache_dir is not None and missing:
         data = evaluation.data
-        split = cached(data, split, data.split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
+        split = cached(data, split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
     failed = {}
 
     def on_unreadable(unreadable: UnreadableError) -> None:
@@ -262,9 +258,8 @@ def _predict_missing(
     start = time.perf_counter()
     batch_size = predict_and_store(
         prepared.directory, evaluation.store_every_s, progress, prepared.model, split, missing[ranks.rank :: ranks.world],
-        evaluation.batch_size or pick_batch_size(ranks.device), device=ranks.device, dtype=DTYPES[evaluation.dtype],
-        title=prepared.title if ranks.first else None, num_workers=evaluation.num_workers, on_unreadable=on_unreadable,
-        observe=observe,
+        evaluation.batch_size or pick_batch_size(ranks.device), ranks.device, DTYPES[evaluation.dtype],
+        prepared.title if ranks.first else None, evaluation.num_workers, on_unreadable, observe,
     )  # fmt: skip
     everyone = ranks.gather((batch_size, failed))
     seconds = time.perf_counter() - start

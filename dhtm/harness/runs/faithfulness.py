@@ -3,17 +3,13 @@
 No labels are needed. The unmerged model's outputs are part of its own run directory, where every other run finds them.
 """
 
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-
-from dhtm.harness.runs.directory import outputs
 
 # Takes the indices [B], log-probabilities [B, C] and best classes [B] of a batch, returns columns for the predictions.
 Observe = Callable[[np.ndarray, Tensor, np.ndarray], dict[str, Any]]
@@ -34,37 +30,22 @@ def keep(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[s
     return {"kl": 0.0, "unmerged_class": best, "log_probabilities": list(rows)}
 
 
-@dataclasses.dataclass(frozen=True)
-class UnmergedOutputs:
-    """What the unmerged model says about the images of a split.
+def comparing(stored: pd.DataFrame, keeps: bool = False) -> Observe:
+    """Make an observer that returns KL(unmerged ‖ merged) in nats and the unmerged model's best class for each image.
 
-    Attributes:
-        index: the images, [n].
-        log_probabilities: float32 or float16 [n, C], over the outputs that count.
-        best: the class of the greatest, int64 [n].
+    Args:
+        stored: the unmerged model's outputs, as :func:`dhtm.harness.runs.directory.outputs` reads them.
+        keeps: also keep the outputs: for the unmerged model in another dtype, which is compared with float32.
     """
+    index, known = pd.Index(stored["index"]), np.stack(stored.log_probabilities)
+    unmerged_best = stored.class_1.to_numpy()
 
-    index: pd.Index
-    log_probabilities: np.ndarray
-    best: np.ndarray
-
-    @classmethod
-    def load(cls, folder: Path) -> "UnmergedOutputs":
-        """Read them from the directory of an unmerged run.
-
-        Raises:
-            UserError: they are missing or damaged.
-        """
-        stored = outputs(folder)
-        return cls(pd.Index(stored["index"]), np.stack(stored.log_probabilities), stored.class_1.to_numpy())
-
-    def compare(self, ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
-        """Return KL(unmerged ‖ merged) in nats and the unmerged model's best class for each image of a batch."""
-        rows = self.index.get_indexer(ids)
+    def compare(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
+        rows = index.get_indexer(ids)
         # Their probabilities sum to 1 after rounding to half precision too.
-        unmerged = torch.from_numpy(self.log_probabilities[rows]).float().log_softmax(dim=1)
-        return {"kl": kl_divergence(unmerged, log_probabilities.cpu()).numpy(), "unmerged_class": self.best[rows]}
+        unmerged = torch.from_numpy(known[rows]).float().log_softmax(dim=1)
+        kl = kl_divergence(unmerged, log_probabilities.cpu()).numpy()
+        kept = keep(ids, log_probabilities, best) if keeps else {}
+        return kept | {"kl": kl, "unmerged_class": unmerged_best[rows]}
 
-    def compare_and_keep(self, ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
-        """Do both: for the unmerged model in another dtype, which is compared with float32."""
-        return keep(ids, log_probabilities, best) | self.compare(ids, log_probabilities, best)
+    return compare

@@ -9,18 +9,17 @@ import contextlib
 import datetime
 import hashlib
 import importlib
-import itertools
 import json
 import logging
 import os
 import re
-import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -31,7 +30,7 @@ from omegaconf import DictConfig
 from dhtm.harness.core.command import command, register_resolvers
 from dhtm.harness.core.devices import take_gpu
 from dhtm.harness.core.errors import UserError, one_line
-from dhtm.harness.core.files import expanded, require_writable, write_json
+from dhtm.harness.core.files import require_writable, write_json
 from dhtm.harness.core.ranks import rank, world_size
 from dhtm.harness.sweeps import status
 
@@ -53,8 +52,7 @@ class Sweep(Callback):
 
     def __init__(self, root: str):
         self.root, self.folder, self.process = root, None, None
-        # The log of the run that this process carries out, and what to do when it ends.
-        self.log, self.end = None, None
+        self.end = None  # what to do when the run that this process carries out ends
 
     @command(resumes=False)  # Hydra would make a warning of an exception
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -66,7 +64,7 @@ class Sweep(Callback):
         typed = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
-        self.folder, self.process = expanded(self.root).absolute() / "sweeps" / name, os.getpid()
+        self.folder, self.process = Path(self.root).expanduser().absolute() / "sweeps" / name, os.getpid()
         if rank() > 0:
             return
         require_writable(self.folder, f"{setting}={self.root}")
@@ -100,7 +98,6 @@ class Sweep(Callback):
         self.end.callback(lock.release)
         handler = logging.FileHandler(log_file, mode="w")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.log = handler.stream
         self.end.callback(handler.close)
         root.addHandler(handler)
         self.end.callback(root.removeHandler, handler)
@@ -127,18 +124,19 @@ class Sweep(Callback):
         file = Path(os.environ[_RECORD])
         recorded = json.loads(file.read_text())
         if isinstance(outcome, BaseException):
-            reason = one_line(outcome)
-            if not isinstance(outcome, UserError):
-                traceback.print_exception(outcome, file=self.log)
-                reason = f"{type(outcome).__name__}: {reason}"
+            is_bug = not isinstance(outcome, UserError)
+            reason = (f"{type(outcome).__name__}: " if is_bug else "") + one_line(outcome)
             log.error("failed: %s", reason)
+            if is_bug:
+                with file.with_suffix(".log").open("a") as log_file:
+                    traceback.print_exception(outcome, file=log_file)
             record(state="failed", reason=reason)
         elif recorded["state"] == "running":
             before = outcome is not None and outcome["finished"] < recorded["started"]
             record(state="done", ended=_now(), before=before)
         del os.environ[_RECORD]
         self.end.close()
-        self.log, self.end = None, None
+        self.end = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Exit with code 1 unless every run is done, or was skipped as the config asks."""
@@ -161,13 +159,8 @@ def _runs(hydra: DictConfig) -> list[list[str]]:
     """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them."""
     given = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    choices = {}  # a later override takes the place of an earlier one of the same key
-    for override in parser.parse_overrides([*given, *hydra.overrides.task]):
-        swept = override.is_sweep_override()
-        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
-        key = override.get_key_element()
-        choices[key] = [f"{key}={value}" for value in values]
-    return [list(run) for run in itertools.product(*choices.values())]
+    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*given, *hydra.overrides.task]), None)
+    return [list(run) for run in runs]
 
 
 def _require_launcher(hydra: DictConfig) -> None:
@@ -177,8 +170,6 @@ def _require_launcher(hydra: DictConfig) -> None:
     except ImportError:
         extra = "ray" if name == "ray" else "harness"
         raise UserError(f"hydra/launcher={name}: {module} is not installed; pip install -e '.[{extra}]'") from None
-    if name == "submitit_slurm" and not shutil.which("srun"):
-        raise UserError(f"hydra/launcher={name}: there is no srun here; give the command on a machine of the cluster")
 
 
 def _now() -> str:

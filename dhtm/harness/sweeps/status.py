@@ -48,16 +48,12 @@ def table(folder: Path) -> str:
 def progress(folder: Path, number: int) -> str:
     """Say which of how many runs a sweep is at, and when it will be done if the rest takes as long as what is done."""
     runs = states(folder)
-    done = [run for run in runs if run["state"] == "done"]
-    if not done:
-        return f"run {number + 1} of {len(runs)}"
-    now, times = (
-        datetime.datetime.now(datetime.timezone.utc),
-        [[*map(_time, (run["started"], run["ended"]))] for run in done],
-    )
-    each = sum((ended - started for started, ended in times), datetime.timedelta()) / len(done)
-    ends = (now + each * (len(runs) - number)).astimezone()
-    return f"run {number + 1} of {len(runs)}; this sweep will be done at about {ends:%H:%M}"
+    took = [_time(run["ended"]) - _time(run["started"]) for run in runs if run["state"] == "done"]
+    text = f"run {number + 1} of {len(runs)}"
+    if not took:
+        return text
+    rest = sum(took, datetime.timedelta()) / len(took) * (len(runs) - number)
+    return f"{text}; this sweep will be done at about {datetime.datetime.now() + rest:%H:%M}"
 
 
 def run_file(folder: Path, number: int, ending: str) -> Path:
@@ -117,13 +113,6 @@ def _read(file: Path) -> dict | None:
         return None
 
 
-def _table_or_error(folder: Path) -> str:
-    try:
-        return table(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder}: damaged ({type(error).__name__}); remove it, and give the sweep's command again"
-
-
 def main() -> None:
     """Print the tables of all sweeps beside some results, the newest last."""
     parser = argparse.ArgumentParser(prog="status.py", description=f"Show the runs of sweeps: {', '.join(STATES)}.")
@@ -136,7 +125,7 @@ def main() -> None:
     files = sorted(folder.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         sys.exit(f"error: results_dir={root}: no sweep was started there; make sweep, or results_dir=DIR")
-    print(*(_table_or_error(file.parent) for file in files), sep="\n\n")
+    print(*(table(file.parent) for file in files), sep="\n\n")
 
 
 if __name__ == "__main__":

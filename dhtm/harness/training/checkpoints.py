@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.core.files import write_atomically
 from dhtm.harness.core.ranks import Ranks
 
@@ -40,33 +40,20 @@ def read_checkpoint(
     Raises:
         UserError: the checkpoint is damaged, or of a training with other settings.
     """
-    try:
+    with explained(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         before, history, log_id, random_states = (state[key] for key in ("config", "history", "log_id", "random"))
-    except Exception as error:  # the file may hold anything, and its readers raise as much
-        raise UserError(f"{file}: damaged ({one_line(error)}); remove it, or start again with force=true") from error
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(
                 f"{file}: started with {key}={before.get(key)}, not {key}={value}; set another output=DIR, or force=true to "
                 "start again"
             )
-    try:
+    with explained(f"{file}: does not fit this version of the code", remedy="; start again with force=true"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         _set_random_state(random_states[ranks.rank % len(random_states)], ranks.device)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file}: does not fit this version of the code ({one_line(error)}); start again with force=true"
-        ) from error
     return history, log_id
-
-
-def set_seed(seed: int) -> None:
-    """Seed every generator that augmentation, mixup and dropout draw from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

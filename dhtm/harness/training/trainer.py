@@ -20,6 +20,7 @@ from timm.data import Mixup, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,7 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explained
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.data.splits import Batch, Split, load, open_split
@@ -36,7 +37,7 @@ from dhtm.harness.models.methods import Method
 from dhtm.harness.models.weights import save_weights
 from dhtm.harness.runs.predict import predict
 from dhtm.harness.tracking import Tracker, track_training
-from dhtm.harness.training.checkpoints import random_state, read_checkpoint, set_seed, write_checkpoint
+from dhtm.harness.training.checkpoints import random_state, read_checkpoint, write_checkpoint
 from dhtm.vit import image_ids
 
 log = logging.getLogger(__name__)
@@ -128,14 +129,16 @@ def train(training: Training) -> dict:
     if n_updates == 0:
         raise UserError(f"batch_size={training.batch_size}: the training split has only {len(images.dataset)} images")
 
-    optimiser = _optimiser(training, model)
+    lr = training.base_lr * training.batch_size / 1024
+    with explained(f"optimiser={training.optimiser}: timm makes no such optimiser"):
+        optimiser = create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
     schedule, _ = create_scheduler_v2(
         optimiser, "cosine", training.epochs, warmup_epochs=training.warmup_epochs, warmup_lr=training.warmup_lr,
         min_lr=training.min_lr, step_on_epochs=False, updates_per_epoch=n_updates,
     )  # fmt: skip
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.amp == "float16")
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
-    set_seed(training.seed + ranks.rank)
+    random_seed(training.seed, ranks.rank)
     history, log_id = [], secrets.token_hex(4)
     if (folder / "last.pt").exists() and not training.force:
         history, log_id = read_checkpoint(folder / "last.pt", parts, training.determinants(), ranks)
@@ -164,42 +167,32 @@ def train(training: Training) -> dict:
                 "epoch": epoch,
                 "lr": optimiser.param_groups[0]["lr"],
                 "loss": loss,
-                "top1": _top1(training, model, validation, epoch, micro_batch, ranks),
+                "top1": _top1(training, model, validation, micro_batch, ranks),
                 "images_per_s": n_updates * training.batch_size / seconds,
             }
             history.append(row)
-            log.log(
-                logging.INFO if ranks.first else logging.DEBUG,
-                "%s, epoch %d of %d: loss %.4f, top-1 %.2f%%, %.0f images/s",
-                name, epoch, training.epochs, loss, row["top1"], row["images_per_s"],
-            )  # fmt: skip
             random_states = ranks.gather(random_state(ranks.device))
             if ranks.first:
+                log.info(
+                    "%s, epoch %d of %d: loss %.4f, top-1 %.2f%%, %.0f images/s",
+                    name, epoch, training.epochs, loss, row["top1"], row["images_per_s"],
+                )  # fmt: skip
                 _save_epoch(training, model, history, folder)
                 write_checkpoint(folder / "last.pt", parts, history, log_id, random_states, training.determinants())
                 report(row)
-            ranks.wait()
+            ranks.gather(None)  # the others wait until it is saved
     return history[-1]
 
 
-def _top1(
-    training: Training, model: VisionTransformer, validation: Split, epoch: int, micro_batch: int, ranks: Ranks
-) -> float:
+def _top1(training: Training, model: VisionTransformer, validation: Split, micro_batch: int, ranks: Ranks) -> float:
     """Return top-1 on the validation split in percent, as the runner evaluates it; each rank takes its share."""
     predictions = predict(
         model, validation, range(ranks.rank, len(validation.dataset), ranks.world),
         min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
         "validation" if ranks.first else None, training.num_workers,
     )  # fmt: skip
-    counts = [[len(part), int(part.correct.sum()), int(part.nonfinite.sum())] for part in predictions]
-    everyone = [count for counts in ranks.gather(counts) for count in counts]
-    n_images, n_correct, n_nonfinite = (sum(column) for column in zip(*everyone, strict=True))
-    if n_nonfinite:
-        raise UserError(
-            f"after epoch {epoch} the logits of {n_nonfinite} images are not finite: stopped, the checkpoint of the epoch "
-            f"before is kept; try a smaller base_lr={training.base_lr}, with force=true"
-        )
-    return 100 * n_correct / n_images
+    n_correct = sum(ranks.gather(sum(int(part.correct.sum()) for part in predictions)))
+    return 100 * n_correct / len(validation.dataset)
 
 
 def _one_epoch(
@@ -229,7 +222,8 @@ def _one_epoch(
             images, targets = (images, labels) if mixup is None else mixup(images, labels)
             smoothing = training.label_smoothing if mixup is None else 0.0  # mixup smooths its targets itself
             alone = contextlib.nullcontext() if complete or ranks.world == 1 else model.no_sync()
-            with alone, image_ids(parts["model"], ids), _out_of_memory(training, len(images), ranks):
+            full = explained("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
+            with alone, full, image_ids(parts["model"], ids):
                 with torch.autocast(ranks.device.type, DTYPES.get(training.amp), enabled=training.amp is not None):
                     loss = cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
                 parts["scaler"].scale(loss / training.accumulate).backward()
@@ -245,17 +239,6 @@ def _one_epoch(
                 bar.update()
                 bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
     return float(np.mean(ranks.gather(float(np.mean(losses)))))
-
-
-@contextlib.contextmanager
-def _out_of_memory(training: Training, n_images: int, ranks: Ranks) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"device={ranks.device}: out of memory with {n_images} images at once; the checkpoint of the last whole epoch is "
-            f"kept; take each update in more parts, for example accumulate={2 * training.accumulate}"
-        ) from error
 
 
 def _update(training: Training, parts: dict[str, Any], number: int) -> None:
@@ -285,14 +268,6 @@ def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, S
     if images.classes != validation.classes:
         raise UserError(f"{both} have different classes; make their folders the same")
     return images, validation
-
-
-def _optimiser(training: Training, model: nn.Module) -> torch.optim.Optimizer:
-    lr = training.base_lr * training.batch_size / 1024
-    try:
-        return create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
-    except Exception as error:  # an unknown name, or one that needs another package
-        raise UserError(f"optimiser={training.optimiser}: timm makes no such optimiser ({one_line(error)})") from error
 
 
 def _micro_batch(training: Training, world: int) -> int:

@@ -53,7 +53,10 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
     data = data[data[value].notna() & data.images_per_s.notna()]
     if value == "kl":  # which is zero, and has no logarithm, where nothing is merged
         data = data[(data.kl > 0) & (data.flops_reduction_pct > 0)]
-    chosen = [_choice(name, [ALL, *sorted(data[name].unique())]) for name in ("method", "backbone", "training", "data")]
+    chosen = []
+    for name in ("method", "backbone", "training", "data"):
+        choices = alt.binding_select(options=[ALL, *sorted(data[name].unique())], name=f"{name} ")
+        chosen.append(alt.param(name, bind=choices, value=ALL))
     cost = alt.param("cost", bind=alt.binding_select(options=list(COSTS), name="over "), value=next(iter(COSTS)))
     colours = data.groupby("method").colour.first()
     names, colours = list(colours.index), list(colours)
@@ -85,10 +88,6 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
         "autosize": {"type": "fit-x", "contains": "padding"},
         "usermeta": {"embedOptions": {"actions": False, "renderer": "svg"}},
     }
-
-
-def _choice(name: str, options: list[str]) -> alt.Parameter:
-    return alt.param(name, bind=alt.binding_select(options=options, name=f"{name} "), value=ALL)
 
 
 def _series_name(run: Any) -> str:

@@ -12,7 +12,6 @@ import jinja2
 import pandas as pd
 import torch
 import vl_convert
-from PIL import Image
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
@@ -22,7 +21,7 @@ from dhtm.harness.core.files import write_atomically
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.data.splits import Split, open_split
 from dhtm.harness.models.weights import load_model
-from dhtm.harness.runs.directory import finished_runs
+from dhtm.harness.runs.directory import finished_runs, predictions
 from dhtm.harness.sweeps.status import states
 from dhtm.report.page.charts import METRICS, chart, chart_data
 from dhtm.report.page.where import (
@@ -34,7 +33,6 @@ from dhtm.report.page.where import (
     most_changed,
     notable_images,
     object_regions,
-    predictions_of,
 )
 from dhtm.report.regions import draw_side_by_side
 from dhtm.report.registry import named
@@ -122,7 +120,8 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
         return None
     merged = frame[frame.method != "unmerged"]
-    found, parts = predictions_of(frame, results_dir), {}
+    found = {run.label: predictions(results_dir / run.run_id) for run in frame.itertuples()}
+    parts = {}
     if frame.top1.notna().all():
         parts["Top-1 by class, % with 95% intervals"] = by_class(found)
     notable = {}
@@ -170,7 +169,9 @@ def _pictures(
         picture, counts = draw_side_by_side(models, split, index)
         names = [f"{label} ({n} tokens)" for label, n in zip(labels, counts, strict=True)]
         title = f"Image {index}, {words}" if words else f"Image {index}"
-        pictures.append((_embedded(_png(picture)), f"{title}, and its regions under {', '.join(names)}"))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", optimize=True)
+        pictures.append((_embedded(buffer.getvalue()), f"{title}, and its regions under {', '.join(names)}"))
     return pictures
 
 
@@ -219,12 +220,6 @@ def _html(frame: pd.DataFrame) -> str:
         if column in shown:
             shown[column] = [form.format(run_id) if run_id else "" for run_id in shown[column]]
     return shown.rename(columns=html.escape).to_html(index=False, border=0, escape=False)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _embedded(png: bytes) -> str:

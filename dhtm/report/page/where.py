@@ -1,7 +1,6 @@
 """Where the accuracy goes: by class, by image, and between methods."""
 
 from itertools import combinations_with_replacement, pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dhtm.harness.data.scenes import PATCH_CLASSES, Digits
 from dhtm.harness.data.splits import Split, batches
-from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
 from dhtm.harness.runs.predict import stop
 from dhtm.report.registry import METHODS, entry_of
@@ -40,11 +38,6 @@ def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.
         return None, frame
     frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
     return target, frame.sort_values("method", key=lambda methods: methods.map(_place), kind="stable")
-
-
-def predictions_of(frame: pd.DataFrame, results_dir: Path) -> dict[str, pd.DataFrame]:
-    """Return the predictions of each run by its label, in the order of the runs."""
-    return {run.label: predictions(results_dir / run.run_id) for run in frame.itertuples()}
 
 
 def by_class(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
