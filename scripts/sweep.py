@@ -1,8 +1,8 @@
 """Run the paper's experiments (Tables 1 and 2, Figures 1 and 4), then the report: `python scripts/sweep.py key=value ...`.
 
-Overrides come from the command line or, for `make sweep`, from the environment's ARGS, quoted as in a shell. They go to
-the evaluations, and those that are the report's too go to it; experiment=NAME runs that one alone. In the end it tells what
-became of each run; the exit code is 1 if any failed.
+Overrides come from the command line or, for `make sweep`, from the variable ARGS of the environment, quoted as in a shell.
+The evaluations get all of them, and the report those that it knows; experiment=NAME runs that one alone. At the end the
+state of every run is printed. The exit code is 1 if any run failed.
 """
 
 import os
@@ -23,26 +23,26 @@ def key(override: str) -> str:
 
 
 def run(script: str, *arguments: str) -> int:
-    """The script's exit code, 0 or 1; any other, or a signal, ends this process too."""
+    """Run a script and return its exit code, 0 or 1; any other, or a signal, ends this process too."""
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
     for number in STOP:
-        signal.signal(number, lambda number, frame: process.send_signal(number))  # it stores what it has
+        signal.signal(number, lambda number, frame: process.send_signal(number))  # it saves what it has
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # which the script has got too, and says so
+    except KeyboardInterrupt:  # the script got it too, and reports it
         process.wait()
         raise
-    if -code in STOP:  # before it could store anything
+    if -code in STOP:  # before it could save anything
         sys.exit(REQUEUE)
     if code not in (0, 1):
         sys.exit(code if code > 0 else 128 - code)
     return code
 
 
-def begun(results: list[str]) -> dict[Path, int]:
-    """When each sweep beside the results was begun."""
+def started(results: list[str]) -> dict[Path, int]:
+    """Return when each sweep beside the results was started."""
     root = results[-1].partition("=")[2] if results else "results/runs"
-    root = Path(os.path.expanduser(root))  # noqa: PTH111, by which ~nobody is no error: evaluate.py tells it
+    root = Path(os.path.expanduser(root))  # noqa: PTH111, by which ~nobody is no error: evaluate.py reports it
     return {file: file.stat().st_mtime_ns for file in root.glob("sweeps/*/sweep.json")}
 
 
@@ -54,9 +54,9 @@ def main() -> None:
     results = [override for override in overrides if key(override) == "results_dir"]
     failed = False
     for experiment in experiments:
-        before = begun(results)
+        before = started(results)
         if run("evaluate.py", "-m", experiment, *shared):
-            if begun(results) == before:  # a mistake in the overrides, which it has told
+            if started(results) == before:  # a mistake in the overrides, which it has reported
                 sys.exit(1)
             failed = True
     failed |= bool(run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))

@@ -27,7 +27,7 @@ from dhtm.harness.runs.metrics import faithfulness
 from dhtm.thresholds import find_thresholds
 
 STEP = 10  # percent of the FLOPs, between the settings of the trade-off
-FINEST = 0.01  # percent; settings of a knob that are closer than this are not told apart
+FINEST = 0.01  # percent; settings of a knob that are closer than this are not distinguished
 BOUNDS = {"max_kl": "kl", "min_agreement": "agreement", "max_latency_ms": "latency_ms"}  # and what each one bounds
 _PARTS = {"choose": 0, "report": 1}  # the even and the odd images
 

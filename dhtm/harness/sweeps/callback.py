@@ -118,7 +118,7 @@ class Sweep(Callback):
         if rank() == 0:
             self._record_end(outcome)
         if failed and world_size() > 1:
-            sys.exit(1)  # torchrun's other processes are somewhere else in this run and cannot go on
+            sys.exit(1)  # torchrun's other processes are elsewhere in this run and cannot continue
 
     def _record_end(self, outcome: Any) -> None:
         file = Path(os.environ[_RECORD])

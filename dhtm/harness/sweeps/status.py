@@ -18,7 +18,7 @@ STATES = ("done", "skipped", "failed", "running", "stopped", "waiting")
 
 
 def states(folder: Path) -> list[dict]:
-    """Return what became of each run of a sweep, in order: ``state``, one of STATES, and what else was recorded."""
+    """Return the record of each run of a sweep, in order: its ``state``, one of STATES, and the other keys."""
     found = []
     for number in range(len(_read(folder / "sweep.json")["runs"])):
         run = _read(run_file(folder, number, "json")) or {"state": "waiting"}
@@ -57,7 +57,7 @@ def progress(folder: Path, number: int) -> str:
 
 
 def run_file(folder: Path, number: int, ending: str) -> Path:
-    """Return a file of one run of a sweep: json (what became of it), log, or lock (held while it is carried out)."""
+    """Return a file of one run of a sweep: json (its record), log, or lock (held while it is carried out)."""
     return folder / f"{number:03d}.{ending}"
 
 
