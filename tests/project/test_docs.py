@@ -41,7 +41,8 @@ KINDS = {
     "make sweep ": "composed",  # test_make_sweep has overrides too
     "make sweep": "sweep",
     "make status": "sweep",
-    'make bench ARGS="backbone=deit_base': "composed",  # the other one with overrides is run
+    'make bench ARGS="backbone=deit_base': "composed",  # that of deit_mini is run
+    'make bench ARGS="backbone.arch': "composed",
     "make bench ": "script",
     "make bench": "bench",
     "make test": "test",
