@@ -130,10 +130,9 @@ def test_batches_kernels_and_dtypes_agree(model, reducer):
     torch.testing.assert_close(half.float(), together, rtol=0, atol=0.5 * together.abs().max().item())
 
 
-@pytest.mark.parametrize("model", ["rope, mixed axes for each head"], indirect=True)
+@pytest.mark.parametrize("model", ["dinov3", "rope, mixed axes for each head"], indirect=True)
 @torch.no_grad()
 def test_compiled_and_exported(model):
-    """The model whose table of rotations differs from layer to layer and from head to head."""
     images = images_for(model)
     dhtm.patch(model, dhtm.DHTM(k=15, layers=(1, 3), proportional_attention=True))
     expected = model(images)
