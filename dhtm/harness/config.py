@@ -189,7 +189,7 @@ def _expanded(value: Any) -> Any:
         return [_expanded(item) for item in value]
     if not isinstance(value, str) or not value.startswith("~"):
         return value
-    with explained(value, RuntimeError):
+    with explained(value, RuntimeError, "; write the path in full"):
         return str(Path(value).expanduser())
 
 

@@ -134,7 +134,7 @@ def interrupt_the_next(monkeypatch):
     return asked
 
 
-def test_a_run_resumes_from_what_is_stored(run, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_from_what_is_stored_without_a_damaged_shard(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     expected, _ = run()
     asked = interrupt_the_next(monkeypatch)
@@ -142,9 +142,13 @@ def test_a_run_resumes_from_what_is_stored(run, tmp_path, monkeypatch, caplog):
         run(results=tmp_path / "runs")
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
     assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
+    os.truncate(shards[1], 100)
+    with pytest.raises(UserError, match=rf"{shards[1].name}: damaged .*; remove it, and the same command"):
+        run(results=tmp_path / "runs")
+    shards[1].unlink()
     rows, metrics = run(results=tmp_path / "runs")
-    assert asked[1] == list(range(20, 40))
-    assert "resuming after 20 of 40 images" in caplog.text
+    assert asked[1] == [4, 5, 6, 7, *range(20, 40)]
+    assert "resuming after 16 of 40 images" in caplog.text
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["n_images"] == 40
 

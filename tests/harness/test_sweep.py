@@ -235,6 +235,14 @@ def test_each_process_takes_the_gpu_that_fewest_others_have(tmp_path, monkeypatc
         process.kill()
 
 
+def test_a_damaged_sweep_is_named(tmp_path):
+    (tmp_path / "sweeps/table1-0").mkdir(parents=True)
+    (tmp_path / "sweeps/table1-0/sweep.json").write_text('{"runs": [["a"')
+    told = status(tmp_path)
+    assert told.stdout.startswith(f"{tmp_path}/sweeps/table1-0: damaged")
+    assert not told.stderr
+
+
 def test_the_status_of_nothing(tmp_path):
     told = status(tmp_path)
     assert (told.returncode, told.stderr.count("\n")) == (1, 1)

@@ -51,7 +51,6 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
 def start(main: Callable, config_name: str, resumes: bool = False) -> None:
     """Run a script's main function with the config of a name, which Hydra composes from the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
-    logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
     register_resolvers()
     main = command(resumes)(
         main
@@ -88,6 +87,7 @@ def _help_text(config_name: str) -> str:
 
 @contextlib.contextmanager
 def _boundary(resumes: bool) -> Iterator[None]:
+    logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
     kept = "; what is finished is kept, the same command resumes from there" if resumes else ""
     try:
         yield

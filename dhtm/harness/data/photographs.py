@@ -151,8 +151,8 @@ def _listed(root, split, labels, class_map) -> tuple[Source, np.ndarray, tuple[s
         labels = find_labels(Path(source.root))
         if labels is None:
             raise UserError(
-                f"data.root={root}: its images are not in class folders; give their classes by data.labels=FILE, the "
-                "ILSVRC2012 devkit or a CSV of file names and classes"
+                f"data.root={root}: its images, {source.name(0)} for example, are not in class folders; give their classes by "
+                "data.labels=FILE, the ILSVRC2012 devkit or a CSV of file names and classes"
             )
     class_names = source.class_names
     if labels is not None:

@@ -58,8 +58,15 @@ class RunDirectory:
             write_atomically(file, lambda path: _write(predictions, path))
 
     def predictions_so_far(self) -> pd.DataFrame:
-        """Return what :meth:`append` stored, one row per image."""
-        shards = [_read(file) for file in sorted(self._shards.glob("[0-9]*.parquet"))]
+        """Return what :meth:`append` stored, one row per image.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        shards = []
+        for file in sorted(self._shards.glob("[0-9]*.parquet")):
+            with explained(f"{file}: damaged", remedy="; remove it, and the same command predicts its images again"):
+                shards.append(_read(file))
         if not shards:
             return pd.DataFrame(columns=["index"], dtype="int64")
         return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)

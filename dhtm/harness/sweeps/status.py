@@ -113,6 +113,13 @@ def _read(file: Path) -> dict | None:
         return None
 
 
+def _table_or_error(folder: Path) -> str:
+    try:
+        return table(folder)
+    except ValueError as error:  # which must not hide the other sweeps
+        return f"{folder}: damaged ({error}); remove it, and give the sweep's command again"
+
+
 def main() -> None:
     """Print the tables of all sweeps beside some results, the newest last."""
     parser = argparse.ArgumentParser(prog="status.py", description=f"Show the runs of sweeps: {', '.join(STATES)}.")
@@ -125,7 +132,7 @@ def main() -> None:
     files = sorted(folder.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         sys.exit(f"error: results_dir={root}: no sweep was started there; make sweep, or results_dir=DIR")
-    print(*(table(file.parent) for file in files), sep="\n\n")
+    print(*(_table_or_error(file.parent) for file in files), sep="\n\n")
 
 
 if __name__ == "__main__":
