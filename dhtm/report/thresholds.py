@@ -36,7 +36,7 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
                 rows[-1] |= found
     if not rows:
         return None
-    data = pd.DataFrame(rows).drop(columns="knobs")
+    data = pd.DataFrame(rows).drop(columns=["knobs", "finished"])  # a time would differ in every repetition
     data["p_holm"], data["kl_p_holm"] = holm(data.p), holm(data.kl_p)
     keys = ["backbone", "data", "split", "n_images"]
     return Table(data, [_shown(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
