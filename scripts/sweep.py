@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STOP = (signal.SIGTERM, signal.SIGUSR1)
 REPORT_KEYS = {"results_dir", "output_dir", "tracker"}
 REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.core.command.REQUEUE
 
@@ -22,21 +21,32 @@ def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split(".")[0]
 
 
-def run(script: str, *arguments: str) -> int:
-    """Run a script and return its exit code, 0 or 1; any other, or a signal, ends this process too."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
-    for number in STOP:
-        signal.signal(number, lambda number, frame: process.send_signal(number))  # it saves what it has
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:  # the script got it too, and reports it
-        process.wait()
-        raise
-    if -code in STOP:  # before it could save anything
-        sys.exit(REQUEUE)
-    if code not in (0, 1):
-        sys.exit(code if code > 0 else 128 - code)
-    return code
+class Sweep:
+    """The script that is running, and whether the system wants this process to stop."""
+
+    def __init__(self):
+        self.process, self.stopped = None, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, frame) -> None:
+        self.stopped = True
+        if self.process:
+            self.process.send_signal(number)  # it saves what it has
+
+    def run(self, script: str, *arguments: str) -> int:
+        """Run a script and return its exit code, 0 or 1; any other, or a signal, ends this process too."""
+        if self.stopped:
+            sys.exit(REQUEUE)
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
+        try:
+            code = self.process.wait()
+        except KeyboardInterrupt:  # the script got it too, and reports it
+            self.process.wait()
+            raise
+        if self.stopped or code not in (0, 1):
+            sys.exit(REQUEUE if self.stopped else code if code > 0 else 128 - code)
+        return code
 
 
 def started(results: list[str]) -> dict[Path, int]:
@@ -52,15 +62,15 @@ def main() -> None:
     experiments = chosen or [f"experiment={name}" for name in ("figure1", "figure4", "table1", "table2")]
     shared = [override for override in overrides if key(override) not in ("experiment", "output_dir")]
     results = [override for override in overrides if key(override) == "results_dir"]
-    failed = False
+    sweep, failed = Sweep(), False
     for experiment in experiments:
         before = started(results)
-        if run("evaluate.py", "-m", experiment, *shared):
+        if sweep.run("evaluate.py", "-m", experiment, *shared):
             if started(results) == before:  # a mistake in the overrides, which it has reported
                 sys.exit(1)
             failed = True
-    failed |= bool(run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))
-    run("status.py", *results)
+    failed |= bool(sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))
+    sweep.run("status.py", *results)
     sys.exit(failed)
 
 
