@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -159,8 +159,13 @@ def _runs(hydra: DictConfig) -> list[list[str]]:
     """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them."""
     given = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    (runs,) = BasicSweeper.split_arguments(parser.parse_overrides([*given, *hydra.overrides.task]), None)
-    return [list(run) for run in runs]
+    choices = {}  # a later override takes the place of an earlier one of the same key
+    for override in parser.parse_overrides([*given, *hydra.overrides.task]):
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        key = override.get_key_element()
+        choices[key] = [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
 
 
 def _require_launcher(hydra: DictConfig) -> None:
