@@ -258,8 +258,9 @@ def _predict_missing(
     start = time.perf_counter()
     batch_size = predict_and_store(
         prepared.directory, evaluation.store_every_s, progress, prepared.model, split, missing[ranks.rank :: ranks.world],
-        evaluation.batch_size or pick_batch_size(ranks.device), ranks.device, DTYPES[evaluation.dtype],
-        prepared.title if ranks.first else None, evaluation.num_workers, on_unreadable, observe,
+        evaluation.batch_size or pick_batch_size(ranks.device), device=ranks.device, dtype=DTYPES[evaluation.dtype],
+        title=prepared.title if ranks.first else None, num_workers=evaluation.num_workers, on_unreadable=on_unreadable,
+        observe=observe,
     )  # fmt: skip
     everyone = ranks.gather((batch_size, failed))
     seconds = time.perf_counter() - start

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,7 +88,13 @@ def predict_and_store(
     split: Split,
     indices: Sequence[int],
     batch_size: int,
-    *options: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    title: str | None,
+    num_workers: int | None,
+    on_unreadable: Callable[[UnreadableError], None],
+    observe: Observe | None,
 ) -> int:
     """Predict images and store the predictions every so many seconds and at the end, also if an error or a signal ends it.
 
@@ -97,7 +102,7 @@ def predict_and_store(
 
     Args:
         progress: is called with every batch's predictions.
-        model, split, indices, batch_size, options: as for :func:`predict`.
+        model, split, indices, batch_size and the rest: as for :func:`predict`.
 
     Returns:
         The batch size that was possible.
@@ -117,6 +122,7 @@ def predict_and_store(
 
     while indices:
         try:
+            options = (device, dtype, title, num_workers, on_unreadable, observe)
             for part in predict(model, split, indices, batch_size, *options):
                 fresh.append(part)
                 progress(part)
