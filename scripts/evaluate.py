@@ -47,4 +47,5 @@ if __name__ == "__main__":
     given, overrides = parser.parse_known_args()
     if given.folder is not None:
         command(resumes=True)(again)(given.folder, overrides)
-    start(main, "evaluate", resumes=True)
+    else:
+        start(main, "evaluate", resumes=True)

@@ -132,7 +132,7 @@ def track_evaluation(
         "name": f"{settings['backbone']['name']} {method['name']}{knob}{trained}, {settings['data']['name']}",
         "group": settings["experiment"],
         "job_type": "evaluation",
-        "config": json.loads(_portable(json.dumps(settings, ensure_ascii=False))),
+        "config": _portable_settings(settings),
     }
     with _run(evaluation.tracker if ranks.first else None, options) as do:
         yield TrackedEvaluation(do, n_images, done, ranks.world)
@@ -141,8 +141,7 @@ def track_evaluation(
 @contextlib.contextmanager
 def track_training(tracker: Tracker | None, settings: dict, name: str, log_id: str) -> Iterator[Callable[[dict], None]]:
     """Log a training: yield a function that takes the figures of one epoch. The same ``log_id`` continues the W&B run."""
-    config = json.loads(_portable(json.dumps(settings, ensure_ascii=False)))
-    options = {"id": log_id, "name": name, "job_type": "training", "config": config}
+    options = {"id": log_id, "name": name, "job_type": "training", "config": _portable_settings(settings)}
     with _run(tracker, options) as do:
         yield lambda row: do(lambda run: run.log(row))
 
@@ -230,6 +229,10 @@ def _start(tracker: Tracker, options: dict[str, Any]) -> Any:
 
 def _mode(tracker: Tracker) -> str | None:
     return tracker.mode or os.environ.get("WANDB_MODE")
+
+
+def _portable_settings(settings: dict) -> dict:
+    return json.loads(_portable(json.dumps(settings, ensure_ascii=False)))
 
 
 def _portable(text: str) -> str:

@@ -29,7 +29,7 @@ def visualize(wanted: Visualization) -> None:
         (method, *load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed))
         for method in wanted.methods
     ]
-    with explained(f"output={wanted.output}: cannot be written"):
+    with explained(f"output={wanted.output}: cannot be written", (OSError, ValueError)):
         if wanted.animate:
             frames = draw_merges(*models[0][:2], image)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]

@@ -52,9 +52,7 @@ def start(main: Callable, config_name: str, resumes: bool = False) -> None:
     """Run a script's main function with the config of a name, which Hydra composes from the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
     register_resolvers()
-    main = command(resumes)(
-        main
-    )  # once for the function, which a launcher calls in another process, once for Hydra itself
+    main = command(resumes)(main)  # which a launcher may call in another process
     command(resumes)(hydra.main("../configs", config_name, version_base="1.3")(main))()
 
 

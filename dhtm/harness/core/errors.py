@@ -18,7 +18,9 @@ class Preempted(BaseException):
 
 
 @contextlib.contextmanager
-def explained(what: str, kind: type[Exception] = Exception, remedy: str = "") -> Iterator[None]:
+def explained(
+    what: str, kind: type[Exception] | tuple[type[Exception], ...] = Exception, remedy: str = ""
+) -> Iterator[None]:
     """Turn exceptions of a kind into UserErrors, which say what is wrong, why (in the library's words), and the remedy."""
     try:
         yield
