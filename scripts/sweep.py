@@ -49,7 +49,7 @@ class Sweep:
         return code
 
 
-def started(results: list[str]) -> dict[Path, int]:
+def start_times(results: list[str]) -> dict[Path, int]:
     """Return when each sweep beside the results was started."""
     root = results[-1].partition("=")[2] if results else "results/runs"
     root = Path(os.path.expanduser(root))  # noqa: PTH111, by which ~nobody is no error: evaluate.py reports it
@@ -64,9 +64,9 @@ def main() -> None:
     results = [override for override in overrides if key(override) == "results_dir"]
     sweep, failed = Sweep(), False
     for experiment in experiments:
-        before = started(results)
+        before = start_times(results)
         if sweep.run("evaluate.py", "-m", experiment, *shared):
-            if started(results) == before:  # a mistake in the overrides, which it has reported
+            if start_times(results) == before:  # a mistake in the overrides, which it has reported
                 sys.exit(1)
             failed = True
     failed |= bool(sweep.run("report.py", *(override for override in overrides if key(override) in REPORT_KEYS)))

@@ -126,14 +126,14 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     of_number = counted(method) if method.knob == "threshold" else method
     images = None if of_number is method else _images(choice, "choose", backbone.load())
 
-    def solved(reduction_pct: float) -> Method | None:
+    def solve_for(reduction_pct: float) -> Method | None:
         try:
             return solve(backbone, of_number, Target(reduction_pct=reduction_pct))[0]
         except UnavailableError:
             return None
 
     def at(reduction_pct: float) -> Method | None:
-        found = solved(reduction_pct)
+        found = solve_for(reduction_pct)
         return found if found is None or of_number is method else by_threshold(found)
 
     @functools.cache
@@ -154,7 +154,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
             return row["latency_ms"] <= limit
         return row["kl_high"] > limit if key == "max_kl" else row["agreement_low"] < limit
 
-    points = _reachable(lambda reduction_pct: solved(reduction_pct) is not None)
+    points = _reachable(lambda reduction_pct: solve_for(reduction_pct) is not None)
     if points[-1] == 0:
         solve(backbone, of_number, Target(reduction_pct=STEP))  # the error names the range
     before, after = boundary(saves_enough, at, points)

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.core.files import locked, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
@@ -100,10 +100,10 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
         UserError: the directory has no readable config, or an override is not one of its keys.
     """
     file = folder / "config.yaml"
-    with explained(f"{file}: missing or damaged", remedy="; give a finished run's directory"):
+    with explain(f"{file}: missing or damaged", remedy="; give a finished run's directory"):
         config = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
         OmegaConf.set_struct(config, True)
-    with explained(f"{' '.join(overrides)}: not of the run's config", remedy="; give key=value"):
+    with explain(f"{' '.join(overrides)}: not of the run's config", remedy="; give key=value"):
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
     return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
 
@@ -179,17 +179,17 @@ def call(function: Callable, config: DictConfig) -> Any:
 
 def _values(config: DictConfig) -> dict[str, Any]:
     """Return a config as plain values, with ~ resolved in every text that starts with it."""
-    return _expanded(OmegaConf.to_container(config, resolve=True))
+    return _expand_home(OmegaConf.to_container(config, resolve=True))
 
 
-def _expanded(value: Any) -> Any:
+def _expand_home(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _expanded(item) for key, item in value.items()}
+        return {key: _expand_home(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expanded(item) for item in value]
+        return [_expand_home(item) for item in value]
     if not isinstance(value, str) or not value.startswith("~"):
         return value
-    with explained(value, RuntimeError, "; write the path in full"):
+    with explain(value, RuntimeError, "; write the path in full"):
         return str(Path(value).expanduser())
 
 
@@ -217,7 +217,7 @@ def _method(values: dict[str, Any]) -> Method:
 
 def _data(values: dict[str, Any]) -> Any:
     target = values.pop("_target_")
-    with explained(f"data._target_={target}: cannot be imported"):
+    with explain(f"data._target_={target}: cannot be imported"):
         data = resolve_name(target)
     return _typed(data, values, "data")
 

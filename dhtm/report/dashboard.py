@@ -6,7 +6,7 @@ import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.harness.tracking import Tracker, is_logged_in
 from dhtm.report.registry import entry_of
@@ -45,7 +45,7 @@ def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
         workspaces.Section(name=title, panels=[panel], is_open=True, layout_settings=whole)
         for title, panel in sections.items()
     ]
-    with explained(f"tracker.project={tracker.project}: W&B saved no dashboard"):
+    with explain(f"tracker.project={tracker.project}: W&B saved no dashboard"):
         view = workspaces.Workspace(
             entity=tracker.entity or wandb.Api().default_entity,
             project=tracker.project,

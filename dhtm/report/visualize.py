@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
 from dhtm.harness.config import Visualization
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.data.photographs import decode
 from dhtm.harness.models.methods import Method, knob_text
 from dhtm.harness.models.weights import load_model
@@ -29,7 +29,7 @@ def visualize(wanted: Visualization) -> None:
         (method, *load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed))
         for method in wanted.methods
     ]
-    with explained(f"output={wanted.output}: cannot be written", (OSError, ValueError)):
+    with explain(f"output={wanted.output}: cannot be written", (OSError, ValueError)):
         if wanted.animate:
             frames = draw_merges(*models[0][:2], image)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]
@@ -68,7 +68,7 @@ def _read(file: Path | None) -> Image.Image:
         from sklearn.datasets import load_sample_image  # here, because it takes a second
 
         return Image.fromarray(load_sample_image("china.jpg"))
-    with explained(f"image={file}: cannot be read"), file.open("rb") as opened:
+    with explain(f"image={file}: cannot be read"), file.open("rb") as opened:
         return decode(opened)
 
 

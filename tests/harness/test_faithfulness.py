@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 import dhtm
 from dhtm.harness.data.scenes import Digits
-from dhtm.harness.runs.faithfulness import comparing, keep
+from dhtm.harness.runs.faithfulness import compare_with, keep
 from dhtm.harness.runs.metrics import faithfulness
 
 
@@ -105,7 +105,7 @@ def test_of_many_classes_half_precision_is_kept():
     kept = keep(ids, unmerged.log_softmax(dim=1), best)["log_probabilities"]
     assert sum(row.nbytes for row in kept) == 4 * 2000, "100 MB for the 50,000 images of ImageNet"
     stored = pd.DataFrame({"index": ids, "class_1": best, "log_probabilities": kept})
-    found = comparing(stored)(ids, merged.log_softmax(dim=1), best)
+    found = compare_with(stored)(ids, merged.log_softmax(dim=1), best)
     p, q = (log_softmax(logits.double().numpy(), axis=1) for logits in (unmerged, merged))
     assert found["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1), rel=0.02)
 

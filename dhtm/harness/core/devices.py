@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dhtm.harness.core.errors import explained
+from dhtm.harness.core.errors import explain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with explained(f"device={name}: not available", remedy="; device=auto takes what is"):
+    with explain(f"device={name}: not available", remedy="; device=auto takes what is"):
         device = torch.device(name)
         torch.empty(1, device=device).item()
     return device

@@ -18,7 +18,7 @@ class Preempted(BaseException):
 
 
 @contextlib.contextmanager
-def explained(
+def explain(
     what: str, kind: type[Exception] | tuple[type[Exception], ...] = Exception, remedy: str = ""
 ) -> Iterator[None]:
     """Turn exceptions of a kind into UserErrors, which say what is wrong, why (in the library's words), and the remedy."""

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import dhtm
-from dhtm.harness.core.errors import explained
+from dhtm.harness.core.errors import explain
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ PROJECT = Path(dhtm.__file__).parent.parent  # the checkout, which holds configs
 
 def require_writable(folder: Path, setting: str) -> None:
     """Make a folder if it does not exist; raise a UserError that names the setting if nothing can be written there."""
-    with explained(f"{setting}: cannot write there", OSError, remedy="; choose another place"):
+    with explain(f"{setting}: cannot write there", OSError, remedy="; choose another place"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
-from dhtm.harness.core.errors import explained
+from dhtm.harness.core.errors import explain
 from dhtm.harness.core.files import locked, require_writable, write_atomically
 from dhtm.harness.data.splits import Split, UnreadableError, load
 
@@ -60,7 +60,7 @@ def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers
         require_writable(images.folder, f"cache_dir={cache_dir}")
         with locked(images.folder / "lock", f"waiting for another process, which fills {images.folder}"):
             remedy = "; remove it and set cache_dir=null, or choose another place"
-            with explained(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
+            with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
                 images.fill(num_workers, data.name)
     mean, std = (
         torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std)
@@ -125,7 +125,7 @@ class CachedImages(Dataset):
         file = self._file(number)
         if not file.exists():
             return None
-        with explained(f"{file}: damaged", remedy="; remove it and run the same command again, or set cache_dir=null"):
+        with explain(f"{file}: damaged", remedy="; remove it and run the same command again, or set cache_dir=null"):
             return np.load(file, mmap_mode="c")  # "c" because PyTorch warns about arrays that cannot be written
 
 

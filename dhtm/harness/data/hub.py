@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import pyarrow.compute as pc
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.data.sources import SPLITS, Source
 
 HUB = "hf://datasets/"
@@ -63,9 +63,9 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
         split: which to take of the hub's.
         files: parquet or Arrow files, all of the split.
     """
-    with explained("data.root: parquet, Arrow and the hub need `datasets`", remedy=": pip install -e '.[hub]'"):
+    with explain("data.root: parquet, Arrow and the hub need `datasets`", remedy=": pip install -e '.[hub]'"):
         import datasets
-    with explained(f"data.root={root}: cannot be read"):
+    with explain(f"data.root={root}: cannot be read"):
         if root.startswith(HUB):
             return Table(root, *_from_hub(datasets, root, split))
         if files:

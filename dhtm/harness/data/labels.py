@@ -13,7 +13,7 @@ import numpy as np
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.data.sources import Source
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -76,7 +76,7 @@ def _numbers(names: Sequence[str], class_map: str | None) -> tuple[dict[str, int
         remedy = (
             "; give synsets, numbers, null, a .txt file with one class per line, or a .json file of classes and numbers"
         )
-        with explained(f"data.class_map={class_map}: cannot be read", remedy=remedy):
+        with explain(f"data.class_map={class_map}: cannot be read", remedy=remedy):
             if path.suffix == ".json":
                 return {str(name): int(number) for name, number in json.loads(path.read_text()).items()}, None
             outputs = tuple(line.strip() for line in path.read_text().split("\n") if line.strip())
@@ -121,10 +121,10 @@ def read_labels(source: Source, labels: str) -> np.ndarray:
         UserError: the file cannot be read, or lacks an image.
     """
     path = Path(labels)
-    with explained(f"data.labels={labels}: cannot be read as labels"):
+    with explain(f"data.labels={labels}: cannot be read as labels"):
         devkit = path.is_dir() or path.name.endswith((".tar.gz", ".tgz"))
         classes = _devkit_labels(path) if devkit else _table_labels(path)
-    with explained(f"data.labels={labels}: it has no label for the image", KeyError):
+    with explain(f"data.labels={labels}: it has no label for the image", KeyError):
         found = [classes[_stem(name.decode(errors="replace"))] for name in source.names.tolist()]
     return np.array([int(name) for name in found]) if all(name.isdecimal() for name in found) else np.array(found)
 

@@ -18,7 +18,7 @@ import numpy as np
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and their other names
 
@@ -99,7 +99,7 @@ class Folder(Files):
     def __init__(self, folder: Path):
         files, classes = _images(folder.iterdir()), None
         if not files:
-            with explained(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
+            with explain(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
                 listed = ImageFolder(str(folder))
             files = [Path(file) for file, _ in listed.samples]
             classes = [listed.classes[label] for _, label in listed.samples]
@@ -182,7 +182,7 @@ class Tars(Source):
 
 def _members(file: Path) -> list[tarfile.TarInfo]:
     with (
-        explained(f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it"),
+        explain(f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it"),
         tarfile.open(file, "r:") as tar,
     ):
         members = [member for member in tar if member.isreg()]

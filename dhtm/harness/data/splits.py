@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
         UserError: the data set cannot be read, or does not fit the backbone.
     """
     options = " ".join(f"{key}={value}" for key, value in augmentation.items())
-    with explained(f"{options}: timm does not support this augmentation"):
+    with explain(f"{options}: timm does not support this augmentation"):
         transform = create_transform(**preprocessing, **augmentation)
     opened = data.open(split, transform)
     if opened.n_classes > n_classes or (opened.classes is not None and opened.n_classes < n_classes):

@@ -17,7 +17,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 import dhtm
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.core.files import PROJECT
 
 EMBEDDED_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
@@ -107,7 +107,7 @@ class Backbone:
         """
         if self.checkpoint is not None:
             model, source = copy.deepcopy(self.bare()), f"backbone.checkpoint={self.checkpoint}"
-            with explained(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
+            with explain(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
                 state = load_state_dict(str(self.checkpoint), weights_only=True, use_ema=False)
             fit(model, state, source, self.architecture)
             return model
@@ -118,7 +118,7 @@ class Backbone:
                 f"{pretrained.num_classes} outputs; give weights of your own, backbone.checkpoint=FILE"
             )
         remedy = "; give a local file, backbone.checkpoint=FILE"
-        with explained(f"backbone {self.architecture}: its pretrained weights are not available", remedy=remedy):
+        with explain(f"backbone {self.architecture}: its pretrained weights are not available", remedy=remedy):
             return timm.create_model(self.architecture, pretrained=True, num_classes=self.num_classes).eval()
 
 
@@ -128,7 +128,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str
     Raises:
         UserError: parameters are missing, unknown or of another shape.
     """
-    with explained(f"{source}: not the weights of {name}", remedy="; backbone.num_classes sets the size of its head"):
+    with explain(f"{source}: not the weights of {name}", remedy="; backbone.num_classes sets the size of its head"):
         model.load_state_dict(state)
 
 

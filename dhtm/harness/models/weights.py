@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dhtm.harness.core.errors import UnavailableError, UserError, explained
+from dhtm.harness.core.errors import UnavailableError, UserError, explain
 from dhtm.harness.core.files import PROJECT, write_atomically
 from dhtm.harness.models.backbones import Backbone, fit
 from dhtm.harness.models.methods import Method
@@ -105,6 +105,6 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
 
 
 def _read(file: Path, source: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with explained(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
+    with explain(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
         names = content.keys()
         return {name: content.get_tensor(name) for name in names}, content.metadata() or {}

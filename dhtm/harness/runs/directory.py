@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dhtm.harness.core.errors import explained
+from dhtm.harness.core.errors import explain
 from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
@@ -53,7 +53,7 @@ class RunDirectory:
     def append(self, predictions: pd.DataFrame) -> None:
         """Store predictions of an unfinished run as one more shard."""
         file = self._shards / f"{predictions['index'].iloc[0]:08d}-{uuid.uuid4().hex[:8]}.parquet"
-        with self._writing():
+        with self._explain_failed_write():
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, lambda path: _write(predictions, path))
 
@@ -65,7 +65,7 @@ class RunDirectory:
         """
         shards = []
         for file in sorted(self._shards.glob("[0-9]*.parquet")):
-            with explained(f"{file}: damaged", remedy="; remove it, and the same command predicts its images again"):
+            with explain(f"{file}: damaged", remedy="; remove it, and the same command predicts its images again"):
                 shards.append(_read(file))
         if not shards:
             return pd.DataFrame(columns=["index"], dtype="int64")
@@ -76,9 +76,9 @@ class RunDirectory:
         (self.path / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self._shards, ignore_errors=True)
 
-    def _writing(self) -> contextlib.AbstractContextManager:
+    def _explain_failed_write(self) -> contextlib.AbstractContextManager:
         remedy = "; what was stored before is kept, the same command resumes from there once this is fixed"
-        return explained(f"{self.path}: cannot be written", OSError, remedy=remedy)
+        return explain(f"{self.path}: cannot be written", OSError, remedy=remedy)
 
     def list_failed(self, failed: list[UnreadableError]) -> None:
         """Write the list of the images that cannot be read; remove an earlier one if all can."""
@@ -87,7 +87,7 @@ class RunDirectory:
             file.unlink(missing_ok=True)
             return
         rows = pd.DataFrame([(one.index, one.name, one.reason) for one in failed], columns=["index", "file", "reason"])
-        with self._writing():
+        with self._explain_failed_write():
             write_atomically(file, lambda path: rows.to_csv(path, index=False))
 
     def add_target(self, metrics: dict, target: float | None) -> dict:
@@ -104,7 +104,7 @@ class RunDirectory:
         Returns:
             The metrics as they are stored, with the SHA-256 of predictions.parquet.
         """
-        with self._writing():
+        with self._explain_failed_write():
             write_atomically(
                 self.path / "config.yaml", lambda file: file.write_text(yaml.safe_dump(settings, sort_keys=False))
             )
@@ -129,7 +129,7 @@ def predictions(folder: Path) -> pd.DataFrame:
         UserError: the run is not finished, or its predictions are damaged.
     """
     file = folder / "predictions.parquet"
-    with explained(f"{file}: missing or damaged", remedy="; compute the run again with force=true"):
+    with explain(f"{file}: missing or damaged", remedy="; compute the run again with force=true"):
         if _sha256(file) != _read_metrics(folder / "metrics.json")["predictions_sha256"]:
             raise ValueError("it has changed since the run")
         return _read(file).set_index("index").sort_index()
@@ -142,7 +142,7 @@ def outputs(folder: Path) -> pd.DataFrame:
         UserError: the run has none, or they are damaged.
     """
     file = folder / OUTPUTS
-    with explained(f"{file}: missing or damaged", remedy="; compute the run again with method=unmerged force=true"):
+    with explain(f"{file}: missing or damaged", remedy="; compute the run again with method=unmerged force=true"):
         return _read(file)
 
 
@@ -160,7 +160,7 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def _read_metrics(file: Path) -> dict:
-    with explained(f"{file}: damaged", remedy="; remove it, or compute the run again with force=true"):
+    with explain(f"{file}: damaged", remedy="; remove it, or compute the run again with force=true"):
         return dict(json.loads(file.read_bytes()))
 
 

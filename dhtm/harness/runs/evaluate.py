@@ -31,7 +31,7 @@ from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.dense import N_PROBE, segmentation, segmenting
 from dhtm.harness.runs.directory import FAILED, RunDirectory, outputs
-from dhtm.harness.runs.faithfulness import Observe, comparing, keep
+from dhtm.harness.runs.faithfulness import Observe, compare_with, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
 from dhtm.harness.runs.predict import predict_and_store
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
@@ -214,7 +214,7 @@ def _observer(prepared: _Prepared, ranks: Ranks) -> Observe | None:
         log.info("%s: the outputs of the unmerged model come first", prepared.title)
         unmerged = {"method": UNMERGED, "dtype": dtype, "target_pct": None, "force": False, "tracker": None}
         folder = evaluation.results_dir / evaluate(dataclasses.replace(evaluation, **unmerged))["run_id"]
-    return comparing(outputs(folder), keeps=is_unmerged)
+    return compare_with(outputs(folder), keeps=is_unmerged)
 
 
 def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:

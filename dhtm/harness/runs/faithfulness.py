@@ -30,7 +30,7 @@ def keep(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[s
     return {"kl": 0.0, "unmerged_class": best, "log_probabilities": list(rows)}
 
 
-def comparing(stored: pd.DataFrame, keeps: bool = False) -> Observe:
+def compare_with(stored: pd.DataFrame, keeps: bool = False) -> Observe:
     """Make an observer that returns KL(unmerged ‖ merged) in nats and the unmerged model's best class for each image.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.core.files import write_atomically
 from dhtm.harness.core.ranks import Ranks
 
@@ -40,7 +40,7 @@ def read_checkpoint(
     Raises:
         UserError: the checkpoint is damaged, or of a training with other settings.
     """
-    with explained(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
+    with explain(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         before, history, log_id, random_states = (state[key] for key in ("config", "history", "log_id", "random"))
     for key, value in settings.items():
@@ -49,7 +49,7 @@ def read_checkpoint(
                 f"{file}: started with {key}={before.get(key)}, not {key}={value}; set another output=DIR, or force=true to "
                 "start again"
             )
-    with explained(f"{file}: does not fit this version of the code", remedy="; start again with force=true"):
+    with explain(f"{file}: does not fit this version of the code", remedy="; start again with force=true"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         _set_random_state(random_states[ranks.rank % len(random_states)], ranks.device)

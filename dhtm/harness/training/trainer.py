@@ -28,7 +28,7 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
-from dhtm.harness.core.errors import UserError, explained
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.data.splits import Batch, Split, load, open_split
@@ -130,7 +130,7 @@ def train(training: Training) -> dict:
         raise UserError(f"batch_size={training.batch_size}: the training split has only {len(images.dataset)} images")
 
     lr = training.base_lr * training.batch_size / 1024
-    with explained(f"optimiser={training.optimiser}: timm makes no such optimiser"):
+    with explain(f"optimiser={training.optimiser}: timm makes no such optimiser"):
         optimiser = create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
     schedule, _ = create_scheduler_v2(
         optimiser, "cosine", training.epochs, warmup_epochs=training.warmup_epochs, warmup_lr=training.warmup_lr,
@@ -222,7 +222,7 @@ def _one_epoch(
             images, targets = (images, labels) if mixup is None else mixup(images, labels)
             smoothing = training.label_smoothing if mixup is None else 0.0  # mixup smooths its targets itself
             alone = contextlib.nullcontext() if complete or ranks.world == 1 else model.no_sync()
-            full = explained("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
+            full = explain("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
             with alone, full, image_ids(parts["model"], ids):
                 with torch.autocast(ranks.device.type, DTYPES.get(training.amp), enabled=training.amp is not None):
                     loss = cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
