@@ -1,12 +1,13 @@
 """ToMe: bipartite soft matching (Bolya et al. 2023, "Token Merging: Your ViT But Faster")."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dhtm.reducer import Attention, Reducer, highest, products, rows, unit
-from dhtm.regions import Regions
+from dhtm.regions import LazyRegions, Regions
 
 
 class ToMe(Reducer):
@@ -61,21 +62,29 @@ class ToMe(Reducer):
         # merged, then those that are left in their new order.
         set_a, set_b = order * 2 + first, torch.arange(1 - first, n, 2, device=tokens.device)
         listed = torch.cat([set_a[:, :r], set_a[:, r:].sort(dim=1).values, set_b.expand(tokens.shape[0], -1)], dim=1)
-        left = torch.arange(n - r, device=tokens.device).expand(tokens.shape[0], -1)
-        token_map = torch.empty_like(listed).scatter_(1, listed, torch.cat([into, left], dim=1))
-        new = regions.merged(token_map, n - r)
-
-        sizes = regions.sizes.gather(1, listed)[..., None]
+        sizes = regions.sizes.gather(1, listed)
+        new_sizes = sizes[:, r:].scatter_add(1, into, sizes[:, :r])
         x = rows(tokens, listed).to(torch.promote_types(tokens.dtype, torch.float32))
-        moved, result = x[:, :r] * sizes[:, :r], x[:, r:]
+        moved, result = x[:, :r] * sizes[:, :r, None], x[:, r:]
         # In place, because at batch 1 a temporary of this size costs more time than the arithmetic.
-        result[:, n_kept:].mul_(sizes[:, r + n_kept :])
+        result[:, n_kept:].mul_(sizes[:, r + n_kept :, None])
         result.scatter_add_(1, into[..., None].expand_as(moved), moved)
-        result[:, n_kept:].div_(new.sizes[:, n_kept:, None])
-        return result.to(tokens.dtype), new
+        result[:, n_kept:].div_(new_sizes[:, n_kept:, None])
+        return result.to(tokens.dtype), LazyRegions(regions, n - r, partial(places, listed, into), new_sizes)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, layers={self.layers}, inflect={self.inflect}"
+
+
+def places(listed: Tensor, into: Tensor) -> Tensor:
+    """Return the new place of each token, int64 [B, N].
+
+    Args:
+        listed: int64 [B, N], all tokens: the r that are merged, then the others in their new order.
+        into: int64 [B, r], the new places of the tokens that they are merged into.
+    """
+    left = torch.arange(listed.shape[1] - into.shape[1], device=listed.device).expand(listed.shape[0], -1)
+    return torch.empty_like(listed).scatter_(1, listed, torch.cat([into, left], dim=1))
 
 
 def check_r(r: int | Sequence[int], inflect: float) -> None:

@@ -92,8 +92,9 @@ class Reduction:
 
     def _is_split(self) -> bool:
         """Whether images with different numbers of tokens are computed apart, which compiled and traced models cannot do."""
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-        return self.reducer.adaptive and not tracing and not self.reducer.training
+        if not self.reducer.adaptive or self.reducer.training:
+            return False
+        return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
     def _split(self, layer: int) -> None:
         """Cut the regions after a layer to the most tokens of an image, and group images of nearly as many tokens."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -105,8 +106,40 @@ class Regions:
         return self.assignment[:, pairs].sort(dim=-1).values
 
 
-class SoftRegions(Regions):
-    """Regions of a method that spreads each token over all new ones, computed only when they are read.
+class LazyRegions(Regions):
+    """Regions after tokens were merged, computed only when they are read.
+
+    Args:
+        before: the regions of the tokens before.
+        n_tokens: the number of new tokens.
+        token_map: a function that returns the place of each token among the new ones, int64 [B, N].
+        sizes: int64 [B, n_tokens], where they are known already.
+    """
+
+    def __init__(self, before: Regions, n_tokens: int, token_map: Callable[[], Tensor], sizes: Tensor | None = None):
+        values = (before, n_tokens, token_map, sizes, before.grid)
+        for name, value in zip(("_before", "_n_tokens", "_token_map", "_sizes", "grid"), values, strict=True):
+            object.__setattr__(self, name, value)  # Regions is frozen
+
+    @property
+    def n_tokens(self) -> int:
+        return self._n_tokens
+
+    @functools.cached_property
+    def _computed(self) -> Regions:
+        return self._before.merged(self._token_map(), self._n_tokens)
+
+    @property
+    def assignment(self) -> Tensor:
+        return self._computed.assignment
+
+    @property
+    def sizes(self) -> Tensor:
+        return self._computed.sizes if self._sizes is None else self._sizes
+
+
+class SoftRegions(LazyRegions):
+    """Regions of a method that spreads each token over all new ones: each is put into the one with its largest share.
 
     Args:
         before: the regions of the tokens before.
@@ -114,24 +147,8 @@ class SoftRegions(Regions):
     """
 
     def __init__(self, before: Regions, weights: Tensor):
-        for name, value in (("before", before), ("weights", weights.detach()), ("grid", before.grid)):
-            object.__setattr__(self, name, value)  # Regions is frozen
-
-    @property
-    def n_tokens(self) -> int:
-        return self.weights.shape[1]
-
-    @functools.cached_property
-    def _hard(self) -> Regions:
-        return self.before.merged(self.weights.argmax(dim=1), self.n_tokens)
-
-    @property
-    def assignment(self) -> Tensor:
-        return self._hard.assignment
-
-    @property
-    def sizes(self) -> Tensor:
-        return self._hard.sizes
+        weights = weights.detach()
+        super().__init__(before, weights.shape[1], functools.partial(Tensor.argmax, weights, dim=1))
 
 
 def contract(low: Tensor, high: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,19 +245,6 @@ def test_attention_of_the_layer_before_the_first_is_not_there(name, layers):
     assert not hasattr(model, "reduction")
 
 
-def test_regions_of_soft_methods_are_computed_when_asked_for(monkeypatch):
-    """The arg-max serves nothing but the regions, and a forward pass computes none of it."""
-    calls = []
-    merged = Regions.merged
-    monkeypatch.setattr(Regions, "merged", lambda *arguments: calls.append(1) or merged(*arguments))
-    model = dhtm.patch(small(), make("PatchMerger"))
-    logits(model, images_for(model))
-    regions = dhtm.regions(model)
-    assert regions.n_tokens == 4 and isinstance(regions, Regions) and not calls
-    assert (regions.sizes.sum(1) == 49).all() and len(calls) == 2  # one for each of the two layers
-    assert regions.assignment.max() < 4 and len(calls) == 2
-
-
 def test_highest_takes_the_first_among_equals():
     values = torch.tensor([[1.0, 3, 3, 2, 3], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1]])
     assert highest(values, 3).tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 2]]
