@@ -77,7 +77,7 @@ class ATC(KeepRateReducer):
             return tokens, regions
         keys = attention.keys.detach().float().mean(dim=1)  # the choice of clusters has no gradient
         token_map = kernels.agglomerate(keys, n - m, self.linkage, self.backend)
-        new = regions.merged(token_map, m)
+        new = regions.merge(token_map, m)
         sizes = regions.sizes if self.proportional_attention else torch.ones_like(regions.sizes)
         totals = torch.zeros_like(new.sizes).scatter_add(1, token_map, sizes)
         return average(tokens, token_map, sizes / totals.gather(1, token_map), m), new

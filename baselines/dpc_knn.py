@@ -69,7 +69,7 @@ class DPCKNN(KeepRateReducer):
             weights = torch.ones(cluster.shape, device=tokens.device)
         totals = weights.new_zeros(tokens.shape[0], m).scatter_add(1, cluster, weights)
         shares = weights / totals.gather(1, cluster)
-        return average(tokens, cluster, shares, m), regions.merged(cluster, m)
+        return average(tokens, cluster, shares, m), regions.merge(cluster, m)
 
 
 def density_peaks(tokens: Tensor, m: int, neighbours: int) -> Tensor:

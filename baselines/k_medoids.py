@@ -65,7 +65,7 @@ class KMedoids(KeepRateReducer):
                     costs = (distances * together * weights.to(distances.dtype)[:, None]).sum(-1)
                 medoids = _cheapest(medoids, cluster, costs)
             cluster = _nearest(medoids, distances)
-        return rows(tokens, medoids), regions.merged(cluster, m)
+        return rows(tokens, medoids), regions.merge(cluster, m)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights!r}, cost={self.cost!r}"

@@ -62,7 +62,7 @@ class LoTM(Reducer):
             if tokens.device.type == "cpu" and not remaining.any():  # would need a synchronisation on a GPU
                 break
         token_map = renumber(owner)
-        return average(tokens, token_map, weights, n - self.k), regions.merged(token_map, n - self.k)
+        return average(tokens, token_map, weights, n - self.k), regions.merge(token_map, n - self.k)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, layers={self.layers}"

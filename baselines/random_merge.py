@@ -58,7 +58,7 @@ class RandomMerge(Reducer):
         token_map, weights = kernels.random_merge(
             regions.assignment, regions.sizes, ids, self.k, *regions.grid, self.connectivity, self.seed, self.backend
         )
-        return average(tokens, token_map, weights, n - self.k), regions.merged(token_map, n - self.k)
+        return average(tokens, token_map, weights, n - self.k), regions.merge(token_map, n - self.k)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, layers={self.layers}, connectivity={self.connectivity}, seed={self.seed}"

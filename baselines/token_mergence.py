@@ -65,7 +65,7 @@ class TokenMergence(KeepRateReducer):
             importance = attention.cls.clamp(min=torch.finfo(torch.float32).tiny)
             totals = torch.zeros_like(importance[:, :m]).scatter_add(1, cluster, importance)
             shares = importance / totals.gather(1, cluster)
-        return average(tokens, cluster, shares, m), regions.merged(cluster, m)
+        return average(tokens, cluster, shares, m), regions.merge(cluster, m)
 
     def enrich(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Add the coarser views to tokens [B, P, D], one per patch; cells at the right and lower edge may be cut off."""

@@ -86,7 +86,7 @@ def algorithm_1(
         if masses is not None:
             pairs = zip(candidates, sigma, strict=True)
             sigma = [discount(score, masses[i], masses[j], similarity) for (i, j), score in pairs]
-        if threshold is not None and max(sigma, default=-math.inf) < _rounded(threshold):
+        if threshold is not None and max(sigma, default=-math.inf) < _round_score(threshold):
             break
         # Line 12, Eq. 9. Pairs are in lexicographic order and max() takes the first of equals.
         t1, t2 = candidates[max(range(len(sigma)), key=sigma.__getitem__)]
@@ -114,7 +114,7 @@ def get_neighbors(patches: list[set[int]], adjacent_patches: set[tuple[int, int]
 
 def get_similarity(a: Tensor, b: Tensor, similarity: str) -> float:
     """Eq. 8, summed in float64 and rounded to float32: pairs that differ by less are ties. NaN counts as the lowest."""
-    return _rounded(SIMILARITIES[similarity](a.double(), b.double()).item())
+    return _round_score(SIMILARITIES[similarity](a.double(), b.double()).item())
 
 
 def discount(score: float, mass_a: float, mass_b: float, similarity: str) -> float:
@@ -124,10 +124,10 @@ def discount(score: float, mass_a: float, mass_b: float, similarity: str) -> flo
     by which a merge costs its two tokens' share in the variance within regions.
     """
     distance = score - (1 if similarity == "cosine" else 0)
-    return _rounded(distance * (mass_a * mass_b / (mass_a + mass_b)))
+    return _round_score(distance * (mass_a * mass_b / (mass_a + mass_b)))
 
 
-def _rounded(score: float) -> float:
+def _round_score(score: float) -> float:
     score, lowest = torch.tensor(score, dtype=torch.float64).float().item(), torch.finfo(torch.float32).min
     return lowest if score != score else min(max(score, lowest), -lowest)
 
@@ -220,7 +220,7 @@ def hierarchical_merge(
             tokens, features, masses, regions.assignment, regions.sizes, k, *regions.grid, connectivity, similarity, linkage,
             threshold, backend,
         )  # fmt: skip
-    return merged, regions.merged(token_map, n_rows)
+    return merged, regions.merge(token_map, n_rows)
 
 
 def _check_options(connectivity, similarity, linkage, backend, features="tokens", mass=None):
@@ -326,7 +326,7 @@ class DHTM(Reducer):
     def tokens_after(self, n_tokens: int, layer: int, grid: tuple[int, int]) -> int:
         return n_tokens if self.adaptive else after_merges(n_tokens, self.merges_in(layer), layer)
 
-    def measured(self, attention: Attention) -> Tensor | None:
+    def features_of(self, attention: Attention) -> Tensor | None:
         """Return what similarity is measured on, [B, N, F]; None for the tokens themselves."""
         if self.features == "keys":
             return attention.keys.transpose(1, 2).flatten(2)
@@ -349,7 +349,7 @@ class DHTM(Reducer):
         if threshold is not None:
             k = min(tokens.shape[1] if k is None else k, tokens.shape[1] - 1)
         return hierarchical_merge(
-            tokens, k, regions, features=self.measured(attention), masses=masses, threshold=threshold, **self.options
+            tokens, k, regions, features=self.features_of(attention), masses=masses, threshold=threshold, **self.options
         )
 
     def extra_repr(self) -> str:

@@ -214,7 +214,7 @@ def merge_into(tokens: Tensor, regions: Regions, merged: Tensor, into: Tensor) -
     batch, n, _ = tokens.shape
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1).scatter(1, merged, into)
     token_map = renumber(owner)
-    new = regions.merged(token_map, n - merged.shape[1])
+    new = regions.merge(token_map, n - merged.shape[1])
     kept = torch.empty_like(new.sizes).scatter(1, token_map, owner)
     place = token_map.gather(1, merged)
 

@@ -79,7 +79,7 @@ class Regions:
         """The number of tokens with a patch, int64 [B]; below N in images that merged more than others by a threshold."""
         return (self.sizes > 0).sum(dim=1)
 
-    def merged(self, token_map: Tensor, n_tokens: int) -> "Regions":
+    def merge(self, token_map: Tensor, n_tokens: int) -> "Regions":
         """Return the regions after tokens were merged.
 
         Args:
@@ -127,7 +127,7 @@ class LazyRegions(Regions):
 
     @functools.cached_property
     def _computed(self) -> Regions:
-        return self._before.merged(self._token_map(), self._n_tokens)
+        return self._before.merge(self._token_map(), self._n_tokens)
 
     @property
     def assignment(self) -> Tensor:

@@ -65,7 +65,7 @@ class _Search(DHTM):
         wanted = self.share * self.counted.merges_in(attention.layer)
 
         def merges(step: int) -> float:
-            options = {"features": self.measured(attention), "threshold": step / _STEPS, **self.options}
+            options = {"features": self.features_of(attention), "threshold": step / _STEPS, **self.options}
             after = hierarchical_merge(tokens, tokens.shape[1] - 1, regions, **options)[1]
             return (regions.n_tokens_of_images - after.n_tokens_of_images).float().mean().item()
 

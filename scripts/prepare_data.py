@@ -8,7 +8,7 @@ from timm.data import resolve_data_config
 from dhtm.harness import config as door
 from dhtm.harness.core.command import start
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.data.cache import cached
+from dhtm.harness.data.cache import decode_once
 from dhtm.harness.data.splits import open_split
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def main(config: DictConfig) -> None:
         raise UserError("cache_dir=null: there is no cache to fill; give a folder")
     preprocessing = resolve_data_config(model=backbone.bare())
     split = open_split(data, data.split, preprocessing, backbone.num_classes)
-    found = cached(data, split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
+    found = decode_once(data, split, preprocessing, evaluation.cache_dir, evaluation.num_workers)
     if found is split:
         log.info("%s needs no cache", data.name)
         return

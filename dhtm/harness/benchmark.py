@@ -129,7 +129,7 @@ def time_methods(
         )
 
     batch, alone = (
-        _speedups(_interleaved({name: partial(one, part) for name, one in models.items()}, rounds, device, what))
+        _speedups(_time_interleaved({name: partial(one, part) for name, one in models.items()}, rounds, device, what))
         for part, what in ((images, f"batch {len(images)}"), (images[:1], "one image"))
     )
     frame = pd.DataFrame(rows)  # in the order of the models, as the times
@@ -179,7 +179,7 @@ def _merge_ms(
     steps["atc"] = lambda: agglomerate(tokens, k, "average", "auto")
     if device.type == "cpu":
         steps["scipy"] = lambda: [linkage(image.numpy(), "average", "cosine") for image in tokens.float()]
-    ms = 1000 * _interleaved(steps, rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
+    ms = 1000 * _time_interleaved(steps, rounds, device, f"merge of {grid}×{grid}, k={k}, batch {batch_size}")
     quartiles = {"merge_ms_q1": ms["merge"].quantile(0.25), "merge_ms_q3": ms["merge"].quantile(0.75)}
     return {
         "merge_ms": ms["merge"].median(),
@@ -215,7 +215,7 @@ def _flops(model: VisionTransformer, images: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, what: str) -> pd.DataFrame:
+def _time_interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, what: str) -> pd.DataFrame:
     """Time every step in turn: return the seconds, one row per round, one column per step. One round before them warms up."""
     measured = []
     for _ in tqdm(range(rounds + 1), desc=what, unit=" rounds", disable=None):

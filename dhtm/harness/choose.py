@@ -19,7 +19,7 @@ from dhtm.harness.core.devices import pick_batch_size, pick_device
 from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.data.photographs import Images
 from dhtm.harness.data.splits import choice_images
-from dhtm.harness.models.cost import Target, counted, solve
+from dhtm.harness.models.cost import Target, solve, with_number
 from dhtm.harness.models.methods import UNMERGED, Method, knob_text
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.evaluate import Evaluation, evaluate
@@ -89,11 +89,11 @@ def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
         UserError: no setting of any method meets the bound.
     """
     for part in _PARTS:  # first, because images or weights may be missing
-        _measured(choice, "unmerged", UNMERGED, part)
+        _evaluate_setting(choice, "unmerged", UNMERGED, part)
     tried, chosen, missed = [], {}, []
     unmerged_ms = None
     if choice.max_latency_ms is not None:
-        unmerged_ms = float(_timed(choice, {"again": UNMERGED}, batch_size=1).latency_ms.iloc[0])
+        unmerged_ms = float(_measure_speed(choice, {"again": UNMERGED}, batch_size=1).latency_ms.iloc[0])
     for name, method in choice.methods.items():
         try:
             rows, found = _choose(choice, name, method, unmerged_ms)
@@ -101,14 +101,14 @@ def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
             missed.append(str(error))
             continue
         if found is None:
-            missed.append(_missed(choice, rows))
+            missed.append(_describe_miss(choice, rows))
         else:
             chosen[name] = found
         tried += [row | {"chosen": found is not None and row["value"] == found.setting} for row in rows]
     if not chosen:
         raise UserError("; ".join(missed))
-    reported = pd.DataFrame([_measured(choice, name, method, "report") for name, method in chosen.items()])
-    speed = _timed(choice, chosen).set_index("method")
+    reported = pd.DataFrame([_evaluate_setting(choice, name, method, "report") for name, method in chosen.items()])
+    speed = _measure_speed(choice, chosen).set_index("method")
     columns = ["speedup", "speedup_q1", "speedup_q3", "images_per_s", "latency_ms"]
     reported = reported.join(speed[columns], on="method").assign(chosen=True)
     return pd.concat([pd.DataFrame(tried), reported], ignore_index=True), chosen, missed
@@ -123,7 +123,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     rows = {}
     key, limit = choice.bound
     backbone = choice.evaluation.backbone
-    of_number = counted(method) if method.knob == "threshold" else method
+    of_number = with_number(method) if method.knob == "threshold" else method
     images = None if of_number is method else _images(choice, "choose", backbone.load())
 
     def solve_for(reduction_pct: float) -> Method | None:
@@ -145,9 +145,9 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     def saves_enough(setting: Method) -> bool:
         """Whether it is fast enough or, for bounds that saving exceeds, whether it saves too much."""
         if setting not in rows:
-            rows[setting] = _measured(choice, name, setting, "choose")
+            rows[setting] = _evaluate_setting(choice, name, setting, "choose")
             if key == "max_latency_ms":
-                timed = _timed(choice, {name: setting}, batch_size=1)
+                timed = _measure_speed(choice, {name: setting}, batch_size=1)
                 rows[setting]["latency_ms"] = unmerged_ms / timed.latency_speedup.iloc[-1]
         row = rows[setting]
         if key == "max_latency_ms":
@@ -206,7 +206,7 @@ def boundary(
     return before, after
 
 
-def _measured(choice: Choice, name: str, method: Method, part: str) -> dict:
+def _evaluate_setting(choice: Choice, name: str, method: Method, part: str) -> dict:
     """Return the row of a setting on the images that choose, or on those that report."""
     run = dataclasses.replace(choice.evaluation, method=method)
     has_parts = isinstance(run.data, Images)
@@ -223,7 +223,7 @@ def _measured(choice: Choice, name: str, method: Method, part: str) -> dict:
     return about
 
 
-def _timed(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> pd.DataFrame:
+def _measure_speed(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> pd.DataFrame:
     """Time methods on the images that report."""
     run = choice.evaluation
     model = run.backbone.load()
@@ -242,7 +242,7 @@ def _images(choice: Choice, part: str, model: VisionTransformer, n_images: int =
     return choice_images(data, data.split, model, n_images, first=_PARTS[part], step=len(_PARTS))
 
 
-def _missed(choice: Choice, rows: list[dict]) -> str:
+def _describe_miss(choice: Choice, rows: list[dict]) -> str:
     """Say how near to the bound a method came."""
     key, limit = choice.bound
     column, sign = BOUNDS[key], -1 if key == "min_agreement" else 1

@@ -23,7 +23,7 @@ from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError, explain
-from dhtm.harness.core.files import locked, require_writable, write_json
+from dhtm.harness.core.files import lock, require_writable, write_json
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
@@ -68,7 +68,7 @@ def evaluation(config: DictConfig) -> Evaluation:
     if options is not None and not isinstance(options, dict):
         raise UserError(f"options={options}: give options of the method, options='{{linkage: size}}'")
     values["method"] |= options or {}
-    target = _typed(Target, values.pop("target"), "target")
+    target = _convert(Target, values.pop("target"), "target")
     run = _run(Evaluation, values)
     if run.method.knob != "threshold" or target == Target():
         method, target_pct = solve(run.backbone, run.method, target)
@@ -84,7 +84,7 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     key = sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode()).hexdigest()[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
     require_writable(file.parent, f"results_dir={run.results_dir}")
-    with locked(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
+    with lock(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
         if not file.exists():
             method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
             write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
@@ -113,26 +113,26 @@ def choice(config: DictConfig) -> Choice:
     values = _values(config)
     methods = _named_methods(values.pop("methods"), values["seed"])
     own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
-    evaluation = _typed(Evaluation, values | {"method": UNMERGED, "data": _data(values["data"])})
-    return _typed(Choice, own | {"evaluation": evaluation, "methods": methods})
+    evaluation = _convert(Evaluation, values | {"method": UNMERGED, "data": _data(values["data"])})
+    return _convert(Choice, own | {"evaluation": evaluation, "methods": methods})
 
 
 def premise(config: DictConfig) -> Premise:
     """Return the measurement that a config of scripts/premise.py describes."""
-    values = _solved(_values(config))
-    return _typed(Premise, values | {"data": _data(values["data"])})
+    values = _solve_knob(_values(config))
+    return _convert(Premise, values | {"data": _data(values["data"])})
 
 
 def visualization(config: DictConfig) -> Visualization:
     """Return the picture that a config of scripts/visualize.py describes."""
-    values = _solved(_values(config))
-    return _typed(Visualization, values | {"methods": list(values["methods"].values())})
+    values = _solve_knob(_values(config))
+    return _convert(Visualization, values | {"methods": list(values["methods"].values())})
 
 
-def _solved(values: dict[str, Any]) -> dict[str, Any]:
+def _solve_knob(values: dict[str, Any]) -> dict[str, Any]:
     """Replace the backbone's settings and the names of methods by objects, the knobs solved for ``target``."""
-    target = _typed(Target, values.pop("target"), "target")
-    backbone = _typed(Backbone, values["backbone"], "backbone")
+    target = _convert(Target, values.pop("target"), "target")
+    backbone = _convert(Backbone, values["backbone"], "backbone")
     methods = _named_methods(values["methods"], values["seed"])
     solved = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
     return values | {"backbone": backbone, "methods": solved}
@@ -146,7 +146,7 @@ def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
 def training(config: DictConfig) -> Training:
     """Return the training that a config of scripts/train.py describes."""
     values = _values(config)
-    target = _typed(Target, values.pop("target"), "target")
+    target = _convert(Target, values.pop("target"), "target")
     run = _run(Training, values)
     return dataclasses.replace(run, method=solve(run.backbone, run.method, target)[0])
 
@@ -154,7 +154,7 @@ def training(config: DictConfig) -> Training:
 def embedded_training(config: DictConfig) -> EmbeddedTraining:
     """Return the training that a config of scripts/train_micro.py describes."""
     values = _values(config)
-    return _typed(EmbeddedTraining, values | {"data": _data(values["data"])})
+    return _convert(EmbeddedTraining, values | {"data": _data(values["data"])})
 
 
 def benchmark(config: DictConfig) -> Benchmark:
@@ -165,16 +165,16 @@ def benchmark(config: DictConfig) -> Benchmark:
     reductions = target["reduction_pct"] if isinstance(target, dict) else None
     targets = [target | {"reduction_pct": one} for one in reductions] if isinstance(reductions, list) else [target]
     groups = {
-        "targets": [_typed(Target, one, "target") for one in targets],
+        "targets": [_convert(Target, one, "target") for one in targets],
         "methods": {name: _method(given) for name, given in values["methods"].items()},
     }
-    return _typed(Benchmark, values | groups)
+    return _convert(Benchmark, values | groups)
 
 
 def call(function: Callable, config: DictConfig) -> Any:
     """Call a function with the values of a config, which its annotations describe."""
     values = _values(config)
-    return _typed(validate_call(function), values | {"tracker": _tracker(values["tracker"])})
+    return _convert(validate_call(function), values | {"tracker": _tracker(values["tracker"])})
 
 
 def _values(config: DictConfig) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _expand_home(value: Any) -> Any:
         return str(Path(value).expanduser())
 
 
-def _typed(cls: Callable[..., T], values: Any, group: str = "") -> T:
+def _convert(cls: Callable[..., T], values: Any, group: str = "") -> T:
     if not isinstance(values, dict):
         raise UserError(f"{group}={values}: it has keys of its own, set {group}.KEY=VALUE")
     try:
@@ -207,19 +207,19 @@ def _typed(cls: Callable[..., T], values: Any, group: str = "") -> T:
 def _run(cls: type[T], values: dict[str, Any]) -> T:
     """Make an Evaluation or a Training, the knob of its method as it is given."""
     method, data, tracker = _method(values["method"]), _data(values["data"]), _tracker(values["tracker"])
-    return _typed(cls, values | {"method": method, "data": data, "tracker": tracker})
+    return _convert(cls, values | {"method": method, "data": data, "tracker": tracker})
 
 
 def _method(values: dict[str, Any]) -> Method:
     about = {key: values.pop(key) for key in ("name", "knob", "checkpoint")}
-    return _typed(Method, about | {"target": values.pop("_target_"), "options": values}, "method")
+    return _convert(Method, about | {"target": values.pop("_target_"), "options": values}, "method")
 
 
 def _data(values: dict[str, Any]) -> Any:
     target = values.pop("_target_")
     with explain(f"data._target_={target}: cannot be imported"):
         data = resolve_name(target)
-    return _typed(data, values, "data")
+    return _convert(data, values, "data")
 
 
 def _tracker(values: dict[str, Any]) -> dict[str, Any] | None:

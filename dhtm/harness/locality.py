@@ -111,7 +111,7 @@ class OnePair(Reducer):
         merged[rows, i] = (tokens[rows, i] + tokens[rows, j]) / 2
         kept = torch.arange(n, device=tokens.device) != j[:, None]
         token_map = torch.where(kept, kept.cumsum(dim=1) - 1, i[:, None])
-        return merged[kept].view(batch, n - 1, -1), regions.merged(token_map, n - 1)
+        return merged[kept].view(batch, n - 1, -1), regions.merge(token_map, n - 1)
 
 
 def grid_distances(grid: tuple[int, int]) -> Tensor:

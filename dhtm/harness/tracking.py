@@ -171,7 +171,7 @@ def _run(tracker: Tracker | None, options: dict[str, Any]) -> Iterator[Callable[
     """Yield a function that lets an action log to a W&B run; it does nothing without a tracker, or once W&B has failed."""
     working = True
 
-    def guarded(action: Callable[[], Any]) -> Any:
+    def guard(action: Callable[[], Any]) -> Any:
         nonlocal working
         try:
             return action()
@@ -181,11 +181,11 @@ def _run(tracker: Tracker | None, options: dict[str, Any]) -> Iterator[Callable[
             working = False
 
     is_wanted = tracker is not None and _mode(tracker) != "disabled"
-    run = guarded(lambda: _start(tracker, options)) if is_wanted else None
+    run = guard(lambda: _start(tracker, options)) if is_wanted else None
 
     def do(action: Action) -> None:
         if run is not None and working:
-            guarded(lambda: action(run))
+            guard(lambda: action(run))
 
     exit_code = 1
     try:
@@ -193,7 +193,7 @@ def _run(tracker: Tracker | None, options: dict[str, Any]) -> Iterator[Callable[
         exit_code = 0
     finally:
         if run is not None:
-            guarded(lambda: run.finish(exit_code=exit_code))
+            guard(lambda: run.finish(exit_code=exit_code))
 
 
 def _start(tracker: Tracker, options: dict[str, Any]) -> Any:

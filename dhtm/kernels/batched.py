@@ -38,7 +38,7 @@ def merge(
     measured = channels if features is None else features.shape[-1]
     described = _describe(carried[..., :measured], similarity)
     if connectivity == ALL_PAIRS:
-        scores = discounted(_all_scores(described, similarity), similarity, masses)
+        scores = discount(_all_scores(described, similarity), similarity, masses)
         pairs = _AllPairs(scores, regions.sizes > 0)
     else:
         pairs = _GridPairs(regions, connectivity, described, similarity, masses)
@@ -126,9 +126,9 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     stuck = torch.zeros(batch, 1, dtype=torch.bool, device=low.device)
     # n - step counts down over all layers, so no two draws of an image share their key.
     steps = torch.arange(n, n - k, -1, device=low.device)
-    state = _hashed(_hashed(_hashed(torch.zeros_like(low[:1, :1]), seed), image_ids[:, None]), steps)
+    state = _hash(_hash(_hash(torch.zeros_like(low[:1, :1]), seed), image_ids[:, None]), steps)
     for step in range(k):
-        lots = _hashed(state[:, step : step + 1], low * n + high) & (2**62 - 1)
+        lots = _hash(state[:, step : step + 1], low * n + high) & (2**62 - 1)
         best, drawn = torch.where(low == high, -1, lots).max(dim=1, keepdim=True)
         stuck = stuck | (best < 0)
         i, j = low.gather(1, drawn), high.gather(1, drawn)
@@ -212,7 +212,7 @@ class _AllPairs:
         self.scores[self.image, :, at_i] = torch.where(self.places < i, to_new, -torch.inf)
 
 
-def _hashed(state: Tensor, key: Tensor | int) -> Tensor:
+def _hash(state: Tensor, key: Tensor | int) -> Tensor:
     """Hash one more key: SplitMix64's finaliser (Steele et al. 2014) in wrapping int64, logical shifts by masking."""
     state = state + key + -7046029254386353131
     state = (state ^ ((state >> 30) & (2**34 - 1))) * -4658895280553007687
@@ -265,7 +265,7 @@ def _all_scores(described: Tensor, similarity: str) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def discounted(scores: Tensor, similarity: str, masses: Tensor | None) -> Tensor:
+def discount(scores: Tensor, similarity: str, masses: Tensor | None) -> Tensor:
     """Discount the scores of all pairs of tokens, [B, N, N], by their masses [B, N]; None changes nothing."""
     if masses is None:
         return scores

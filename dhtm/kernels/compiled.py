@@ -19,7 +19,7 @@ _LOWEST = np.finfo(np.float32).min
 SUMS = {"reassoc", "contract"}
 
 
-def compiled(*signatures, **options) -> Callable[[Callable], Callable]:
+def jit(*signatures, **options) -> Callable[[Callable], Callable]:
     """Compile a function with Numba, and cache the machine code beside this file or in the user's cache if possible."""
 
     def decorate(function):
@@ -100,12 +100,12 @@ def array(tensor: Tensor) -> np.ndarray:
     return view
 
 
-def given(kind: types.Type, dimensions: int) -> types.Array:
+def view(kind: types.Type, dimensions: int) -> types.Array:
     """Return Numba's type of a read-only array of any strides."""
     return types.Array(kind, dimensions, "A", readonly=True)
 
 
-@compiled()
+@jit()
 def load(source, target):
     """Copy one image's tokens [N, D], of any strides."""
     for t in range(target.shape[0]):
@@ -113,15 +113,15 @@ def load(source, target):
             target[t, d] = source[t, d]
 
 
-@compiled()
+@jit()
 def average(x, i, j, n_i, n_j):
     """Replace row i by the weighted average of rows i and j, rounded once."""
     for d in range(x.shape[1]):
         x[i, d] = (np.float64(x[i, d]) * n_i + np.float64(x[j, d]) * n_j) / (n_i + n_j)
 
 
-@compiled()
-def rounded(s):
+@jit()
+def round_score(s):
     """Round a similarity to float32, NaN to the lowest number, infinities to finite ones and -0.0 to 0.0."""
     single = np.float32(s) + np.float32(0)
     return min(max(single, _LOWEST), -_LOWEST) if single == single else _LOWEST
@@ -131,7 +131,7 @@ def rounded(s):
 # and the sums are functions of few arguments, which may be reordered.
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _product(x, a, b):
     total = 0.0
     for d in range(x.shape[1]):
@@ -139,7 +139,7 @@ def _product(x, a, b):
     return total
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _distance(kind, x, a, b):
     """Sum the squares of two tokens' differences, or their absolute values."""
     total = 0.0
@@ -149,7 +149,7 @@ def _distance(kind, x, a, b):
     return total
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _divergence(log_p, p, a, b):
     """Sum Jensen's symmetric form: KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q)."""
     total = 0.0
@@ -158,7 +158,7 @@ def _divergence(log_p, p, a, b):
     return total
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _softmax(x, log_p, p, t):
     top, total = -np.inf, 0.0
     for d in range(x.shape[1]):
@@ -170,7 +170,7 @@ def _softmax(x, log_p, p, t):
         p[t, d] = np.exp(log_p[t, d])
 
 
-@compiled(inline="always")
+@jit(inline="always")
 def describe(kind, x, inverse, log_p, p, t):
     """Store what a similarity needs of a token beside its features: the inverse of its norm, or its softmax and log-softmax."""
     if kind == 0:
@@ -180,7 +180,7 @@ def describe(kind, x, inverse, log_p, p, t):
         _softmax(x, log_p, p, t)
 
 
-@compiled(inline="always")
+@jit(inline="always")
 def compare(kind, x, inverse, log_p, p, a, b):
     """Compute the similarity of two tokens: a float64 sum rounded to float32, NaN as the lowest and infinities as finite."""
     if kind == 0:
@@ -190,19 +190,19 @@ def compare(kind, x, inverse, log_p, p, a, b):
     else:
         s = -_distance(kind, x, a, b)
         s = -np.sqrt(-s) if kind == 1 else s
-    return rounded(s)
+    return round_score(s)
 
 
-@compiled()
+@jit()
 def discount(s, kind, mass, a, b):
     """Multiply the distance of two tokens by m₁m₂ / (m₁ + m₂), and round it; no masses change nothing."""
     if len(mass) == 0:
         return s
     distance = np.float64(s) - (1 if kind == 0 else 0)
-    return rounded(distance * (mass[a] * mass[b] / (mass[a] + mass[b])))
+    return round_score(distance * (mass[a] * mass[b] / (mass[a] + mass[b])))
 
 
-@compiled()
+@jit()
 def join(i, j, member, last_member, gone):
     """Append the list of the tokens that went into j to that of i; a list starts with the token itself."""
     gone[j] = True
@@ -210,7 +210,7 @@ def join(i, j, member, last_member, gone):
     last_member[i] = last_member[j]
 
 
-@compiled()
+@jit()
 def halve(i, member, weights):
     """Halve the weights of all tokens in the list of i."""
     m = i
@@ -219,7 +219,7 @@ def halve(i, member, weights):
         m = member[m]
 
 
-@compiled()
+@jit()
 def number(member, gone, token_map):
     """Number the remaining tokens in their order, and store for each token the number of the one that it went into."""
     place = 0
@@ -232,7 +232,7 @@ def number(member, gone, token_map):
             place += 1
 
 
-@compiled()
+@jit()
 def collect(y, gone, token_map, merged):
     """Copy the remaining tokens to their places."""
     for t in range(len(gone)):
@@ -241,7 +241,7 @@ def collect(y, gone, token_map, merged):
                 merged[token_map[t], d] = y[t, d]
 
 
-@compiled()
+@jit()
 def share(sizes, n_patches, gone, member, weights):
     """Store each token's share of the patches of the token that it went into."""
     for t in range(len(gone)):

@@ -21,16 +21,16 @@ from dhtm.kernels.compiled import (
     average,
     collect,
     compare,
-    compiled,
     describe,
     discount,
-    given,
     halve,
     in_parallel,
+    jit,
     join,
     load,
     number,
     share,
+    view,
 )
 from dhtm.regions import Regions, grid_pairs
 
@@ -92,7 +92,7 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     weights = torch.empty(regions.sizes.shape, dtype=torch.float32)
     made = np.empty(len(token_map), dtype=np.int64)
     arguments = array(image_ids.contiguous()), seed, token_map.numpy(), weights.numpy()
-    in_parallel(_draw_images_compiled(), made, k, *_edges(regions, connectivity), *arguments)
+    in_parallel(_compile_drawing(), made, k, *_edges(regions, connectivity), *arguments)
     return token_map, weights
 
 
@@ -104,7 +104,7 @@ def _edges(regions: Regions, connectivity: int) -> tuple[np.ndarray, np.ndarray]
     return assignment, array(grid_pairs(regions.grid, connectivity))
 
 
-_IMAGES = (int64, int64, int64[::1], int64, given(int64, 2), given(int64, 2))  # first, last, made, k, assignment, pairs
+_IMAGES = (int64, int64, int64[::1], int64, view(int64, 2), view(int64, 2))  # first, last, made, k, assignment, pairs
 
 
 @cache
@@ -112,10 +112,10 @@ def _merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        *_IMAGES, given(real, 3), given(real, 3), bool_, given(int64, 2), given(float64, 2), int64, bool_, float32,
+        *_IMAGES, view(real, 3), view(real, 3), bool_, view(int64, 2), view(float64, 2), int64, bool_, float32,
         real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
-    return compiled(signature)(_merge_images)
+    return jit(signature)(_merge_images)
 
 
 def _merge_images(
@@ -242,12 +242,12 @@ def _merge_images(
 
 
 @cache
-def _draw_images_compiled() -> Callable:
-    return compiled(void(*_IMAGES, given(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
+def _compile_drawing() -> Callable:
+    return jit(void(*_IMAGES, view(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
 
 
-@compiled()
-def _hashed(state, key):
+@jit()
+def _hash(state, key):
     """Hash one more key, as in :mod:`dhtm.kernels.batched`."""
     state += np.uint64(key) + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -269,15 +269,15 @@ def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, 
                 n_edges += 1
         for t in range(n):
             owner[t], weights[image, t] = t, 1
-        of_image = _hashed(_hashed(np.uint64(0), seed), ids[image])
+        of_image = _hash(_hash(np.uint64(0), seed), ids[image])
         made[image] = k
         for step in range(k):
             if n_edges == 0:
                 made[image] = step
                 break
-            state, best, drawn = _hashed(of_image, n - step), np.uint64(0), 0
+            state, best, drawn = _hash(of_image, n - step), np.uint64(0), 0
             for e in range(n_edges):
-                lot = _hashed(state, low[e] * n + high[e]) & np.uint64(2**62 - 1)
+                lot = _hash(state, low[e] * n + high[e]) & np.uint64(2**62 - 1)
                 if lot > best:
                     best, drawn = lot, e
             i, j, left = low[drawn], high[drawn], 0
@@ -299,7 +299,7 @@ def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, 
             token_map[image, t] = place[owner[t]]
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _score(kind, x, inverse, log_p, p, to, alive, score):
     """Compare the two tokens of every edge, apart from all else: the processor then works on several pairs at a time."""
     for e in range(len(score)):
@@ -307,7 +307,7 @@ def _score(kind, x, inverse, log_p, p, to, alive, score):
             score[e] = compare(kind, x, inverse, log_p, p, to[2 * e], to[2 * e + 1])
 
 
-@compiled()
+@jit()
 def _append(head, tail, after, t, h):
     """Append a half edge to a token's list."""
     if head[t] < 0:
@@ -317,7 +317,7 @@ def _append(head, tail, after, t, h):
     tail[t], after[h] = h, -1
 
 
-@compiled()
+@jit()
 def _unlink(head, tail, after, t, before, h):
     """Take a half edge out of a token's list; its own successor stays readable."""
     if before < 0:
@@ -328,7 +328,7 @@ def _unlink(head, tail, after, t, before, h):
         tail[t] = before
 
 
-@compiled()
+@jit()
 def _best(head, tail, after, to, score, alive, t):
     """Return the best score of a token with those after it and the first partner that has it; unlink dead edges."""
     best, partner = np.float32(-np.inf), -1

@@ -23,17 +23,17 @@ from dhtm.kernels.compiled import (
     average,
     collect,
     compare,
-    compiled,
     describe,
     discount,
-    given,
     halve,
     in_parallel,
+    jit,
     join,
     load,
     number,
-    rounded,
+    round_score,
     share,
+    view,
 )
 
 _STALE = -1  # the partner of a token whose best partner has merged
@@ -62,10 +62,10 @@ def merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        int64, int64, int64[::1], int64, _PRODUCTS, given(real, 3), given(real, 3), bool_, given(int64, 2),
-        given(float64, 2), int64, bool_, float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
+        int64, int64, int64[::1], int64, _PRODUCTS, view(real, 3), view(real, 3), bool_, view(int64, 2),
+        view(float64, 2), int64, bool_, float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
-    return compiled(signature)(_merge_images)
+    return jit(signature)(_merge_images)
 
 
 def _merge_images(
@@ -114,7 +114,7 @@ def _merge_images(
         for t in range(n):
             for other in range(t + 1, n):
                 if products.shape[1] > 0:
-                    s = rounded(products[image, t, other] * (inverse[t] * inverse[other]))
+                    s = round_score(products[image, t, other] * (inverse[t] * inverse[other]))
                 else:
                     s = compare(kind, x, inverse, log_p, p, t, other)
                 score[t, other] = score[other, t] = discount(s, kind, mass, t, other)
@@ -155,7 +155,7 @@ def _merge_images(
 def _cluster_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_cluster_images` for float32 or float64 features of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
-    return compiled(void(int64, int64, int64[::1], int64, given(real, 3), int64, int64[:, ::1]))(_cluster_images)
+    return jit(void(int64, int64, int64[::1], int64, view(real, 3), int64, int64[:, ::1]))(_cluster_images)
 
 
 def _cluster_images(first, last, made, k, features, linkage, token_map):
@@ -187,7 +187,7 @@ def _cluster_images(first, last, made, k, features, linkage, token_map):
         number(member, gone, token_map[image])
 
 
-@compiled(fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _multiply(x, product):
     """Fill the upper triangle with the products of all pairs of rows of x [N, F]."""
     last = len(x) - 1
@@ -215,7 +215,7 @@ def _multiply(x, product):
             product[t_2, i], product[t_2, i_1], product[t_2, i_2] = ce, cf, cg
 
 
-@compiled()
+@jit()
 def _to_scores(score, inverse):
     """Turn the products of all pairs, in the upper triangle, into scores, cosines - 1, in the whole matrix."""
     for t in range(len(score)):
@@ -223,13 +223,13 @@ def _to_scores(score, inverse):
     for t in range(len(score)):
         row, others = score[t, t:], inverse[t:]
         for i in range(len(row)):
-            row[i] = np.float64(rounded(row[i] * (others[0] * others[i]))) - 1
+            row[i] = np.float64(round_score(row[i] * (others[0] * others[i]))) - 1
     for t in range(len(score)):
         for other in range(t + 1, len(score)):
             score[other, t] = score[t, other]
 
 
-@compiled()
+@jit()
 def _link(linkage, a, b, n_a, n_b, joined):
     """Fill the scores of the cluster that two of n_a and n_b tokens become, from their own."""
     if linkage == 0:
@@ -243,27 +243,27 @@ def _link(linkage, a, b, n_a, n_b, joined):
             joined[t] = (n_a * a[t] + n_b * b[t]) / (n_a + n_b)
 
 
-@compiled()
-def _ordered(bits, alive):
+@jit()
+def _sort_key(bits, alive):
     """Return an integer that orders as the number of these bits does, below all others where ``alive`` is 0."""
     return ((bits ^ ((bits >> 63) & ~_LOW)) & alive) | (_LOW & ~alive)
 
 
-@compiled()
+@jit()
 def _first_highest(bits, alive):
     """Return the first place with the highest score of all that are alive; -1 if none is."""
     n, highest = len(bits), _LOW
     for t in range(n):
-        highest = max(highest, _ordered(bits[t], alive[t]))
+        highest = max(highest, _sort_key(bits[t], alive[t]))
     if highest == _LOW:
         return -1
     place = n
     for t in range(n):
-        place = min(place, t if _ordered(bits[t], alive[t]) == highest else n)
+        place = min(place, t if _sort_key(bits[t], alive[t]) == highest else n)
     return place
 
 
-@compiled()
+@jit()
 def _search(t, score, bits, best, partner, alive):
     """Find the best partner of a token among those after it; its number is N if there is none."""
     place = _first_highest(bits[t, t + 1 :], alive[t + 1 :])
@@ -273,7 +273,7 @@ def _search(t, score, bits, best, partner, alive):
         best[t], partner[t] = score[t, t + 1 + place], t + 1 + place
 
 
-@compiled()
+@jit()
 def _first_of_best_pair(score, bits, best, best_bits, partner, alive):
     """Return the first token of the first pair with the highest score; -1 if there is no pair."""
     while True:
@@ -285,7 +285,7 @@ def _first_of_best_pair(score, bits, best, best_bits, partner, alive):
         _search(i, score, bits, best, partner, alive)
 
 
-@compiled()
+@jit()
 def _contract(score, bits, to_new, best, partner, alive, i, j):
     """Replace the scores of token i by those of the token that it and j have become, ``to_new``; j is not alive any more."""
     for t in range(len(to_new)):

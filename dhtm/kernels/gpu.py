@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, gpu_pairs
-from dhtm.kernels.batched import all_similarities, discounted
+from dhtm.kernels.batched import all_similarities, discount
 from dhtm.kernels.gpu_common import compare, describe_all, finish, join, store_places
 from dhtm.regions import Regions
 
@@ -74,7 +74,7 @@ def merge(
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may be another
         describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
         if connectivity == ALL_PAIRS:
-            scores = discounted(all_similarities(measured, similarity), similarity, masses)
+            scores = discount(all_similarities(measured, similarity), similarity, masses)
             neighbours, to_new = scratch(batch, n, dtype=torch.int32), scratch(batch, n, dtype=torch.float32)
             gpu_pairs.merge_image[(batch,)](
                 carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, *results, least.item(),
@@ -89,7 +89,7 @@ def merge(
                 MASSIVE=masses is not None, BLOCK_C=16, STEPS=edges["STEPS"], **options,
             )  # fmt: skip
             _merge_image[(batch,)](
-                carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, _ordered(least), *shape,
+                carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, _sort_key(least), *shape,
                 assignment, height, width, **edges, **more, **options,
             )  # fmt: skip
     if threshold is None:
@@ -126,7 +126,7 @@ def _edge_options(grid: tuple[int, int], connectivity: int) -> tuple[int, dict[s
     return n_edges, {"STEPS": steps, "BLOCK_E": block_e, "num_warps": min(16, max(4, block_e // 256))}
 
 
-def _ordered(least: Tensor) -> int:
+def _sort_key(least: Tensor) -> int:
     """Return the integer that :func:`_merge_image` compares a float32 by."""
     bits = least.view(torch.int32).item()
     return bits ^ 0x7FFFFFFF if bits < 0 else bits
@@ -260,7 +260,7 @@ def _merge_image(
 
 
 @triton.jit
-def _hashed(state, key):
+def _hash(state, key):
     """Hash one more key, as in :mod:`dhtm.kernels.batched`."""
     state = state + key + -7046029254386353131
     state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
@@ -281,10 +281,10 @@ def _draw_image(
     weight = tl.full((BLOCK_N,), 1.0, tl.float32)
     edge = tl.arange(0, BLOCK_E)
     low, high, is_edge = _edges(assignment + image * height * width, edge, height, width, STEPS)
-    of_image = _hashed(_hashed(tl.full((), 0, tl.int64), seed), tl.load(ids + image))
+    of_image = _hash(_hash(tl.full((), 0, tl.int64), seed), tl.load(ids + image))
     failed = 0
     for step in range(k):
-        lots = _hashed(_hashed(of_image, n - step), (low * n + high).to(tl.int64)) & 0x3FFFFFFFFFFFFFFF
+        lots = _hash(_hash(of_image, n - step), (low * n + high).to(tl.int64)) & 0x3FFFFFFFFFFFFFFF
         lots = tl.where(is_edge & (low != high), lots, -1)
         best = tl.max(lots)
         code = tl.min(tl.where(lots == best, low * n + high, n * n))

@@ -76,16 +76,16 @@ def compare(
         score *= tl.load(inverse + a, inside, 0.0) * tl.load(inverse + b, inside, 0.0)
     elif KIND == _EUCLIDEAN:
         score = -tl.sqrt(score)
-    rounded = _rounded(score)
+    rounded = _round_score(score)
     if MASSIVE:
         distance = rounded.to(tl.float64) - (1 if KIND == _COSINE else 0)
         mass_a, mass_b = tl.load(mass + a, inside, 1.0), tl.load(mass + b, inside, 1.0)
-        rounded = _rounded(distance * (mass_a * mass_b / (mass_a + mass_b)))
+        rounded = _round_score(distance * (mass_a * mass_b / (mass_a + mass_b)))
     return rounded
 
 
 @triton.jit
-def _rounded(score):
+def _round_score(score):
     rounded = score.to(tl.float32)
     rounded = tl.where(rounded != rounded, _LOWEST, rounded)
     rounded = tl.where(rounded == 0.0, 0.0, rounded)  # not -0.0, whose bits are lower

@@ -36,20 +36,20 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
             ],
             target,
         )
-        solved = solved.assign(target=target, changed=_changed(solved)).sort_values("finished")
+        solved = solved.assign(target=target, changed=_changes(solved)).sort_values("finished")
         for _, frame in solved.groupby(SAME_WEIGHTS, dropna=False):
             frame = frame.drop_duplicates("changed", keep="last")
             if len(frame) > MIN_OPTIONS and _DEFAULT in set(frame.changed):
-                frames.append(_compared(frame.sort_values("kl"), results_dir))
+                frames.append(_compare(frame.sort_values("kl"), results_dir))
     if not frames:
         return None
     data = pd.concat(frames, ignore_index=True)
     data["kl_p_holm"], data["p_holm"] = holm(data.kl_p), holm(data.p)
     keys = ["backbone", "data", "split", "target"]
-    return Table(data, [_shown(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
+    return Table(data, [_part(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
 
 
-def _changed(runs: pd.DataFrame) -> list[str]:
+def _changes(runs: pd.DataFrame) -> list[str]:
     """Return in what each run differs from the paper's DHTM."""
     changed = []
     for run in runs.itertuples():
@@ -59,7 +59,7 @@ def _changed(runs: pd.DataFrame) -> list[str]:
     return changed
 
 
-def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+def _compare(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     """Add the comparisons of each run with the paper's options."""
     default = predictions(results_dir / frame[frame.changed == _DEFAULT].run_id.iloc[0])
     found = [
@@ -70,7 +70,7 @@ def _compared(frame: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     return pd.concat([frame.reset_index(drop=True), compared], axis=1)
 
 
-def _shown(backbone: str, data: str, split: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+def _part(backbone: str, data: str, split: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
         cells = {

@@ -43,7 +43,7 @@ def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Tabl
         "not whether for the better. The speed-up is over the unmerged model in the same round, medians.",
         *missed,
     ]
-    caption = caption_of(backbone, data, reported.n_images, "which did not choose", _described(choice))
+    caption = caption_of(backbone, data, reported.n_images, "which did not choose", _describe(choice))
     return Table(frame, [(caption, pd.DataFrame(rows))], notes)
 
 
@@ -64,7 +64,7 @@ def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
     axes[0][-1].legend()
     backbone, data = choice.evaluation.backbone.name, choice.evaluation.data.name
     intervals = f"the {tried.n_images.max():,} images that chose, 95% intervals"
-    title = f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}, {_described(choice)}\n{intervals}"
+    title = f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}, {_describe(choice)}\n{intervals}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
@@ -81,7 +81,7 @@ def _draw(ax: Axes, method: str, points: pd.DataFrame, column: str) -> None:
     ax.plot(chosen.flops_reduction_pct, chosen[column], **_RING)
 
 
-def _described(choice: Choice) -> str:
+def _describe(choice: Choice) -> str:
     """Describe the bound in words."""
     key, limit = choice.bound
     if key == "max_kl":

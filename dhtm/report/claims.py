@@ -6,7 +6,7 @@ import math
 import pandas as pd
 
 from dhtm.report.registry import BACKBONES, entry_of
-from dhtm.report.runs import published
+from dhtm.report.runs import read_published
 from dhtm.report.statistics import LEVEL, mcnemar
 from dhtm.report.tables import number
 
@@ -74,8 +74,8 @@ def _most_disagreement(net: int, greatest: int) -> int | None:
 def paper_claims() -> pd.DataFrame:
     """Return the comparisons that the paper's text makes, with the difference in its tables and what it can mean."""
     rows = []
-    for row in published("claims").itertuples():
-        top1 = published(row.table).query("backbone == @row.backbone").set_index("method").top1
+    for row in read_published("claims").itertuples():
+        top1 = read_published(row.table).query("backbone == @row.backbone").set_index("method").top1
         dhtm, other = top1["DHTM" if row.table == "table2" else "dhtm"], top1[row.method]
         difference = round(dhtm - other, 2)
         holds = {"more than": difference > row.points, "at least": difference >= row.points}

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dhtm.harness.runs.dense import miou_interval
 from dhtm.harness.runs.directory import predictions
-from dhtm.report.registry import GREY, entry_of, named
+from dhtm.report.registry import GREY, entry_of, title_of
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, number, with_interval
 
@@ -46,16 +46,18 @@ def dense_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
             reference = next(
                 (run for name in ("dhtm", "dhtm_plus") for run in solved[solved.method == name].itertuples()), None
             )
-            compared = [_compared(run, reference, results_dir) for run in solved.itertuples()]
+            compared = [_compare(run, reference, results_dir) for run in solved.itertuples()]
             together = pd.concat([solved.reset_index(drop=True).assign(target=target), pd.DataFrame(compared)], axis=1)
             rows.append(together)
             n_images = solved.n_images.max()
-            caption = f"{named(backbone, data)}, {n_images:,} images, {target:g}% fewer FLOPs, mIoU of a linear probe"
+            caption = (
+                f"{title_of(backbone, data)}, {n_images:,} images, {target:g}% fewer FLOPs, mIoU of a linear probe"
+            )
             parts.append((caption, _cells(together, entry_of(reference.method).label if reference else "DHTM")))
     return Table(pd.concat(rows, ignore_index=True).drop(columns="knobs"), parts, NOTES) if rows else None
 
 
-def _compared(run, reference, results_dir: Path) -> dict[str, float]:
+def _compare(run, reference, results_dir: Path) -> dict[str, float]:
     if reference is None or run.run_id == reference.run_id:
         return dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
     first, second = (predictions(results_dir / one.run_id) for one in (reference, run))
@@ -96,7 +98,7 @@ def dense_figure(runs: pd.DataFrame) -> Figure | None:
         for miou in frame.miou[(frame.method == "unmerged") & (frame.backbone == backbone) & (frame.data == data)]:
             ax.axhline(miou, color=GREY, linewidth=0.8, zorder=0, label="unmerged")
         ax.set(xlabel="FLOPs reduction (%)", ylabel="mIoU of a linear probe (%)", xlim=(0, None))
-        ax.set_title(f"{named(backbone, data)}, {solved.n_images.max():,} images, 95% intervals", fontsize=9)
+        ax.set_title(f"{title_of(backbone, data)}, {solved.n_images.max():,} images, 95% intervals", fontsize=9)
         ax.legend()
     figure.tight_layout()
     return figure

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, entry_of, named
-from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, published
+from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, entry_of, title_of
+from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, read_published
 from dhtm.report.style import SIZES, draw_intervals, plt
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
@@ -70,8 +70,8 @@ def figure4(runs: pd.DataFrame) -> Figure:
         for row in frame[frame.method == "dhtm"].itertuples():  # random merging has the same k at nearly the same FLOPs
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 6}
             ax.annotate(f"k={row.k}", (row.flops_g, row.ci_high), **above)
-    table = published("table1").query("backbone == 'deit_small'")
-    text = published("figure4").query("method == 'random'")
+    table = read_published("table1").query("backbone == 'deit_small'")
+    text = read_published("figure4").query("method == 'random'")
     for series, points in zip(COMPARED, (table, text), strict=True):
         _draw_hollow(axes[-1], points.flops_g, points.top1, series.name, series.style)
     for ax in axes:
@@ -120,7 +120,7 @@ def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
     top1 = frame.top1[frame.method == "unmerged"].max()
     ax.set(
         ylim=(top1 - ZOOM, top1 + ZOOM / 2),
-        title=f"{named(*pair)}: top-1 from close by, no intervals",
+        title=f"{title_of(*pair)}: top-1 from close by, no intervals",
         xlabel="FLOPs reduction (%)",
     )
     ax.set_ylabel("top-1 accuracy (%)")
@@ -147,8 +147,8 @@ def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, label: str, style: dic
 
 def _draw_published_reductions(ax: Axes) -> dict[str, Line2D]:
     """Draw DHTM's points of Table 1 and the others' of Table 2; return the lines for the legend."""
-    table1 = published("table1").query("backbone == 'deit_small'").set_index("k")
-    table2 = published("table2").query("backbone == 'deit_small'").set_index("method")
+    table1 = read_published("table1").query("backbone == 'deit_small'").set_index("k")
+    table2 = read_published("table2").query("backbone == 'deit_small'").set_index("method")
     handles = {}
     for name, series in SERIES.items():
         points = table1 if name == "DHTM" else table2[table2.index == name]
@@ -197,7 +197,7 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
     return (
-        f"{named(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least (KL "
+        f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least (KL "
         f"{least.kl:.2g} nats, top-1 {least.top1:.1f}%), {entry_of(most.method).label} most (KL {most.kl:.2g} nats, top-1 "
         f"{most.top1:.1f}%)."
     )
@@ -211,4 +211,4 @@ def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
         return ""
     ratio = kl["random"] / kl["dhtm"]
     low, high = (f"{value:.1f}" if value < 10 else f"{value:,.0f}" for value in (ratio.min(), ratio.max()))
-    return f"{named(*pair)}: random merging has {low} to {high} times the KL of DHTM at the same k."
+    return f"{title_of(*pair)}: random merging has {low} to {high} times the KL of DHTM at the same k."

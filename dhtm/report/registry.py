@@ -106,7 +106,7 @@ SERIES = {
 }
 
 
-def named(backbone: str, data: str) -> str:
+def title_of(backbone: str, data: str) -> str:
     """Name a backbone on a data set for readers."""
     return f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}"
 

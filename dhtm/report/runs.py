@@ -66,7 +66,7 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     )
 
 
-def published(name: str) -> pd.DataFrame:
+def read_published(name: str) -> pd.DataFrame:
     """Return a table of results/paper."""
     return pd.read_csv(PROJECT / "results" / "paper" / f"{name}.csv")
 
@@ -87,7 +87,7 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
         (plain.method == method)
         & (plain.layers == "4,7,11")
         & ~plain.trained.astype(bool)
-        & ((plain.targets == "") | plain.k.isin(published("table1").k))
+        & ((plain.targets == "") | plain.k.isin(read_published("table1").k))
     ].astype({"k": int})
     series = [_newest(frame, ["k"]) for _, frame in chosen.groupby(_SAME_MODEL, dropna=False)]
     return (_best(series) if series else chosen).set_index("k").sort_index()

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dhtm.harness.models.methods import knob_text
-from dhtm.report.registry import GREY, METHODS, Series, entry_of, named
+from dhtm.report.registry import GREY, METHODS, Series, entry_of, title_of
 from dhtm.report.runs import of_series, solved_for
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, number, with_interval
@@ -83,7 +83,7 @@ def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
         runs: of one backbone and data set, such as results/embedded/tables/runs.csv.
         title: of the figure.
     """
-    where = named(*runs[["backbone", "data"]].iloc[0])
+    where = title_of(*runs[["backbone", "data"]].iloc[0])
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4))
     columns = {"top1": ["top1", "ci_low", "ci_high"], "kl": ["kl", "kl_low", "kl_high"]}
     names = {"top1": f"top-1 (%)\n{where}", "kl": f"KL from unmerged (nats)\n{where}"}

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import dhtm
-from dhtm.report.runs import over_k, pairs, published
+from dhtm.report.runs import over_k, pairs, read_published
 from dhtm.report.tables import FAITHFULNESS, Table, caption_of, faithfulness_cells, number, with_interval
 from dhtm.vit import tokens_by_layer
 
@@ -46,7 +46,7 @@ def gflops(backbone: str, ks: tuple[int, ...]) -> dict[tuple[int, ...], list[flo
 
 def table1(runs: pd.DataFrame) -> Table:
     """Make Table 1 from the finished runs; a dash where ImageNet was not evaluated."""
-    first = [(backbone, "imagenet") for backbone in published("table1").backbone.unique()]
+    first = [(backbone, "imagenet") for backbone in read_published("table1").backbone.unique()]
     parts, frames = [], []
     for backbone, data in dict.fromkeys([*first, *pairs(runs[runs.method == "dhtm"])]):
         frame = over_k(runs, backbone, data, "dhtm")
@@ -79,7 +79,7 @@ def table1(runs: pd.DataFrame) -> Table:
 
 def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
     """Return published numbers, ours, and the FLOPs that fvcore counts for each schedule, by k."""
-    theirs = published("table1").query("backbone == @backbone").set_index("k")[["top1", "flops_g"]]
+    theirs = read_published("table1").query("backbone == @backbone").set_index("k")[["top1", "flops_g"]]
     frame = theirs.add_prefix("published_").join(
         ours[["run_id", "top1", "ci_low", "ci_high", *FAITHFULNESS, "n_images"]]
     )

@@ -9,7 +9,7 @@ import pandas as pd
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.claims import N_IMAGENET, claim_cells, paper_claims
 from dhtm.report.registry import METHODS, SERIES, entry_of
-from dhtm.report.runs import Pair, at_target, of_series, pairs, published, solved_for
+from dhtm.report.runs import Pair, at_target, of_series, pairs, read_published, solved_for
 from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import (
     FAITHFULNESS,
@@ -82,7 +82,7 @@ NOTES = [
 
 def table2(runs: pd.DataFrame, results_dir: Path) -> Table:
     """Make Table 2 from the finished runs, whose predictions are in results_dir; a dash where there is no run."""
-    first = [(backbone, "imagenet", TARGET) for backbone in published("table2").backbone.unique()]
+    first = [(backbone, "imagenet", TARGET) for backbone in read_published("table2").backbone.unique()]
     others = [(*pair, target) for target in (TARGET, *MORE_TARGETS) for pair in pairs(solved_for(runs, target))]
     sets = dict.fromkeys([*first, *others])
     data = pd.concat([_results(runs, results_dir, (b, d), target) for b, d, target in sets], ignore_index=True)
@@ -108,7 +108,7 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
     Beside the paper's target the rows without a run are dropped.
     """
     backbone, data = pair
-    paper = published("table2").assign(data="imagenet", target=TARGET)
+    paper = read_published("table2").assign(data="imagenet", target=TARGET)
     paper = paper.query("backbone == @backbone and data == @data and target == @target").set_index("method")
     ours = at_target(runs, backbone, data, target)
     reference = next((name for name in ("DHTM", "DHTM+") if _run(ours, name) is not None), None)
@@ -137,7 +137,7 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
 
 def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series | None]]:
     """Return name, group and run of each row of a part: first the paper's groups, then other runs at the target."""
-    methods = published("table2").groupby("backbone", sort=False).method.agg(list)
+    methods = read_published("table2").groupby("backbone", sort=False).method.agg(list)
     names = methods.get(backbone, methods.iloc[0])
     first = names.index("ToMe OTS")
     rows = []
@@ -162,7 +162,7 @@ def _run(ours: pd.DataFrame, name: str) -> pd.Series | None:
 def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     """Return caption and cells of one backbone on one data set."""
     rows = []
-    for row, cells in _named(frame):
+    for row, cells in _entries(frame):
         if frame.published_top1.notna().any():
             cells["top-1 % published"] = number(row.published_top1, 2)
             cells["GFLOPs published"] = number(row.published_flops_g, 2)
@@ -179,7 +179,7 @@ def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tup
 def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     """Return caption and cells of what merging changes, for the methods off the shelf."""
     rows = []
-    for row, cells in _named(frame):
+    for row, cells in _entries(frame):
         cells |= faithfulness_cells(row)
         cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
         cells["reduction %"] = number(row.flops_reduction_pct, 1)
@@ -193,7 +193,7 @@ def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) ->
     return caption, pd.DataFrame(rows)
 
 
-def _named(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, str]]]:
+def _entries(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, str]]]:
     """Yield each row and its first cells: the training, once per group, and the method."""
     group = None
     for row in frame.itertuples():

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dhtm.harness.core.files import write_atomically
-from dhtm.report.registry import named
+from dhtm.report.registry import title_of
 from dhtm.report.statistics import LEVEL
 from dhtm.report.style import save_figure
 
@@ -45,20 +45,20 @@ class Table:
         if figure is not None:
             save_figure(figure, path)
 
-    def _printed(self) -> list[tuple[str, pd.DataFrame]]:
+    def _formatted_parts(self) -> list[tuple[str, pd.DataFrame]]:
         return [(caption, frame.drop(columns="run", errors="ignore")) for caption, frame in self.parts]
 
     def markdown(self) -> str:
         parts = [
             f"**{caption}**\n\n{frame.to_markdown(index=False, disable_numparse=True, colalign=['right'] * frame.shape[1])}\n"
-            for caption, frame in self._printed()
+            for caption, frame in self._formatted_parts()
         ]
         return "\n".join([*parts, *(f"- {note}" for note in self.notes)]) + "\n"
 
     def latex(self) -> str:
         """Return one booktabs ``table`` per part; the document needs \\usepackage{booktabs}."""
         tables = []
-        for caption, frame in self._printed():
+        for caption, frame in self._formatted_parts():
             escaped = frame.rename(columns=_latex).map(_latex)
             tabular = escaped.to_latex(index=False, column_format="r" * frame.shape[1])
             tables.append(f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(caption)}}}\n{tabular}\\end{{table}}\n")
@@ -70,7 +70,7 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
     """Return a part's caption, with the number of images if there are runs."""
     counts = n_images.dropna()
     images = [] if counts.empty else [f"{int(counts.max()):,} images"]
-    return ", ".join([named(backbone, data), *images, *details])
+    return ", ".join([title_of(backbone, data), *images, *details])
 
 
 def number(value: float, decimals: int, signed: bool = False) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dhtm.harness.runs.directory import predictions
-from dhtm.report.registry import entry_of, named
+from dhtm.report.registry import entry_of, title_of
 from dhtm.report.runs import SAME_WEIGHTS, solved_for
 from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import Table, difference_cells, faithfulness_cells, flops_cell, number
@@ -39,7 +39,7 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     data = pd.DataFrame(rows).drop(columns=["knobs", "finished"])  # a time would differ in every repetition
     data["p_holm"], data["kl_p_holm"] = holm(data.p), holm(data.kl_p)
     keys = ["backbone", "data", "split", "n_images"]
-    return Table(data, [_shown(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
+    return Table(data, [_part(*part, frame) for part, frame in data.groupby(keys, sort=False)], NOTES)
 
 
 def _pairs(frame: pd.DataFrame) -> Iterator[tuple]:
@@ -56,7 +56,7 @@ def _options(run) -> str:
     return str((run.layers, sorted((name, value) for name, value in run.knobs.items() if name not in _VARIED)))
 
 
-def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+def _part(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     rows = []
     for row in frame.itertuples():
         cells = {
@@ -68,4 +68,4 @@ def _shown(backbone: str, data: str, split: str, n_images: int, frame: pd.DataFr
         cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
         cells |= difference_cells(row, "without")
         rows.append(cells | {"run": row.run_id})
-    return f"{named(backbone, data)}, {n_images:,} images, split {split}", pd.DataFrame(rows)
+    return f"{title_of(backbone, data)}, {n_images:,} images, split {split}", pd.DataFrame(rows)

@@ -14,7 +14,7 @@ from timm.data import create_transform
 
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data import cache, photographs
-from dhtm.harness.data.cache import cached
+from dhtm.harness.data.cache import decode_once
 from dhtm.harness.data.photographs import Photographs
 from dhtm.harness.data.splits import batches, open_split
 
@@ -31,7 +31,7 @@ class Cached:
 
     def open(self, preprocessing=PREPROCESSING, num_workers=0):
         split = open_split(self.data, "val", preprocessing, 3)
-        return split, cached(self.data, split, preprocessing, self.folder, num_workers)
+        return split, decode_once(self.data, split, preprocessing, self.folder, num_workers)
 
     def chunks(self):
         return sorted(file.name for file in self.folder.glob("*/*.npy"))
@@ -40,7 +40,7 @@ class Cached:
 @pytest.fixture
 def images(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CHUNK", 3)
-    photographs._listed.cache_clear()
+    photographs._list.cache_clear()
     shutil.copytree(photos, tmp_path / "photos")
     return Cached(tmp_path / "photos", tmp_path / "cache")
 

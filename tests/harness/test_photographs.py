@@ -40,7 +40,7 @@ from dhtm.harness.runs.directory import predictions
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    module._listed.cache_clear()
+    module._list.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
         run(tmp_path / "root", *unmerged)
     for file in files:
         file.write_bytes(b"nothing")
-    module._listed.cache_clear()
+    module._list.cache_clear()
     with pytest.raises(UserError, match=r"none of its 12 images can be read; image 0 cannot be read"):
         run(tmp_path / "root", *unmerged, "data.on_error=skip", "num_workers=0")
 
@@ -188,7 +188,7 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
     assert labels(class_map=f"{tmp_path}/map.json") == ([0, 10, 20, 30], 31)
     for i, synset in enumerate(synsets):  # ImageNet-V2's folders are numbers, which sort as 0, 1, 10, 2
         (tmp_path / "val" / synset).rename(tmp_path / "val" / ["0", "2", "10", "999"][i])
-    module._listed.cache_clear()
+    module._list.cache_clear()
     assert labels(class_map="numbers") == ([0, 2, 10, 999], 1000)
     split = opened(tmp_path, class_map="numbers", among="present")
     assert split.among == (0, 2, 10, 999)

@@ -78,7 +78,7 @@ class Gather(dhtm.Reducer):
         self.seen[attention.layer] = attention
         token_map = (torch.arange(tokens.shape[1]) - 20).clamp(min=0).expand(len(tokens), -1)
         new = torch.cat([tokens[:, :21].mean(dim=1, keepdim=True), tokens[:, 21:]], dim=1)
-        return new, regions.merged(token_map, tokens.shape[1] - 20)
+        return new, regions.merge(token_map, tokens.shape[1] - 20)
 
 
 def probabilities(attention, normed, sizes=None):

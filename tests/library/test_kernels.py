@@ -83,9 +83,8 @@ def test_no_images_at_all(backend):
 
 
 def test_numba_without_a_place_for_machine_code(tmp_path):
-    code = (
-        "from dhtm.kernels.compiled import rounded; assert rounded(0.5) == 0.5"  # one of the functions, which is quick
-    )
+    # One of the functions, which is quick.
+    code = "from dhtm.kernels.compiled import round_score; assert round_score(0.5) == 0.5"
     nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | nowhere, cwd=tmp_path, capture_output=True, text=True

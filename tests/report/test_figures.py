@@ -8,7 +8,7 @@ from PIL import Image
 
 from dhtm.report.figures import figure1, figure4
 from dhtm.report.registry import METHODS, SERIES
-from dhtm.report.runs import load_runs, published
+from dhtm.report.runs import load_runs, read_published
 from dhtm.report.style import plt, save_figure
 
 TARGETS = (10.0, 20.0, 30.0, 40.0)
@@ -53,7 +53,7 @@ def test_without_runs_the_papers_points_are_drawn(tmp_path):
     assert ax.get_title().startswith("DeiT-Small, ImageNet-1K: published only")
     drawn = {line.get_label(): line for line in ax.get_lines()}
     dhtm = drawn[SERIES["DHTM"].label + ", published"]
-    table = published("table1").query("backbone == 'deit_small'")
+    table = read_published("table1").query("backbone == 'deit_small'")
     assert dhtm.get_ydata().tolist() == table.top1.tolist()
     assert dhtm.get_xdata().tolist() == pytest.approx((100 * (1 - table.flops_g / 4.65)).tolist())
     tome = drawn[SERIES["ToMe OTS"].label + ", published"]

@@ -12,7 +12,7 @@ import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.report import table1 as table1_module
 from dhtm.report.report import report
-from dhtm.report.runs import load_runs, published
+from dhtm.report.runs import load_runs, read_published
 from dhtm.report.table1 import gflops
 
 
@@ -79,12 +79,12 @@ def test_damaged_metrics_and_unwritable_output_are_named(tmp_path):
 
 
 def test_published_numbers():
-    table = published("table1").set_index(["backbone", "k"])
+    table = read_published("table1").set_index(["backbone", "k"])
     assert len(table) == 21
     assert table.loc[("deit_tiny", 0), "top1"] == 72.20
     assert table.loc[("deit_base", 40), "flops_g"] == 13.97
     assert table.groupby("backbone").top1.is_monotonic_decreasing.all()
-    assert len(published("table2")) == 30
-    assert len(published("claims")) == 25
+    assert len(read_published("table2")) == 30
+    assert len(read_published("claims")) == 25
     for file in (ROOT / "results" / "paper").glob("*.csv"):
         assert pd.read_csv(file).place.notna().all()

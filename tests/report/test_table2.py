@@ -6,7 +6,7 @@ import pytest
 from made_up import write_solved_run
 
 from dhtm.harness.core.errors import UserError
-from dhtm.report.runs import load_runs, published
+from dhtm.report.runs import load_runs, read_published
 from dhtm.report.statistics import holm, mcnemar
 from dhtm.report.table2 import ADDED, table2
 
@@ -39,7 +39,7 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
     assert len(table.parts) == 4
     assert table.data[["top1", "flops_g", "difference", "p"]].isna().all(axis=None)
     cells = cells_of(table, "DeiT-Small")
-    printed = published("table2").query("backbone == 'deit_small'").set_index("method")
+    printed = read_published("table2").query("backbone == 'deit_small'").set_index("method")
     for name, top1 in printed.top1.items():
         assert cells.loc[name, "top-1 % published"] == f"{top1:.2f}"
     assert (cells[["top-1 % ours", "GFLOPs", "reduction %", "DHTM − this, points", "p"]] == "–").all(axis=None)
@@ -151,7 +151,7 @@ def test_the_papers_claims(tmp_path):
     claims = table.data.dropna(subset="claim").set_index(["backbone", "method"])
     assert len(claims) == 25
     for (backbone, method), row in claims.drop(("deit_small", "random")).iterrows():
-        top1 = published("table2").set_index(["backbone", "method"]).top1[backbone]
+        top1 = read_published("table2").set_index(["backbone", "method"]).top1[backbone]
         assert row.published_difference == pytest.approx(top1["DHTM"] - top1[method])
         p, q = top1["DHTM"] / 100, top1[method] / 100
         assert row.independent_disagreement_pct == pytest.approx(100 * (p * (1 - q) + q * (1 - p)))

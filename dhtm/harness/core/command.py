@@ -37,13 +37,13 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
-        def wrapped(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             if resumes:
                 _expect_preemption()
             with _boundary(resumes):
                 return function(*args, **kwargs)
 
-        return wrapped
+        return wrapper
 
     return decorate
 

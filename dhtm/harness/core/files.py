@@ -44,7 +44,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
+def lock(path: Path, message: str) -> Iterator[None]:
     """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait."""
     lock = FileLock(path)
     try:

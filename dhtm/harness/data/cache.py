@@ -20,14 +20,14 @@ from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
 from dhtm.harness.core.errors import explain
-from dhtm.harness.core.files import locked, require_writable, write_atomically
+from dhtm.harness.core.files import lock, require_writable, write_atomically
 from dhtm.harness.data.splits import Split, UnreadableError, load
 
 CHUNK = 256  # images in a file
 _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize differently
 
 
-def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
+def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
     """Return a split that reads its images from the cache, after filling what the cache lacks.
 
     Args:
@@ -56,9 +56,9 @@ def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers
         [split.fingerprint, len(cropped), CHUNK, steps, preprocessing["input_size"], versions], default=str
     )
     images = CachedImages(cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16], cropped)
-    if images.missing():
+    if images.missing_chunks():
         require_writable(images.folder, f"cache_dir={cache_dir}")
-        with locked(images.folder / "lock", f"waiting for another process, which fills {images.folder}"):
+        with lock(images.folder / "lock", f"waiting for another process, which fills {images.folder}"):
             remedy = "; remove it and set cache_dir=null, or choose another place"
             with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
                 images.fill(num_workers, data.name)
@@ -66,7 +66,7 @@ def cached(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers
         torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std)
     )
     normalise = functools.partial(_normalise, mean=mean, std=std)
-    return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing())
+    return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing_chunks())
 
 
 class CachedImages(Dataset):
@@ -97,7 +97,7 @@ class CachedImages(Dataset):
             self.cropped[index] if images is None else (torch.from_numpy(images[row]), int(self.cropped.labels[index]))
         )
 
-    def missing(self) -> list[int]:
+    def missing_chunks(self) -> list[int]:
         """Return the numbers of the files that do not exist."""
         return [number for number in range(-(-len(self) // CHUNK)) if not self._file(number).exists()]
 
@@ -109,7 +109,7 @@ class CachedImages(Dataset):
         """
         for file in self.folder.glob(".*.npy"):  # unfinished files of a process that was killed
             file.unlink()
-        missing = self.missing()
+        missing = self.missing_chunks()
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(self))) for number in missing]
         with tqdm(total=sum(map(len, chunks)), desc=f"{name}: cache", unit=" images", disable=None) as bar:
             for number, batch in zip(missing, load(self.cropped, chunks, num_workers), strict=True):

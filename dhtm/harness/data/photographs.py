@@ -49,7 +49,7 @@ class Photographs:
         if self.root is None:
             raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
         of_training = self.holdout is not None and split in (self.train_split, "holdout")
-        source, numbers, classes = _listed(
+        source, numbers, classes = _list(
             self.root, self.train_split if of_training else split, self.labels, self.class_map
         )
         if of_training:
@@ -144,7 +144,7 @@ def decode(file: BinaryIO) -> Image.Image:
 
 
 @functools.cache  # a sweep lists its images once
-def _listed(root, split, labels, class_map) -> tuple[Source, np.ndarray, tuple[str, ...] | None]:
+def _list(root, split, labels, class_map) -> tuple[Source, np.ndarray, tuple[str, ...] | None]:
     source = _source(root, split)
     given = source.given
     if given is None and labels is None:
@@ -172,7 +172,7 @@ def _source(root: str, split: str) -> Source:
     path = Path(root)
     if path.is_dir():
         return _in_folder(_folder_of_split(path, split), split)
-    files = [path] if path.is_file() else _matching(path)
+    files = [path] if path.is_file() else _match(path)
     if not files:
         raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
     if files[0].suffix == ".tar":
@@ -206,16 +206,16 @@ def _in_folder(folder: Path, split: str) -> Source:
 def _files_of_split(files: list[Path], split: str) -> list[Path]:
     """Return the files of one split where names have splits: validation-00000-of-00014, ILSVRC2012_img_val; else all."""
 
-    def named(file: Path, names) -> bool:
+    def is_of(file: Path, names) -> bool:
         return not set(names).isdisjoint(re.split(r"[^a-z]+", file.stem.lower()))
 
     known = [name for names in SPLITS.values() for name in names]
-    if not any(named(file, known) for file in files):
+    if not any(is_of(file, known) for file in files):
         return files
-    return [file for file in files if named(file, SPLITS.get(split, (split,)))]
+    return [file for file in files if is_of(file, SPLITS.get(split, (split,)))]
 
 
-def _matching(pattern: Path) -> list[Path]:
+def _match(pattern: Path) -> list[Path]:
     """Return the files of a shell pattern, which may have {000..063} for numbers as WebDataset's users write it."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", str(pattern))
     if braces is None:

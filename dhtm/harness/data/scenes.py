@@ -64,7 +64,7 @@ class Digits:
 
     def patch_classes(self, split: str, indices: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
         """Return what most of the ink in each patch of some scenes is of, as a number in PATCH_CLASSES: int64 [n, P]."""
-        _, placed = _drawn(split, indices, self.seed, 1.0)
+        _, placed = _draw_all(split, indices, self.seed, 1.0)
         ink = F.adaptive_avg_pool2d(torch.from_numpy(placed), grid).flatten(2)
         digit, distractor = ink[:, 0], ink[:, 1:].amax(dim=1)
         classes = torch.where(digit >= distractor, 1, 2)
@@ -132,7 +132,7 @@ def scenes(split, indices, seed=0, difficulty=1.0):
         labels: int64 [n], the digit in each scene.
         centres: float64 [n, 2], where the digit is, (x, y) in pixels.
     """
-    (labels, centres, grounds, noise), placed = _drawn(split, indices, seed, difficulty)
+    (labels, centres, grounds, noise), placed = _draw_all(split, indices, seed, difficulty)
     ink = torch.from_numpy(placed).amax(dim=1)
     ground = F.interpolate(torch.from_numpy(grounds)[:, None], size=CANVAS, mode="bicubic", align_corners=True)[:, 0]
     # Ink covers the ground in proportion to its strength, then the sensor adds its noise.
@@ -141,7 +141,7 @@ def scenes(split, indices, seed=0, difficulty=1.0):
     return images.numpy(), labels, centres[:, 0]
 
 
-def _drawn(split, indices, seed, difficulty):
+def _draw_all(split, indices, seed, difficulty):
     """Return labels, centres, grounds and noise of scenes, and the ink of each object on the canvas, [n, m, 56, 56]."""
     drawn = [_draw(split, index, seed, difficulty) for index in indices]
     labels, patches, centres, half_sizes, angles, grounds, noise = (np.stack(part) for part in zip(*drawn, strict=True))

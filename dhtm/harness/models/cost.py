@@ -79,7 +79,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    with _patched(backbone, at(0)) as unmerged:  # or an error that says why not
+    with _patch_briefly(backbone, at(0)) as unmerged:  # or an error that says why not
         rows, columns = patch_grid(unmerged)
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
@@ -105,7 +105,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     return at(found), target.reduction_pct if target.flops_g is None else round(100 * (1 - wanted / plain), 6)
 
 
-def counted(method: Method) -> Method:
+def with_number(method: Method) -> Method:
     """Return the method that makes the same number of merges in every image, shared by layers as its ``inflect`` says."""
     options = {**method.options, "threshold": None, "max_merges": None, "total": 0}
     return dataclasses.replace(method, knob="total", options=options)
@@ -123,7 +123,7 @@ def solve_thresholds(
     Returns:
         As :func:`solve`.
     """
-    in_all, target_pct = solve(backbone, counted(method), target)
+    in_all, target_pct = solve(backbone, with_number(method), target)
     share = 1.0
     # An image of few tokens costs less than in proportion, so that equal merges do not mean equal FLOPs.
     for _ in range(3):
@@ -149,7 +149,7 @@ def baseline_flops(backbone: Backbone) -> int:
 @functools.lru_cache(maxsize=4096)  # a sweep over targets asks for the same counts again and again
 def flops(backbone: Backbone, method: Method) -> FlopCount:
     """Count the FLOPs of a backbone with a method; weights and images change none."""
-    with _patched(backbone, method) as model:
+    with _patch_briefly(backbone, method) as model:
         return count_flops(model)
 
 
@@ -157,14 +157,14 @@ def flops(backbone: Backbone, method: Method) -> FlopCount:
 def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
     """Return the tokens that leave each layer; None where the setting is impossible."""
     try:
-        with _patched(backbone, method) as model:
+        with _patch_briefly(backbone, method) as model:
             return tuple(tokens_by_layer(model))
     except UserError:
         return None
 
 
 @contextlib.contextmanager
-def _patched(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
+def _patch_briefly(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
     """Lend the bare backbone, patched with a method for a while; a UserError says why it cannot be."""
     model = method.patch(backbone.bare(), backbone.name)
     try:

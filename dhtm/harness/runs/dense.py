@@ -18,7 +18,7 @@ from dhtm.vit import regions
 N_PROBE = 600  # training scenes
 
 
-def segmenting(model: VisionTransformer, backbone: Backbone, data: Digits, observe: Observe | None) -> Observe:
+def observe_patches(model: VisionTransformer, backbone: Backbone, data: Digits, observe: Observe | None) -> Observe:
     """Make an observer of a run that also counts, in the column ``confusion``, how the probe segments each image.
 
     The probe is fitted once, on the unmerged backbone's features of training scenes. What it sees of the patched model is the

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from dhtm.harness.core.errors import explain
-from dhtm.harness.core.files import locked, require_writable, write_atomically, write_json
+from dhtm.harness.core.files import lock, require_writable, write_atomically, write_json
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
 
@@ -44,7 +44,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Let one process at a time carry out the run; others wait, and then find it finished."""
-        with locked(self._lock, f"waiting for another process, which carries out {self.path}"):
+        with lock(self._lock, f"waiting for another process, which carries out {self.path}"):
             yield
             shutil.rmtree(self._shards, ignore_errors=True)
             for file in self.path.glob(".*"):  # unfinished files of processes that were killed

@@ -22,14 +22,14 @@ from dhtm.flops import count_flops_of_images
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.ranks import Ranks
-from dhtm.harness.data.cache import cached
+from dhtm.harness.data.cache import decode_once
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.data.splits import Split, UnreadableError, open_split
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import baseline_flops, flops
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.models.weights import load_model
-from dhtm.harness.runs.dense import N_PROBE, segmentation, segmenting
+from dhtm.harness.runs.dense import N_PROBE, observe_patches, segmentation
 from dhtm.harness.runs.directory import FAILED, RunDirectory, outputs
 from dhtm.harness.runs.faithfulness import Observe, compare_with, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
@@ -104,7 +104,7 @@ class _Prepared:
     split: Split
     determinants: dict
 
-    def tracked(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
+    def track(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
         """Log the run to the tracker, if there is one, where ``done`` are the predictions of an earlier process."""
         run_id, n_images = self.directory.path.name, len(self.split.dataset)
         return track_evaluation(self.evaluation, run_id, self.trained, n_images, done, ranks)
@@ -145,9 +145,9 @@ def evaluate(
             return _finished_before(prepared, metrics, pictures, ranks)
         observe = _observer(prepared, ranks)
         if evaluation.dense:
-            observe = segmenting(prepared.model, evaluation.backbone, evaluation.data, observe)
+            observe = observe_patches(prepared.model, evaluation.backbone, evaluation.data, observe)
         done = ranks.gather(directory.predictions_so_far() if ranks.first else None)[0]
-        with prepared.tracked(done, ranks) as tracked:
+        with prepared.track(done, ranks) as tracked:
             failed, measured = _predict_missing(prepared, done, observe, ranks, tracked.progress)
             if ranks.first:
                 directory.list_failed(failed)
@@ -227,7 +227,7 @@ def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], 
     if ranks.first:
         log.info("%s: already finished, %s", prepared.title, directory.path)
         metrics = directory.add_target(metrics, evaluation.target_pct)
-        with prepared.tracked(pd.DataFrame(), ranks) as tracked:
+        with prepared.track(pd.DataFrame(), ranks) as tracked:
             tracked.result(metrics, directory.path, pictures)
     return metrics
 
@@ -247,7 +247,7 @@ def _predict_missing(
     split = prepared.split
     if evaluation.cache_dir is not None and missing:
         data = evaluation.data
-        split = cached(data, split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
+        split = decode_once(data, split, prepared.preprocessing, evaluation.cache_dir, evaluation.num_workers)
     failed = {}
 
     def on_unreadable(unreadable: UnreadableError) -> None:

@@ -35,7 +35,7 @@ from dhtm.report.page.where import (
     object_regions,
 )
 from dhtm.report.regions import draw_side_by_side
-from dhtm.report.registry import named
+from dhtm.report.registry import title_of
 from dhtm.report.runs import Pair, pairs
 from dhtm.report.tables import Table
 
@@ -83,7 +83,7 @@ def write_page(
     page = template.render(
         what=_html(_what_was_run(runs, measured)),
         tables=[(TITLES[name], name, parts, tables[name].notes) for name, parts in shown.items()],
-        figures=[(FIGURES[name], _embedded(path.read_bytes())) for name, path in figures.items()],
+        figures=[(FIGURES[name], _embed(path.read_bytes())) for name, path in figures.items()],
         premise=_premise(file.parent / "premise"),
         charts=list(charts),
         specifications=json.dumps(charts).replace("</", "<\\/"),
@@ -105,7 +105,7 @@ def _what_was_run(runs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
         used = versions.get(found.sort_values("finished").run_id.iloc[-1], {})
         rows.append(
             {
-                "backbone and data": named(backbone, data), "runs": len(found), "images": f"{found.n_images.max():,}",
+                "backbone and data": title_of(backbone, data), "runs": len(found), "images": f"{found.n_images.max():,}",
                 "splits": ", ".join(sorted(found.split.unique())), "dtype": ", ".join(sorted(found["dtype"].unique())),
                 "device": ", ".join(sorted(found.device.unique())), "first": found.finished.min(), "last": found.finished.max(),
                 "versions": ", ".join(f"{name} {number}" for name, number in used.items()),
@@ -135,7 +135,7 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
     pictures, reason = [], ""
     try:
-        models, split, data = _loaded(merged, results_dir)
+        models, split, data = _load(merged, results_dir)
         pictures = _pictures(merged.label, models, split, notable)
         if isinstance(data, Digits) and frame.top1.notna().all():
             kept = {
@@ -145,10 +145,11 @@ def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] 
     except UserError as error:
         reason = str(error)
     tables = [(caption, _html(table)) for caption, table in parts.items()]
-    return {"title": f"{named(*pair)}, {target}% fewer FLOPs", "tables": tables, "pictures": pictures, "reason": reason}
+    title = f"{title_of(*pair)}, {target}% fewer FLOPs"
+    return {"title": title, "tables": tables, "pictures": pictures, "reason": reason}
 
 
-def _loaded(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransformer], Split, Any]:
+def _load(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransformer], Split, Any]:
     """Return the patched model of each run, the split that all ran on, and its data set."""
     runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
     models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
@@ -171,7 +172,7 @@ def _pictures(
         title = f"Image {index}, {words}" if words else f"Image {index}"
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", optimize=True)
-        pictures.append((_embedded(buffer.getvalue()), f"{title}, and its regions under {', '.join(names)}"))
+        pictures.append((_embed(buffer.getvalue()), f"{title}, and its regions under {', '.join(names)}"))
     return pictures
 
 
@@ -180,7 +181,7 @@ def _premise(folder: Path) -> tuple[str, list[str]] | None:
     if not (folder / "premise.png").exists() or not (folder / "premise.md").exists():
         return None
     lines = (folder / "premise.md").read_text(encoding="utf-8").splitlines()
-    return _embedded((folder / "premise.png").read_bytes()), [line[2:] for line in lines if line.startswith("- ")]
+    return _embed((folder / "premise.png").read_bytes()), [line[2:] for line in lines if line.startswith("- ")]
 
 
 def _problems(results_dir: Path) -> str:
@@ -222,5 +223,5 @@ def _html(frame: pd.DataFrame) -> str:
     return shown.rename(columns=html.escape).to_html(index=False, border=0, escape=False)
 
 
-def _embedded(png: bytes) -> str:
+def _embed(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -72,7 +72,7 @@ def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for name, of_run in found.items():
         row = {"method": name}
-        for way, chosen in zip(("won", "lost"), _flipped(of_run), strict=True):
+        for way, chosen in zip(("won", "lost"), _flips(of_run), strict=True):
             images = of_run[chosen].nlargest(MOST, "kl").index
             row[way], row[f"{way}: images of greatest KL"] = str(chosen.sum()), ", ".join(map(str, images)) or DASH
         rows.append(row)
@@ -81,13 +81,13 @@ def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def notable_images(of_run: pd.DataFrame) -> dict[int, str]:
     """Return the image of greatest KL in a run, and those among its flips won and lost, with the words for it."""
-    won, lost = _flipped(of_run)
+    won, lost = _flips(of_run)
     chosen = {"the greatest KL": of_run.kl, "the greatest KL among the flips won": of_run.kl[won]}
     chosen["the greatest KL among the flips lost"] = of_run.kl[lost]
     return {int(kl.idxmax()): words for words, kl in reversed(chosen.items()) if len(kl)}
 
 
-def _flipped(of_run: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+def _flips(of_run: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     was_right = of_run.unmerged_class == of_run.label
     return of_run.correct & ~was_right, ~of_run.correct & was_right
 
