@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 REPORT_KEYS = {"results_dir", "output_dir", "tracker"}
 REQUEUE = 75  # the scripts' own exit code when the system stops them, dhtm.harness.core.command.REQUEUE
 
@@ -38,7 +37,7 @@ class Sweep:
         """Run a script and return its exit code, 0 or 1; any other, or a signal, ends this process too."""
         if self.stopped:
             sys.exit(REQUEUE)
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / script), *arguments])
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name(script)), *arguments])
         try:
             code = self.process.wait()
         except KeyboardInterrupt:  # the script got it too, and reports it
