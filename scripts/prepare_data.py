@@ -29,6 +29,8 @@ def main(config: DictConfig) -> None:
     log.info("%s for %s: %d images in %s", data.name, backbone.name, len(split.dataset), found.dataset.folder)
     for unreadable in found.dataset.failed:
         log.warning("%s", unreadable)
+    if found.dataset.failed and data.on_error != "skip":
+        raise UserError(f"images that cannot be read: {len(found.dataset.failed)}; fix them, or set data.on_error=skip")
 
 
 if __name__ == "__main__":

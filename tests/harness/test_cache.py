@@ -3,13 +3,14 @@
 import errno
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from processes import wait_for
+from processes import ROOT, wait_for
 from timm.data import create_transform
 
 from dhtm.harness.core.errors import UserError
@@ -111,6 +112,22 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_stay(images, num_w
     images.files[-1].write_bytes(content)
     direct, split = images.open()
     assert same(read(split)[0], read(direct)[0]) and len(images.chunks()) == 3
+
+
+def test_filling_the_cache_ahead_fails_where_an_image_cannot_be_read(images, composed):
+    images.files[-1].write_bytes(b"no image")
+    main = runpy.run_path(str(ROOT / "scripts/prepare_data.py"))["main"]
+    wanted = [f"data.root={images.data.root}", f"cache_dir={images.folder}", "num_workers=0"]
+    wanted += [
+        "backbone.architecture=vit_tiny_patch16_224",
+        "backbone.num_classes=3",
+        "data=imagefolder",
+        "method=unmerged",
+    ]
+    with pytest.raises(UserError, match=r"images that cannot be read: 1; fix them, or set data.on_error=skip"):
+        main(composed(*wanted))
+    main(composed(*wanted, "data.on_error=skip"))
+    assert images.chunks() == ["00000.npy", "00001.npy"]
 
 
 def test_a_full_disk_is_one_line_and_the_cache_is_completed_later(images, monkeypatch):
