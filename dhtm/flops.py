@@ -60,15 +60,15 @@ def count_flops(model: VisionTransformer, image_size: int | Sequence[int] | None
 def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Count the FLOPs for each image of a model with :class:`dhtm.DHTM` and a threshold, at the model's own image size.
 
-    They follow from the numbers of tokens by the convention of :func:`count_flops`: an image costs what it would with as
-    many merges in each layer for all.
+    The convention is that of :func:`count_flops`: an image costs what it would if all images made the same merges in each
+    layer.
 
     Args:
         model: patched.
         tokens: int64 [B, depth], the patch tokens of each image after each layer.
 
     Returns:
-        The total and, of it, the merging, int64 [B] each.
+        The total, and the part of it that is merging, int64 [B] each.
     """
     reducer, grid = model.reducer, patch_grid(model)
     before = torch.cat([torch.full_like(tokens[:, :1], grid[0] * grid[1]), tokens[:, :-1]], dim=1)
@@ -81,14 +81,14 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
 
 @dataclasses.dataclass(frozen=True)
 class CostOfTokens:
-    """The FLOPs of a model as a function of its tokens, without merging, which happens between attention and MLP.
+    """The FLOPs of a model by its numbers of tokens, which fall between attention and MLP. Merging itself is not counted.
 
     Attributes:
         unmerged: of the model with all tokens.
         n_patches, n_prefix: of the model.
         square, linear: attention with its norm costs square·n² + linear·n for n tokens.
-        each: an MLP with its norm, for a token.
-        norm: the last norm, for a token.
+        each: an MLP with its norm, per token.
+        norm: the last norm, per token.
     """
 
     unmerged: int
@@ -101,7 +101,7 @@ class CostOfTokens:
 
     @classmethod
     def of(cls, model: VisionTransformer) -> "CostOfTokens":
-        """Measure a model, patched or not, by :func:`count_flops` and on one token and two."""
+        """Measure a model, patched or not, with :func:`count_flops` and with one and two tokens in its first block."""
         bare = _copy(model)
         bare = unpatch(bare) if hasattr(bare, "reducer") else bare
         one, two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, bare.embed_dim)) for n in (1, 2))
@@ -118,7 +118,7 @@ class CostOfTokens:
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the FLOPs of images with so many patch tokens after each layer: int64 [B, depth] to [B]."""
+        """Return the FLOPs of images from their numbers of patch tokens after each layer: int64 [B, depth] → [B]."""
         before = torch.cat([torch.full_like(tokens[:, :1], self.n_patches), tokens[:, :-1]], dim=1)
         all_tokens = torch.full_like(tokens, self.n_patches)
         saved = self._blocks(all_tokens, all_tokens) - self._blocks(before, tokens)
@@ -130,12 +130,12 @@ class CostOfTokens:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Copy a model to be traced, which runs it: the copy shares the parameters, but not the mode and the last regions."""
+    """Copy a model for tracing, which runs it. The copy shares the parameters, but not the mode and the last regions."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
 
 
 def _flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
-    """Return the FLOPs of a module for an input, with "" as its key, and of all modules in it by name."""
+    """Return the FLOPs of a module for an input, under the key "", and those of all modules in it, by name."""
     with warnings.catch_warnings():  # fvcore compiles a loss when imported, in a way that PyTorch has deprecated
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis  # imported here so that merging alone needs no fvcore

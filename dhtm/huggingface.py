@@ -1,4 +1,4 @@
-"""Encoders of Hugging Face transformers as timm models, which :func:`dhtm.patch` takes."""
+"""Copy encoders of Hugging Face transformers into timm models, which :func:`dhtm.patch` takes."""
 
 import functools
 import re
@@ -19,14 +19,14 @@ _NAMES = {  # transformers' names of parameters, and timm's
     r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
     r"^(post_)?layernorm": "norm",
 }
-_NOT_COPIED = ("pooler.", "head.", "embeddings.mask_token")  # pooling, and what pretraining put in place of patches
+_NOT_COPIED = ("pooler.", "head.", "embeddings.mask_token")  # pooling, and pretraining's stand-in for patches
 
 
 def to_timm(encoder: nn.Module) -> VisionTransformer:
     """Copy an encoder of transformers 5 into a timm VisionTransformer, in evaluation mode.
 
-    ``forward_features`` of the result gives the encoder's ``last_hidden_state``. It has no classifier, and no pooling by
-    attention.
+    ``forward_features`` of the result gives the encoder's ``last_hidden_state``. It has no classifier and no attention
+    pooling.
 
     Args:
         encoder: a ViTModel, Dinov2Model or SiglipVisionModel.

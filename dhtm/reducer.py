@@ -20,7 +20,7 @@ class Attention:
 
     Attributes:
         layer: the layer that reduces, from 1.
-        keys: [B, heads, N, D / heads], after key normalisation if the model has one; detached if of the previous layer.
+        keys: [B, heads, N, D / heads], after key normalisation if the model has one; those of the previous layer are detached.
         output: [B, N, D], the output of the attention branch before LayerScale and the residual add.
         cls: float32 [B, N], the attention that CLS pays each token, mean over heads; in a model without CLS the attention
             that the token receives, mean over heads and queries. Detached.
@@ -47,7 +47,7 @@ class Reducer(nn.Module):
         position: "after_attention" (after its residual add, before the MLP branch) or "before_block".
         needs: which of "keys", "output", "cls" and "received" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
-        adaptive: each image has its own number of tokens; where others have more, it has zeros without a patch at the end.
+        adaptive: each image has its own number of tokens; at the end, zeros without a patch fill up images with fewer tokens.
         image_ids: int64 [B] or None, set with :func:`dhtm.vit.image_ids`.
         schedule: the numbers of the layers that reduce; for "all" they are known once a model is attached.
         n_prefix: the number of prefix tokens of the attached model.
@@ -167,7 +167,7 @@ class LearnedReducer(KeepRateReducer):
 
 
 def check_k(k: int) -> None:
-    """Raise a ValueError unless k, the number of merges in a layer, is an integer from 0."""
+    """Raise a ValueError unless k, the number of merges in a layer, is an integer ≥ 0."""
     if not isinstance(k, int) or k < 0:
         raise ValueError(f"k={k!r}: the number of merges in a layer must be an integer from 0")
 
@@ -200,13 +200,13 @@ def average(tokens: Tensor, token_map: Tensor, weights: Tensor, n_tokens: int) -
 
 
 def merge_into(tokens: Tensor, regions: Regions, merged: Tensor, into: Tensor) -> tuple[Tensor, Regions]:
-    """Merge some tokens into others, averages weighted by patches; what is left keeps its order.
+    """Merge some tokens into others by averages weighted by patches; the remaining tokens keep their order.
 
     Args:
         tokens: [B, N, D].
         regions: of these tokens.
         merged: int64 [B, r], the tokens that go.
-        into: int64 [B, r], the tokens that they merge into, none of which goes.
+        into: int64 [B, r], the tokens that they merge into, all of which stay.
 
     Returns:
         [B, N - r, D] in the tokens' dtype, averaged in float32 or wider, and their regions.
@@ -228,7 +228,7 @@ def merge_into(tokens: Tensor, regions: Regions, merged: Tensor, into: Tensor) -
 
 
 def raise_other_shape(reducer: Reducer) -> None:
-    """Raise the error for a reducer that is attached to a model which its parameters do not fit."""
+    """Raise the error for a reducer whose parameters do not fit the model that it is attached to."""
     raise ValueError(f"this {type(reducer).__name__} has parameters for a model of another shape: create a new one")
 
 
@@ -241,7 +241,7 @@ def highest(values: Tensor, m: int) -> Tensor:
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Select the rows of x [B, N, D] with the numbers in index, int64 [B, M]: [B, M, D]."""
-    if x.shape[0] == 1:  # in half of the time
+    if x.shape[0] == 1:  # takes half the time
         return x[0].index_select(0, index[0])[None]
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]  # copies whole rows, unlike gather
 
@@ -255,7 +255,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Scale vectors [..., D] to length 1: F.normalize in half of its time, where there are few of them."""
+    """Scale vectors [..., D] to length 1, in half the time of F.normalize if there are few of them."""
     return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
 
 

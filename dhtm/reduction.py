@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions
 
-_SIMILAR = 16  # images of as many tokens, rounded up to this, are computed together
+_SIMILAR = 16  # images are computed together if their numbers of tokens, rounded up to multiples of this, agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class _UnevenBatch:
     """A batch in which images have different numbers of tokens.
 
     Attributes:
-        used: int64, the tokens of all images, prefix tokens included, among those of the batch.
-        groups: the most patch tokens of an image, and the images, int64, of each group.
+        used: int64, the places of the images' own tokens, prefix tokens included, in the flattened batch.
+        groups: for each group, the most patch tokens of an image, and the images, int64.
     """
 
     used: Tensor
@@ -33,7 +33,7 @@ class Reduction:
     Args:
         reducer: the method.
         layers: the layers that reduce.
-        n_prefix: tokens before those of the patches.
+        n_prefix: the number of prefix tokens, which come before the patch tokens.
         rope: what rotates merged tokens in a model with rotary embeddings, see :func:`dhtm.patch`; None in others.
     """
 
@@ -43,7 +43,7 @@ class Reduction:
         self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
         self.cls: dict[int, Tensor] = {}
         self.received: dict[int, Tensor] = {}
-        self.read_layers: set[int] = set()  # whose attention is read, of all images at once
+        self.read_layers: set[int] = set()  # layers whose attention is read, so that all images are computed at once
         self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -91,13 +91,13 @@ class Reduction:
         return torch.cat([prefix, tokens], dim=1)
 
     def _is_split(self) -> bool:
-        """Whether images with different numbers of tokens are computed apart, which compiled and traced models cannot do."""
+        """Whether images with different numbers of tokens are computed separately; compiled and traced models cannot do so."""
         if not self.reducer.adaptive or self.reducer.training:
             return False
         return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
     def _split(self, layer: int) -> None:
-        """Cut the regions after a layer to the most tokens of an image, and group images of nearly as many tokens."""
+        """Cut the regions after a layer to the longest image, and group images with similar numbers of tokens."""
         regions = self.regions[layer]
         lengths = regions.n_tokens_of_images.cpu()
         longest, device = int(lengths.amax()), regions.sizes.device
@@ -110,12 +110,12 @@ class Reduction:
             self.batches[layer] = _UnevenBatch(used.flatten().nonzero()[:, 0].to(device), groups)
 
     def attend(self, x: Tensor, layer: int, attention: Callable[..., Tensor], table: Tensor | None = None) -> Tensor:
-        """Run a layer's attention on images of nearly as many tokens at a time.
+        """Run a layer's attention, one group of images with similar numbers of tokens at a time.
 
         Args:
             x: the tokens, [B, prefix + N, D].
             layer: the layer.
-            attention: a function of tokens, bias and rotary embeddings, the last two of which may be None.
+            attention: a function of tokens, bias and rotary embeddings; the last two may be None.
             table: the rotary embeddings of every patch, see :meth:`rotations`.
         """
         bias, rope, uneven = (
@@ -133,7 +133,7 @@ class Reduction:
         return result
 
     def add_branch(self, x: Tensor, layer: int, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return x + branch(x) for a branch that treats every token by itself, run without what fills images up."""
+        """Return x + branch(x) for a branch that treats every token by itself; it skips the zeros that fill up images."""
         uneven = self._last(layer + 1, self.batches)
         if uneven is None:
             return x + branch(x)
@@ -141,10 +141,10 @@ class Reduction:
         return rows.index_add(0, uneven.used, branch(rows[uneven.used]).to(x.dtype)).view_as(x)
 
     def fill_up(self, norm: nn.Module, args: tuple[Tensor, ...], x: Tensor, first: int) -> Tensor:
-        """Give what fills up images of fewer tokens the mean of their others, which pooling then gives too.
+        """Replace the zeros that fill up images by the mean of the image's own tokens, so that pooling is not affected.
 
         Args:
-            x: the normalised tokens, of whose output this is a forward hook.
+            x: the normalised tokens, the output of ``norm``; this is its forward hook.
             first: the first token that is pooled.
         """
         sizes = self.regions[max(self.regions)].sizes
@@ -155,8 +155,8 @@ class Reduction:
     def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
         """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
 
-        The zeros that fill up images of fewer tokens have no size, so that no token attends to them. This is all if attention
-        is not proportional.
+        The zeros that fill up images have size 0, so that no token attends to them. If attention is not proportional, the
+        bias does only this.
         """
         last, adaptive = self._before_attention(layer), self.reducer.adaptive
         regions, proportional = self.regions_before(last), self.reducer.proportional_attention
@@ -223,8 +223,8 @@ class AttentionReader:
             # Keys of another layer are kept, so they must not keep the graph of that layer alive.
             reduction.keys[self.layer] = keys_of_patches if self.source == self.layer else keys_of_patches.detach()
         if needs & {"cls", "received"}:
-            # Kept for the whole forward, and so without a gradient: gradient checkpointing may run the layer that
-            # reduces again before this one.
+            # Kept for the whole forward pass, because gradient checkpointing may rerun the layer that reduces before
+            # this one. So it has no gradient.
             with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
                 logits = (self.queries.float() * self.scale) @ keys.float().transpose(-2, -1)
                 bias = reduction.attention_bias(logits.dtype, self.source)

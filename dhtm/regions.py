@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Steps (row, column) from a patch to half of its neighbours; the other half sees the pair from its own side.
+# Steps (row, column) from a patch to half of its neighbours; the other half have a step to this patch.
 _STEPS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, -1), (1, 0), (1, 1))}
 
 
@@ -76,7 +76,7 @@ class Regions:
 
     @property
     def n_tokens_of_images(self) -> Tensor:
-        """The number of tokens with a patch, int64 [B]; below N in images that merged more than others by a threshold."""
+        """The number of tokens with a patch, int64 [B]; below N in images that a threshold merged more."""
         return (self.sizes > 0).sum(dim=1)
 
     def merge(self, token_map: Tensor, n_tokens: int) -> "Regions":
@@ -113,7 +113,7 @@ class LazyRegions(Regions):
         before: the regions of the tokens before.
         n_tokens: the number of new tokens.
         token_map: a function that returns the place of each token among the new ones, int64 [B, N].
-        sizes: int64 [B, n_tokens], where they are known already.
+        sizes: int64 [B, n_tokens], if they are already known.
     """
 
     def __init__(self, before: Regions, n_tokens: int, token_map: Callable[[], Tensor], sizes: Tensor | None = None):
@@ -139,7 +139,7 @@ class LazyRegions(Regions):
 
 
 class SoftRegions(LazyRegions):
-    """Regions of a method that spreads each token over all new ones: each is put into the one with its largest share.
+    """Regions of a method that spreads each token over all new ones: a token is assigned to the one with its largest share.
 
     Args:
         before: the regions of the tokens before.
@@ -163,6 +163,6 @@ def contract(low: Tensor, high: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, T
 
 
 def renumber(owner: Tensor) -> Tensor:
-    """Number the groups of tokens 0, 1, … without gaps, in the order of their given numbers, int64 [B, N]."""
+    """Renumber the groups of tokens as 0, 1, … without gaps, keeping their order, int64 [B, N]."""
     used = torch.zeros_like(owner, dtype=torch.bool).scatter(1, owner, torch.ones_like(owner, dtype=torch.bool))
     return (used.cumsum(dim=1) - 1).gather(1, owner)

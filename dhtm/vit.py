@@ -22,7 +22,7 @@ from dhtm.reducer import Reducer
 from dhtm.reduction import AttentionReader, Reduction
 from dhtm.regions import Regions
 
-_POOLS = ("token", "avg", "avgmax", "max")  # how images of different numbers of tokens can be pooled
+_POOLS = ("token", "avg", "avgmax", "max")  # supported poolings of images with different numbers of tokens
 _READ = frozenset({"keys", "cls", "received"})  # what a reducer may need of queries and keys
 
 
@@ -82,9 +82,9 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
             whose attention rotates queries and keys by position: DINOv3, EVA-02, ``vit_*_rope_*``; or NaFlexVit, given images
             [B, C, H, W] of one size, which need no mask.
         reducer: the method, such as :class:`dhtm.DHTM`.
-        rope: what rotates a merged token in such a model: the mean of its patches' sines and cosines, scaled to the unit
-            circle at each frequency ("unit"), or as it is ("mean"), which shortens the queries and keys of large regions at
-            high frequencies, as a higher temperature would.
+        rope: what rotates a merged token in a model with rotary embeddings: the mean of its patches' sines and cosines, scaled
+            to the unit circle at each frequency ("unit"), or not scaled ("mean"). The latter shortens the queries and keys
+            of large regions at high frequencies, like a higher softmax temperature.
 
     Returns:
         The same model.
@@ -118,7 +118,7 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
         first = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
         reduction.hooks.append(model.norm.register_forward_hook(functools.partial(reduction.fill_up, first=first)))
     for layer, block in enumerate(model.blocks, start=1):
-        # A bias, rotations, and images of different numbers of tokens concern the attention of later layers too.
+        # A bias, rotations, and different numbers of tokens per image also affect the attention of later layers.
         later = reducer.proportional_attention or reducer.adaptive or rotary
         if layer in layers or (later and layer > layers[0]):
             block.__class__, block.reduction, block.layer = _REDUCING[type(block)], reduction, layer
@@ -194,7 +194,7 @@ def regions(model: VisionTransformer, layer: int | None = None) -> Regions:
 
     Args:
         model: a patched model.
-        layer: the layer, from 1, whose output tokens are meant; by default the last.
+        layer: the regions are those of this layer's output, from 1; by default of the last layer's.
 
     Raises:
         ValueError: the model is not patched, has not been run, or has no such layer.
@@ -227,8 +227,8 @@ def tokens_of_images(model: VisionTransformer) -> Tensor:
 def image_ids(model: VisionTransformer, ids: Tensor) -> Iterator[None]:
     """Give the reducer the ids of the images in a batch, int64 [B], within this context.
 
-    Random draws depend on the ids, so that they are the same whatever batch an image is in. A model that is not patched
-    ignores them.
+    Random draws depend on the ids, so they do not depend on the batch that an image is in. A model that is not patched
+    ignores the ids.
     """
     if not hasattr(model, "reduction"):
         yield

@@ -2,13 +2,13 @@
 
 Each operator has several backends, which all make the same merges. A backend is a module with these functions:
 
-- ``merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold)``, whose arguments are those of
-  :func:`dhtm.hierarchical_merge` (with ``connectivity=ALL_PAIRS`` for "all"), returns ``merged`` [B, N - k, D] in the
-  tokens' dtype, with a threshold [B, N, D]; ``token_map`` int64 [B, N], the place of each token among the new ones; and
-  ``weights`` float32 [B, N], the weight of each token in its average.
-- ``draw(regions, image_ids, k, connectivity, seed)``, whose arguments are those of :class:`baselines.RandomMerge` with
-  image_ids int64 [B], returns ``token_map`` and ``weights``.
-- ``agglomerate(features, k, linkage)``, whose arguments are those of :func:`agglomerate` below, returns ``token_map``.
+- ``merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold)`` takes the arguments of
+  :func:`dhtm.hierarchical_merge` (``connectivity=ALL_PAIRS`` means "all"). It returns ``merged`` [B, N - k, D], or
+  [B, N, D] with a threshold, in the tokens' dtype; ``token_map`` int64 [B, N], the place of each token among the new ones;
+  and ``weights`` float32 [B, N], the weight of each token in its average.
+- ``draw(regions, image_ids, k, connectivity, seed)`` takes the arguments of :class:`baselines.RandomMerge`, and
+  image_ids int64 [B]. It returns ``token_map`` and ``weights``.
+- ``agglomerate(features, k, linkage)`` takes the arguments of :func:`agglomerate` below and returns ``token_map``.
 """
 
 import functools
@@ -32,7 +32,7 @@ _MODULES = {"torch": "batched", "numba": "cpu", "triton": "gpu"}
 
 
 def _function(name: str, module: str) -> Callable:
-    """Return a backend's function that imports its module when first called: imports take time and optional packages."""
+    """Return a backend's function that imports its module when called: the import takes time and needs optional packages."""
     return lambda *arguments: getattr(import_module(f"dhtm.kernels.{module}"), name)(*arguments)
 
 
@@ -90,7 +90,7 @@ def _triton_compiles(device: torch.device) -> bool:
 
 
 def raise_runs_out(k: int, image: int) -> None:
-    """Raise the error for regions that do not all touch: soft methods leave tokens that no patch is in."""
+    """Raise the error for regions that do not all touch, for example because a soft method left tokens without a patch."""
     raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
 
 
@@ -135,7 +135,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_merged, _grad_map, _grad_weights):
-    """Return the gradient of the averages; the choice of what to average has none."""
+    """Return the gradient of the averages; the choice of the pairs has none."""
     token_map, weights = ctx.saved_tensors
     grad = grad_merged.gather(1, token_map[..., None].expand(-1, -1, grad_merged.shape[-1]))
     return (grad * weights[..., None].to(grad.dtype), *[None] * 12)
@@ -194,11 +194,11 @@ def _(features, k, linkage, backend):
 def merge_flops(n_tokens: int, k: int, channels: int, n_pairs: int, n_patches: int, connectivity: int) -> int:
     """Count the multiply-adds of k merges, by a convention that depends on neither image nor backend.
 
-    Counted are the products of the similarities, one per channel: first those of every adjacent pair of tokens, then, at
-    each merge, those of the new token with its neighbours. On a grid the number of adjacent tokens is taken as the grid's
-    pairs in proportion to the tokens left, and a new token has the neighbours of two patches side by side: 10 with
-    8-connectivity, 6 with 4. With all pairs adjacent both numbers are exact. Averages, norms and comparisons are not
-    counted, as fvcore counts no element-wise arithmetic.
+    The count is of the products in the similarities, one per channel: first for every adjacent pair of tokens, then, at
+    each merge, for the new token and its neighbours. On a grid, the number of adjacent pairs is taken as the grid's pairs
+    times the share of tokens left. A new token is taken to have the neighbours of two patches side by side: 10 with
+    8-connectivity, 6 with 4. If all pairs are adjacent, both numbers are exact. As in fvcore, element-wise arithmetic
+    (averages, norms, comparisons) is not counted.
     """
     if k == 0:
         return 0

@@ -7,11 +7,9 @@ from torch import Tensor
 from dhtm.kernels import ALL_PAIRS, raise_runs_out
 from dhtm.regions import Regions, contract, renumber
 
-# The lowest similarity, so that pairs with NaN or -inf can still be merged: only what is no adjacent pair has -inf.
+# The similarity of pairs with NaN or -inf, which can still be merged: -inf marks what is not an adjacent pair.
 _LOWEST = torch.finfo(torch.float32).min
-_CHUNK = (
-    64  # edges of an image whose two tokens are held at once, in float64, while the first similarities are computed
-)
+_CHUNK = 64  # edges of an image whose two tokens are in memory at once, in float64, for the first similarities
 
 
 def merge(
@@ -32,7 +30,7 @@ def merge(
     """
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    # One tensor holds what similarity is measured on and, where that is something else, the tokens behind it.
+    # One tensor holds the features that similarity is measured on and, if these are not the tokens, the tokens after them.
     carried = tokens.to(wide) if features is None else torch.cat([features.to(wide), tokens.to(wide)], dim=-1)
     carried = carried.clone()
     measured = channels if features is None else features.shape[-1]
@@ -114,7 +112,7 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     """Make k merges at random in each image; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
     Every adjacent pair of tokens draws a lot at every merge, and the highest wins. A pair that touches in several places
-    is listed as often, but always with the same lot: the draw is uniform over pairs.
+    is listed several times, always with the same lot, so the draw is uniform over pairs.
 
     Raises:
         ValueError: an image runs out of adjacent tokens before k merges are made.

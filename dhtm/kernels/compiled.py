@@ -53,7 +53,7 @@ def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
         try:
             for part in parts:  # a list's iterator gives each part to one thread
                 images(*part, made, k, *arguments)
-        except BaseException as error:  # a signal's too, which would end with this function
+        except BaseException as error:  # also from a signal; it would be lost at the end of this function
             errors.append(error)
 
     if n_threads <= 1:
@@ -77,7 +77,7 @@ _PROCESS = os.getpid()
 def _openmp() -> Callable | None:
     """Return what runs a function on PyTorch's own threads, if these are GNU OpenMP's.
 
-    They spin for milliseconds after every operator of PyTorch, and threads of our own would share the cores with them.
+    These spin for milliseconds after every operator of PyTorch, so threads of our own would compete with them for cores.
     """
     try:
         run = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).GOMP_parallel
@@ -94,7 +94,7 @@ def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """Return a read-only view; that of an expanded tensor is read-only anyway."""
+    """Return a tensor as a NumPy array, read-only because that of an expanded tensor is."""
     view = tensor.numpy()
     view.flags.writeable = False
     return view
@@ -127,8 +127,8 @@ def round_score(s):
     return min(max(single, _LOWEST), -_LOWEST) if single == single else _LOWEST
 
 
-# A call costs more than a short sum where it passes on many arrays. So the two functions below are inlined in their callers,
-# and the sums are functions of few arguments, which may be reordered.
+# A call that passes many arrays costs more than a short sum. So `describe` and `compare` are inlined in their callers, and the
+# sums, whose terms may be reordered, are functions of few arguments.
 
 
 @jit(fastmath=SUMS)

@@ -97,7 +97,7 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
 
 
 def _edges(regions: Regions, connectivity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the assignment and the grid's pairs, once the assignment is safe: compiled code checks no index."""
+    """Return the assignment and the grid's pairs, after checking the assignment: compiled code checks no index."""
     assignment, n = array(regions.assignment), regions.n_tokens
     if len(assignment) and not (assignment.min() >= 0 and assignment.max() < n):
         raise ValueError(f"regions.assignment has tokens from {assignment.min()} to {assignment.max()}, but N={n}")
@@ -301,7 +301,7 @@ def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, 
 
 @jit(fastmath=SUMS)
 def _score(kind, x, inverse, log_p, p, to, alive, score):
-    """Compare the two tokens of every edge, apart from all else: the processor then works on several pairs at a time."""
+    """Compare the two tokens of every edge, in a separate loop so that the processor works on several pairs at a time."""
     for e in range(len(score)):
         if alive[e]:
             score[e] = compare(kind, x, inverse, log_p, p, to[2 * e], to[2 * e + 1])
@@ -319,7 +319,7 @@ def _append(head, tail, after, t, h):
 
 @jit()
 def _unlink(head, tail, after, t, before, h):
-    """Take a half edge out of a token's list; its own successor stays readable."""
+    """Remove a half edge from a token's list; its own successor stays readable."""
     if before < 0:
         head[t] = after[h]
     else:

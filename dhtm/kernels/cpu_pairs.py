@@ -98,7 +98,7 @@ def _merge_images(
     best, partner = np.empty(n, np.float32), np.empty(n, np.int64)
     bits, best_bits = score.view(np.int32), best.view(np.int32)
     member, last_member, gone = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
-    alive = np.empty(n, np.int64)  # -1, all bits, or 0: a token without a patch or of an earlier merge touches no other
+    alive = np.empty(n, np.int64)  # -1 (all bits), or 0 for tokens without a patch and those already merged away
 
     for image in range(first, last):
         load(measured[image], x)
@@ -217,7 +217,7 @@ def _multiply(x, product):
 
 @jit()
 def _to_scores(score, inverse):
-    """Turn the products of all pairs, in the upper triangle, into scores, cosines - 1, in the whole matrix."""
+    """Turn the products of all pairs (upper triangle) into scores, which are cosines - 1 (whole matrix)."""
     for t in range(len(score)):
         inverse[t] = 1 / np.sqrt(score[t, t]) if score[t, t] > 0 else 0.0
     for t in range(len(score)):
@@ -231,7 +231,7 @@ def _to_scores(score, inverse):
 
 @jit()
 def _link(linkage, a, b, n_a, n_b, joined):
-    """Fill the scores of the cluster that two of n_a and n_b tokens become, from their own."""
+    """Fill in the scores of the union of two clusters of n_a and n_b tokens, from their own scores a and b."""
     if linkage == 0:
         for t in range(len(joined)):
             joined[t] = a[t] if a[t] > b[t] else b[t]
@@ -245,7 +245,7 @@ def _link(linkage, a, b, n_a, n_b, joined):
 
 @jit()
 def _sort_key(bits, alive):
-    """Return an integer that orders as the number of these bits does, below all others where ``alive`` is 0."""
+    """Return an integer in the order of the floating-point numbers with these bits; the lowest where ``alive`` is 0."""
     return ((bits ^ ((bits >> 63) & ~_LOW)) & alive) | (_LOW & ~alive)
 
 
@@ -287,7 +287,7 @@ def _first_of_best_pair(score, bits, best, best_bits, partner, alive):
 
 @jit()
 def _contract(score, bits, to_new, best, partner, alive, i, j):
-    """Replace the scores of token i by those of the token that it and j have become, ``to_new``; j is not alive any more."""
+    """Replace the scores of token i by ``to_new``, those of i merged with j; j is no longer alive."""
     for t in range(len(to_new)):
         score[i, t] = to_new[t]
     for t in range(len(to_new)):

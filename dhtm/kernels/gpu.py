@@ -140,7 +140,7 @@ def _raise_where_stuck(stuck: Tensor, k: int) -> None:
 def _edges(assignment, edge, height, width, STEPS: tl.constexpr):
     """Return the tokens at both ends of edge ``edge``, int32, the lower first; and whether the grid has such an edge.
 
-    An edge goes from patch edge // STEPS to the right, or down: left, straight, right. Numbering the edges spares a table
+    An edge goes from patch edge // STEPS to the right, or down: left, straight, right. Numbering the edges avoids a table
     of pairs, which would have to be on the device before a CUDA graph is captured.
     """
     patch, step = edge // STEPS, edge % STEPS
@@ -180,7 +180,7 @@ def _merge_image(
     KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Make all merges of one image. ``scores`` and ``neighbours`` are overwritten, which barriers show to all threads."""
+    """Make all merges of one image. ``scores`` and ``neighbours`` are overwritten; barriers make that visible to threads."""
     image = tl.program_id(0).to(tl.int64)
     carried += image * n * channels
     measured += image * n * n_features

@@ -163,7 +163,7 @@ def _search(scores, best, partner, alive, token, row, n, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _contract(scores, scratch, score, best, partner, alive, token, i, j, n, BLOCK_N: tl.constexpr):
-    """Replace the scores of token i by those of the token that it and j have become, ``score`` [BLOCK_N]."""
+    """Replace the scores of token i by ``score`` [BLOCK_N], those of i merged with j."""
     others = alive & (token != i)
     tl.store(scores + tl.minimum(i, token) * n + tl.maximum(i, token), score, others)
     again = alive & ((token == i) | (partner == i) | (partner == j))  # rows to search again
