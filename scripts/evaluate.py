@@ -35,7 +35,7 @@ def main(config: DictConfig) -> dict | None:
 
 
 def again(folder: Path, overrides: list[str]) -> None:
-    """Carry out a finished run again; exit with code 1 if predictions differ."""
+    """Repeat a finished run; exit with code 1 if predictions differ."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("timm").setLevel(logging.WARNING)
     sys.exit(1 if reproduce(folder, door.evaluation_of_run(folder, overrides)) else 0)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: DictConfig) -> None:
-    """Decode what the cache lacks; an evaluation with the same data and backbone does so by itself."""
+    """Decode the images that the cache lacks; an evaluation with the same data and backbone does this by itself."""
     evaluation = door.evaluation(config)
     data, backbone = evaluation.data, evaluation.backbone
     if evaluation.cache_dir is None:

@@ -4,6 +4,6 @@ import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
-# By its path, as a program: to import it as a part of the package would take seconds.
+# Run it by its path, because importing the package would take seconds.
 package = Path(find_spec("dhtm").origin).parent
 runpy.run_path(str(package / "harness" / "sweeps" / "status.py"), run_name="__main__")

@@ -1,8 +1,8 @@
 """Run the paper's experiments (Tables 1 and 2, Figures 1 and 4), then the report: `python scripts/sweep.py key=value ...`.
 
 Overrides come from the command line or, for `make sweep`, from the variable ARGS of the environment, quoted as in a shell.
-The evaluations get all of them, and the report those that it knows; experiment=NAME runs that one alone. At the end the
-state of every run is printed. The exit code is 1 if any run failed.
+The evaluations get all overrides, and the report those that it knows. experiment=NAME runs only that experiment. At the end
+the state of every run is printed. The exit code is 1 if any run failed.
 """
 
 import os
@@ -21,7 +21,7 @@ def key(override: str) -> str:
 
 
 class Sweep:
-    """The script that is running, and whether the system wants this process to stop."""
+    """The script that is running, and whether the system has asked this process to stop."""
 
     def __init__(self):
         self.process, self.stopped = None, False
@@ -31,7 +31,7 @@ class Sweep:
     def stop(self, number, frame) -> None:
         self.stopped = True
         if self.process:
-            self.process.send_signal(number)  # it saves what it has
+            self.process.send_signal(number)  # the script then saves its state
 
     def run(self, script: str, *arguments: str) -> int:
         """Run a script and return its exit code, 0 or 1; any other, or a signal, ends this process too."""
@@ -49,9 +49,9 @@ class Sweep:
 
 
 def start_times(results: list[str]) -> dict[Path, int]:
-    """Return when each sweep beside the results was started."""
+    """Return the start time of each sweep in the results directory."""
     root = results[-1].partition("=")[2] if results else "results/runs"
-    root = Path(os.path.expanduser(root))  # noqa: PTH111, by which ~nobody is no error: evaluate.py reports it
+    root = Path(os.path.expanduser(root))  # noqa: PTH111, because ~nobody is no error here: evaluate.py reports it
     return {file: file.stat().st_mtime_ns for file in root.glob("sweeps/*/sweep.json")}
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scaling:
-    """The settings for which DHTM's merge is timed by itself: one is varied, the others stay at the first of their list.
+    """The settings for timing DHTM's merge by itself: one is varied, the others stay at the first value of their lists.
 
     Attributes:
         grids: sides of the square grid of tokens.
@@ -55,13 +55,13 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as it is to be carried out; ``configs/benchmark.yaml`` explains the settings.
+    """The settings of a benchmark, which ``configs/benchmark.yaml`` explains.
 
     Attributes:
-        methods: the methods by the name of their row.
+        methods: the methods by the names of their rows.
         targets: the costs that each method's knob is solved for.
         scaling: for :func:`time_merge`.
-        runs: the table of runs that have each method's top-1 and KL.
+        runs: a CSV of runs with each method's top-1 and KL.
     """
 
     backbone: Backbone
@@ -79,21 +79,21 @@ class Benchmark:
 def time_methods(
     benchmark: Benchmark, model: VisionTransformer | None = None, images: Tensor | None = None
 ) -> pd.DataFrame:
-    """Time forwards of every method in turn, round after round.
+    """Time one forward pass of every method in turn, round after round.
 
     A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
     both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
-    because the merges depend on them. Thresholds are found on other scenes. A method that does not reach a target is skipped
-    there, unless it is the only one and this the only target.
+    because the merges depend on them. Thresholds are found on other scenes. A method that cannot reach a target is skipped
+    for it; if there is only one method and one target, this is an error.
 
     Args:
-        model: the backbone with its weights, and
-        images: [B, C, H, W], to time these instead.
+        model: the backbone with its weights, to time instead of random ones.
+        images: [B, C, H, W], to time instead of scenes.
 
     Returns:
         One row per method and target: target (the reduction in percent), knob, value, layers and trained (whether it has
         weights of its own); flops_g, flops_reduction_pct, and ideal_speedup by FLOPs; for a batch ms (median), images_per_s,
-        speedup with its quartiles, and ideal_share_pct, the share of the ideal gain; merge_pct, the reduction's share of the
+        speedup with its quartiles, and ideal_share_pct, the share of the ideal gain; merge_pct, the reducer's share of the
         forward; peak_memory_mb besides weights and images; for one image latency_ms and latency_speedup with its quartiles.
     """
     device, dtype, rounds = pick_device(benchmark.device), DTYPES[benchmark.dtype], benchmark.rounds
@@ -132,7 +132,7 @@ def time_methods(
         _speedups(_time_interleaved({name: partial(one, part) for name, one in models.items()}, rounds, device, what))
         for part, what in ((images, f"batch {len(images)}"), (images[:1], "one image"))
     )
-    frame = pd.DataFrame(rows)  # in the order of the models, as the times
+    frame = pd.DataFrame(rows)  # in the order of the models, like the times
     frame["flops_reduction_pct"] = 100 * (1 - frame.flops_g / frame.flops_g[0])
     frame["ideal_speedup"] = frame.flops_g[0] / frame.flops_g
     for column in ("ms", "speedup", "speedup_q1", "speedup_q3"):
@@ -149,8 +149,8 @@ def time_methods(
 def time_merge(benchmark: Benchmark) -> pd.DataFrame:
     """Time DHTM's merge by itself for different numbers of tokens, merges and images.
 
-    ATC's clustering of the same tokens is timed too and, on a CPU, scipy's average-linkage clustering, image by image, which
-    makes all merges whatever k is. The clusters of both may have any shape.
+    Also time ATC's clustering of the same tokens and, on a CPU, scipy's average-linkage clustering, image by image. scipy
+    makes all merges for any k. Both find clusters of any shape.
 
     Returns:
         One row per setting: varied ("n_tokens", "k" or "batch_size"), n_tokens, k, batch_size, channels; merge_ms with its
@@ -206,7 +206,7 @@ def _tokens(n_images: int, grid: int, channels: int) -> Tensor:
 
 @torch.inference_mode()
 def _flops(model: VisionTransformer, images: Tensor) -> float:
-    """Return a patched model's FLOPs for an image, the mean over images where they differ."""
+    """Return a patched model's FLOPs for an image, averaged over the images if they differ."""
     if not model.reducer.adaptive:
         return count_flops(model).total
     model(images)
@@ -216,7 +216,7 @@ def _flops(model: VisionTransformer, images: Tensor) -> float:
 
 @torch.inference_mode()
 def _time_interleaved(steps: dict[str, Callable], rounds: int, device: torch.device, what: str) -> pd.DataFrame:
-    """Time every step in turn: return the seconds, one row per round, one column per step. One round before them warms up."""
+    """Time every step in turn, after a round of warm-up. Return the seconds, one row per round and one column per step."""
     measured = []
     for _ in tqdm(range(rounds + 1), desc=what, unit=" rounds", disable=None):
         row = {}
@@ -238,7 +238,7 @@ def _speedups(seconds: pd.DataFrame) -> pd.DataFrame:
 
 @torch.inference_mode()
 def _merge_pct(model: nn.Module, images: Tensor, rounds: int = 3) -> float:
-    """Return the reducer's share of a forward in percent, the median of some rounds."""
+    """Return the reducer's share of a forward pass in percent, the median over rounds."""
     if not hasattr(model, "reducer"):
         return float("nan")
     began, spent, shares = [], [], []
@@ -265,7 +265,7 @@ def _merge_pct(model: nn.Module, images: Tensor, rounds: int = 3) -> float:
 
 @torch.inference_mode()
 def _peak_memory_mb(model: nn.Module, images: Tensor) -> float:
-    """Return the most memory that one forward holds at once, besides weights and images, in 10⁶ bytes."""
+    """Return the peak memory of one forward pass, besides weights and images, in 10⁶ bytes."""
     if images.device.type == "cuda":
         _wait(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)

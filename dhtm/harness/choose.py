@@ -1,4 +1,4 @@
-"""Which setting of a method's knob saves most within a bound on what merging changes, on images without labels."""
+"""Choose the setting of a method's knob within a bound on KL, agreement or latency, on images without labels."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ from dhtm.harness.runs.evaluate import Evaluation, evaluate
 from dhtm.harness.runs.metrics import faithfulness
 from dhtm.thresholds import find_thresholds
 
-STEP = 10  # percent of the FLOPs, between the settings of the trade-off
+STEP = 10  # percent of the FLOPs between two settings of the trade-off
 FINEST = 0.01  # percent; settings of a knob that are closer than this are not distinguished
-BOUNDS = {"max_kl": "kl", "min_agreement": "agreement", "max_latency_ms": "latency_ms"}  # and what each one bounds
+BOUNDS = {"max_kl": "kl", "min_agreement": "agreement", "max_latency_ms": "latency_ms"}  # the columns that they bound
 _PARTS = {"choose": 0, "report": 1}  # the even and the odd images
 
 T = TypeVar("T")
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice as it is to be made; ``configs/choose.yaml`` explains the settings.
+    """The settings of a choice, which ``configs/choose.yaml`` explains.
 
     Attributes:
-        evaluation: of the unmerged model on all images; the method and the images are replaced.
-        methods: by name, with their knobs not solved.
+        evaluation: of the unmerged model on all images; method and images are replaced for each setting.
+        methods: by name; their knobs are not solved yet.
     """
 
     evaluation: Evaluation
@@ -57,7 +57,7 @@ class Choice:
             raise UserError(f"{len(given)} bounds: give one of max_kl=, min_agreement= and max_latency_ms=")
         for name, method in self.methods.items():
             if method.knob is None:
-                raise UserError(f"method={name}: it has no knob to be chosen")
+                raise UserError(f"method={name}: it has no knob to choose")
             if method.knob == "threshold" and self.max_latency_ms is not None:
                 raise UserError(f"method={name}: its time depends on the image; give max_kl= or min_agreement=")
             if method.checkpoint is not None:
@@ -75,20 +75,20 @@ class Choice:
 def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
     """Choose the setting of every method.
 
-    KL is taken to grow with the FLOPs saved, agreement and latency to fall.
+    KL is assumed to grow with the FLOPs saved, and agreement and latency to fall.
 
     Returns:
-        One row for each setting that was tried, and one for each chosen setting on the images that report: method, knob, value,
-        part ("choose" or "report"), chosen, flops_g, flops_reduction_pct, kl and agreement (with kl_low, kl_high and so on),
-        n_images; latency_ms, the median for one image, where it is bounded, and for the rows that report; for these also
-        speedup with its quartiles over the unmerged model, and images_per_s, in batches.
+        One row for each setting that was tried on the part "choose" of the images, and one for each chosen setting on the part
+        "report": method, knob, value, part, chosen, flops_g, flops_reduction_pct, kl and agreement (with kl_low, kl_high and
+        so on), n_images. latency_ms, the median for one image, is in the rows of "report" and, if it is bounded, in all. The
+        rows of "report" also have images_per_s and the speedup over the unmerged model with its quartiles, both in batches.
         The chosen methods by name.
-        A sentence for each method of which no setting meets the bound.
+        A sentence for each method without a setting that meets the bound.
 
     Raises:
         UserError: no setting of any method meets the bound.
     """
-    for part in _PARTS:  # first, because images or weights may be missing
+    for part in _PARTS:  # first, to fail early if images or weights are missing
         _evaluate_setting(choice, "unmerged", UNMERGED, part)
     tried, chosen, missed = [], {}, []
     unmerged_ms = None
@@ -115,10 +115,10 @@ def choose(choice: Choice) -> tuple[pd.DataFrame, dict[str, Method], list[str]]:
 
 
 def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None) -> tuple[list[dict], Method | None]:
-    """Return a row for each setting of a method that was tried, and the best of them; None if none meets the bound.
+    """Return a row for each tried setting of a method, and the best setting; None if none meets the bound.
 
-    Settings are timed in turn with the unmerged model, one after the other. What they gain over it counts, so that other load
-    on the machine during some of them does not.
+    Each setting is timed in turn with the unmerged model, and its latency is computed from its speed-up over that model. So
+    other load on the machine during some timings does not matter.
     """
     rows = {}
     key, limit = choice.bound
@@ -138,12 +138,12 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
 
     @functools.cache
     def by_threshold(found: Method) -> Method:
-        """Return the method with the thresholds that make as many merges on average."""
+        """Return the method with thresholds that make the same number of merges on average."""
         thresholds, _ = find_thresholds(backbone.load(), found.reducer(), images)
         return dataclasses.replace(method, options={**method.options, "threshold": thresholds})
 
     def saves_enough(setting: Method) -> bool:
-        """Whether it is fast enough or, for bounds that saving exceeds, whether it saves too much."""
+        """Return whether a setting is fast enough or, for bounds on KL and agreement, saves too much."""
         if setting not in rows:
             rows[setting] = _evaluate_setting(choice, name, setting, "choose")
             if key == "max_latency_ms":
@@ -162,7 +162,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
 
 
 def _reachable(reaches: Callable[[float], bool]) -> list[float]:
-    """Return 0, the reductions of the trade-off that a method reaches, and the greatest of all, in percent."""
+    """Return 0, the multiples of STEP that a method reaches, and its greatest reduction, in percent."""
     points = [0.0, *(float(point) for point in range(STEP, 100, STEP) if reaches(point))]
     low, high = points[-1], points[-1] + STEP
     while high - low > FINEST:
@@ -177,9 +177,9 @@ def boundary(
     """Find the two neighbouring settings between which a condition begins to hold.
 
     Args:
-        holds: of a setting; false for those that save little, true for those that save much.
-        at: returns the setting that saves nearest to so many percent; None out of reach.
-        points: increasing; all are tried but the first, the lower end of the search.
+        holds: the condition: false for settings that save little, true for settings that save much.
+        at: returns the setting whose saving is nearest to a percentage; None if that is out of reach.
+        points: increasing percentages; the first is only the lower end of the search, all others are tried.
 
     Returns:
         The last setting for which it does not hold and the first for which it does; None where there is no such setting.
@@ -207,7 +207,7 @@ def boundary(
 
 
 def _evaluate_setting(choice: Choice, name: str, method: Method, part: str) -> dict:
-    """Return the row of a setting on the images that choose, or on those that report."""
+    """Return the row of a setting on one part of the images, "choose" or "report"."""
     run = dataclasses.replace(choice.evaluation, method=method)
     has_parts = isinstance(run.data, Images)
     metrics = evaluate(dataclasses.replace(run, data=dataclasses.replace(run.data, split=part)) if has_parts else run)
@@ -224,7 +224,7 @@ def _evaluate_setting(choice: Choice, name: str, method: Method, part: str) -> d
 
 
 def _measure_speed(choice: Choice, methods: dict[str, Method], batch_size: int | None = None) -> pd.DataFrame:
-    """Time methods on the images that report."""
+    """Time methods on the images of the part "report"."""
     run = choice.evaluation
     model = run.backbone.load()
     batch_size = batch_size or run.batch_size or pick_batch_size(pick_device(run.device))
@@ -243,7 +243,7 @@ def _images(choice: Choice, part: str, model: VisionTransformer, n_images: int =
 
 
 def _describe_miss(choice: Choice, rows: list[dict]) -> str:
-    """Say how near to the bound a method came."""
+    """Describe how near to the bound a method came."""
     key, limit = choice.bound
     column, sign = BOUNDS[key], -1 if key == "min_agreement" else 1
     best = min(rows, key=lambda row: sign * row[column])

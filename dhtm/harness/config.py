@@ -1,7 +1,7 @@
-"""The door: from Hydra's composed config to the typed, frozen objects that everything below takes.
+"""The door: turn Hydra's composed config into the typed, frozen objects that everything below takes.
 
-Each function takes the config of the script of its name. Types and ranges are checked by pydantic, which also makes the
-objects of nested settings; a value that does not fit is a :class:`UserError` that names its key.
+Each function takes the config of one script. Pydantic checks types and ranges and makes the objects of nested settings; an
+invalid value raises a :class:`UserError` that names its key.
 """
 
 import copy
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Visualization:
-    """What scripts/visualize.py is to draw; ``configs/visualize.yaml`` explains the settings.
+    """The settings of scripts/visualize.py, which ``configs/visualize.yaml`` explains.
 
     Attributes:
         methods: with their knobs solved.
@@ -56,7 +56,7 @@ class Visualization:
 
 
 def evaluation(config: DictConfig) -> Evaluation:
-    """Return the run that a config of scripts/evaluate.py describes, its method's knob solved for the target.
+    """Return the run that a config of scripts/evaluate.py describes, with the method's knob solved for the target.
 
     Raises:
         UnavailableError: the target is out of reach.
@@ -77,14 +77,14 @@ def evaluation(config: DictConfig) -> Evaluation:
 
 
 def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
-    """Find a method's thresholds for a target, or read those that were found before, which ``results_dir`` keeps."""
+    """Find a method's thresholds for a target, or read them from ``results_dir`` if they were found before."""
     model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
     images = choice_images(run.data, split, model)
     found_on = {"split": split, "n_images": len(images), "sha256": sha256(images.cpu().numpy().tobytes()).hexdigest()}
     key = sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode()).hexdigest()[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
     require_writable(file.parent, f"results_dir={run.results_dir}")
-    with lock(file.with_suffix(".lock"), f"waiting for another process, which finds the thresholds of {file}"):
+    with lock(file.with_suffix(".lock"), f"waiting for another process to write the thresholds to {file}"):
         if not file.exists():
             method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
             write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
@@ -94,7 +94,7 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
 
 
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
-    """Return the run of a directory, with overrides like "device=cpu".
+    """Return the run of a directory with overrides such as "device=cpu".
 
     Raises:
         UserError: the directory has no readable config, or an override is not one of its keys.
@@ -103,7 +103,7 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
     with explain(f"{file}: missing or damaged", remedy="; give a finished run's directory"):
         config = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
         OmegaConf.set_struct(config, True)
-    with explain(f"{' '.join(overrides)}: not of the run's config", remedy="; give key=value"):
+    with explain(f"{' '.join(overrides)}: not in the run's config", remedy="; give key=value"):
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
     return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
 
@@ -130,7 +130,7 @@ def visualization(config: DictConfig) -> Visualization:
 
 
 def _solve_knob(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the backbone's settings and the names of methods by objects, the knobs solved for ``target``."""
+    """Replace the backbone's settings and the methods' names by objects, with knobs solved for ``target``."""
     target = _convert(Target, values.pop("target"), "target")
     backbone = _convert(Backbone, values["backbone"], "backbone")
     methods = _named_methods(values["methods"], values["seed"])
@@ -139,7 +139,7 @@ def _solve_knob(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
-    """Return methods by their names, each as method=NAME composes it."""
+    """Return methods by name, each as method=NAME composes it."""
     return {name: _method(_values(compose("evaluate", [f"method={name}", f"seed={seed}"]).method)) for name in names}
 
 
@@ -160,7 +160,7 @@ def embedded_training(config: DictConfig) -> EmbeddedTraining:
 def benchmark(config: DictConfig) -> Benchmark:
     """Return the benchmark that a config of scripts/benchmark.py describes."""
     values = _values(config)
-    del values["seed"]  # of methods that draw at random, which refer to it
+    del values["seed"]  # used only by methods, which refer to it
     target = values.pop("target")
     reductions = target["reduction_pct"] if isinstance(target, dict) else None
     targets = [target | {"reduction_pct": one} for one in reductions] if isinstance(reductions, list) else [target]
@@ -172,13 +172,13 @@ def benchmark(config: DictConfig) -> Benchmark:
 
 
 def call(function: Callable, config: DictConfig) -> Any:
-    """Call a function with the values of a config, which its annotations describe."""
+    """Call a function with the values of a config, checked against its annotations."""
     values = _values(config)
     return _convert(validate_call(function), values | {"tracker": _tracker(values["tracker"])})
 
 
 def _values(config: DictConfig) -> dict[str, Any]:
-    """Return a config as plain values, with ~ resolved in every text that starts with it."""
+    """Return a config as plain values, with ~ expanded in every string that starts with it."""
     return _expand_home(OmegaConf.to_container(config, resolve=True))
 
 
@@ -205,7 +205,7 @@ def _convert(cls: Callable[..., T], values: Any, group: str = "") -> T:
 
 
 def _run(cls: type[T], values: dict[str, Any]) -> T:
-    """Make an Evaluation or a Training, the knob of its method as it is given."""
+    """Make an Evaluation or a Training, with the method's knob as given."""
     method, data, tracker = _method(values["method"]), _data(values["data"]), _tracker(values["tracker"])
     return _convert(cls, values | {"method": method, "data": data, "tracker": tracker})
 

@@ -1,6 +1,6 @@
-"""The premise of the paper, measured: do patches that are close share more information than distant ones?
+"""Measure the paper's premise: do close patches share more information than distant ones?
 
-Distances are Chebyshev's on the grid of patches, so neighbours, diagonal ones included, are at distance 1.
+Distances are Chebyshev distances on the grid of patches, so all neighbours, including diagonal ones, have distance 1.
 """
 
 import copy
@@ -33,12 +33,12 @@ from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions, grid_pairs
 from dhtm.vit import image_ids, patch, regions, unpatch
 
-MODES = ("most similar", "random")  # which of the pairs at a distance is merged
+MODES = ("most similar", "random")  # which pair at a distance is merged
 
 
 @dataclass(frozen=True)
 class Premise:
-    """What scripts/premise.py is to measure; ``configs/premise.yaml`` explains the settings.
+    """The settings of scripts/premise.py, which ``configs/premise.yaml`` explains.
 
     Attributes:
         methods: off the shelf, by their names, with their knobs solved.
@@ -121,7 +121,7 @@ def grid_distances(grid: tuple[int, int]) -> Tensor:
 
 
 def region_statistics(found: Regions) -> dict[str, np.ndarray]:
-    """Return for each image what its regions look like, [B] each.
+    """Return statistics of each image's regions, [B] each.
 
     ``distance`` is the mean distance of two patches in one token and ``adjacent_pct`` the share of such pairs that touch, NaN
     where nothing was merged; ``largest`` is the size of the largest region, ``merged_pct`` the share of patches that are not
@@ -151,8 +151,8 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
 
     Returns:
         "similarity": layer, distance, mean cosine similarity of the unmerged model's tokens after attention; "regions":
-        method, quantity of :func:`region_statistics`, mean; "one_merge": mode, distance, mean KL in nats of the unmerged from
-        the model that merges one such pair. Each with the ends of the 95% interval over images, low and high.
+        method, quantity of :func:`region_statistics`, mean; "one_merge": mode, distance, mean KL(unmerged ‖ merged) in nats
+        if one such pair is merged. Each has the ends of the 95% interval over images, low and high.
     """
     device = pick_device(premise.device)
     size = premise.batch_size or pick_batch_size(device)
@@ -168,7 +168,7 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
 
     @torch.inference_mode()
     def forwards(reducer: Reducer, look: Callable[[VisionTransformer, Tensor], Any], title: str) -> list[Any]:
-        """Return what ``look`` sees in the patched model and its outputs, one result per batch."""
+        """Return the results of ``look`` on the patched model and its outputs, one per batch."""
         patch(model, reducer)
         loaded, results = batches(split, chosen.tolist(), size, device, premise.num_workers, stop), []
         for ids, images, _ in tqdm(loaded, title, total=-(-len(chosen) // size), leave=False, disable=None):

@@ -1,4 +1,4 @@
-"""Logging to Weights & Biases. A failure there is a warning and never ends what is logged."""
+"""Logging to Weights & Biases. If W&B fails, the run that is logged continues with a warning."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from dhtm.harness.core.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-ROWS = 100  # how often an evaluation logs its running figures
+ROWS = 100  # how often an evaluation logs its running metrics
 _FILES = ("config.yaml", "environment.json", "metrics.json")
 # By default W&B records the host, the command line, the paths of programs, the git remote, packages and all output.
 _SETTINGS = {
@@ -44,7 +44,7 @@ class Tracker:
     """Where to log.
 
     Attributes:
-        project, entity: of W&B; without an entity it is the user's own.
+        project, entity: of W&B; the default entity is the user.
         mode: None for the value of WANDB_MODE; if that is not set, online with a login and offline without.
         dir: holds W&B's own files, in ``dir/wandb``.
     """
@@ -72,7 +72,7 @@ class TrackedEvaluation:
         self._row_at, self._row_time = len(done), time.perf_counter()
 
     def progress(self, predictions: pd.DataFrame) -> None:
-        """Log running top-1 and speed after each percent of the images, as if other ranks were as far as this one."""
+        """Log running top-1 and speed after each percent of the images, assuming that all ranks are equally far."""
         self._n_own += len(predictions)
         self._n_correct += int(predictions.correct.sum())
         n_done = min(self._n_before + self._n_own * self._world, self._n_images)
@@ -116,7 +116,7 @@ class TrackedEvaluation:
 def track_evaluation(
     evaluation: Any, run_id: str, trained: bool, n_images: int, done: pd.DataFrame, ranks: Ranks
 ) -> Iterator[TrackedEvaluation]:
-    """Log an evaluation, from its first rank, to the W&B run that has the run's id; an evaluation that resumes continues it.
+    """Log an evaluation, from its first rank, to the W&B run with the run's id; a resumed evaluation continues that run.
 
     Args:
         evaluation: what is logged, with its ``tracker`` and ``settings()``.
@@ -140,7 +140,7 @@ def track_evaluation(
 
 @contextlib.contextmanager
 def track_training(tracker: Tracker | None, settings: dict, name: str, log_id: str) -> Iterator[Callable[[dict], None]]:
-    """Log a training: yield a function that takes the figures of one epoch. The same ``log_id`` continues the W&B run."""
+    """Log a training: yield a function that takes the metrics of one epoch. The same ``log_id`` continues the W&B run."""
     options = {"id": log_id, "name": name, "job_type": "training", "config": _portable_settings(settings)}
     with _run(tracker, options) as do:
         yield lambda row: do(lambda run: run.log(row))
@@ -160,7 +160,7 @@ def log_report(tracker: Tracker | None, tables: dict[str, pd.DataFrame], figures
 
 
 def is_logged_in() -> bool:
-    """Return whether there is a login to W&B, valid or not. Nobody is asked for one."""
+    """Return whether there is a login to W&B, valid or not, without asking for one."""
     import wandb
 
     return wandb.login(prompt=False, verify=False)
@@ -202,12 +202,12 @@ def _start(tracker: Tracker, options: dict[str, Any]) -> Any:
     tracker.dir.mkdir(parents=True, exist_ok=True)
     folder = tracker.dir.resolve()
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # else W&B waits for its own error reports at the end of the process
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # what waits for upload lies beside the rest
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # files that wait for upload, beside the rest
     wandb.setup(wandb.Settings(silent=True))
     mode = _mode(tracker)
     if mode != "offline" and not is_logged_in():
         if mode == "online":
-            log.warning("no login to W&B: logged offline; `wandb login` once, then `wandb sync` uploads it")
+            log.warning("no login to W&B: logged offline; run `wandb login` once, then upload with `wandb sync`")
         mode = "offline"
     settings = wandb.Settings(**_SETTINGS)
     arguments = {
@@ -223,7 +223,7 @@ def _start(tracker: Tracker, options: dict[str, Any]) -> Any:
     except Exception as error:
         log.warning("W&B cannot be reached, this process logs offline: %s", one_line(error))
         os.environ["WANDB_MODE"] = "offline"  # so that the next run of this process need not wait
-        wandb.teardown()  # else the run's id is in use
+        wandb.teardown()  # else the run's id is still in use
         return wandb.init(mode="offline", settings=settings, **arguments)
 
 
@@ -236,6 +236,6 @@ def _portable_settings(settings: dict) -> dict:
 
 
 def _portable(text: str) -> str:
-    """Return a text with ~ for the user's home, whose path may contain a name."""
+    """Replace the path of the user's home by ~ in a text, because it may contain a name."""
     home = str(Path.home())
     return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)

@@ -50,7 +50,7 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
 
 
 def _changes(runs: pd.DataFrame) -> list[str]:
-    """Return in what each run differs from the paper's DHTM."""
+    """Return how each run differs from the paper's DHTM."""
     changed = []
     for run in runs.itertuples():
         name = {"dhtm_plus": "DHTM+", "dhtm_threshold": "DHTM+ threshold"}.get(run.method, "")

@@ -1,4 +1,4 @@
-"""What scripts/choose.py found: the settings within a bound as a table, and the trade-off as a figure."""
+"""The results of scripts/choose.py: the settings within a bound as a table, and the trade-off as a figure."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -33,22 +33,23 @@ def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Tabl
     is_latency = choice.max_latency_ms is not None
     notes = [
         (
-            "Each setting merges least of those that meet the bound, a median. "
+            "For each method, this is the setting that merges least of those whose median meets the bound. "
             if is_latency
-            else "Each setting saves the most FLOPs of those that meet the bound with the far end of the 95% interval. "
+            else "For each method, this is the setting that saves the most FLOPs of those that meet the bound with the far "
+            "end of the 95% interval. "
         )
-        + f"It was chosen on {tried.n_images.max():,} images. The figures above are of the other images, which had no part in "
-        "the choice and may exceed the bound by chance.",
+        + f"It was chosen on {tried.n_images.max():,} images. The numbers above are of other images, not used for the choice, "
+        "and may exceed the bound by chance.",
         "KL and agreement compare the outputs with the unmerged model's, without labels. They say how much merging changes, "
         "not whether for the better. The speed-up is over the unmerged model in the same round, medians.",
         *missed,
     ]
-    caption = caption_of(backbone, data, reported.n_images, "which did not choose", _describe(choice))
+    caption = caption_of(backbone, data, reported.n_images, "not used for the choice", _describe(choice))
     return Table(frame, [(caption, pd.DataFrame(rows))], notes)
 
 
 def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
-    """Draw KL, and beside it what is bounded if this is not KL, over the reduction of FLOPs; chosen settings are ringed."""
+    """Draw KL, and the bounded quantity if it is another, over the FLOPs reduction. Chosen settings are ringed."""
     key, limit = choice.bound
     columns = list(dict.fromkeys(["kl", BOUNDS[key]]))
     figure, axes = plt.subplots(1, len(columns), figsize=(4.8 * len(columns), 3.8), squeeze=False)
@@ -63,7 +64,7 @@ def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
         ax.set(xlabel="FLOPs reduction (%)", ylabel=_LABELS[column], yscale=scale, xlim=(0, None))
     axes[0][-1].legend()
     backbone, data = choice.evaluation.backbone.name, choice.evaluation.data.name
-    intervals = f"the {tried.n_images.max():,} images that chose, 95% intervals"
+    intervals = f"{tried.n_images.max():,} images used for the choice, 95% intervals"
     title = f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}, {_describe(choice)}\n{intervals}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
@@ -71,7 +72,7 @@ def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
 
 
 def _draw(ax: Axes, method: str, points: pd.DataFrame, column: str) -> None:
-    """Draw one method; a KL that is only rounding has no place on the logarithmic axis."""
+    """Draw one method, without KLs that are only rounding, because their axis is logarithmic."""
     entry = entry_of(method)
     points = points[points.kl > 5e-7] if column == "kl" else points
     interval = [] if column == "latency_ms" else [f"{column}_low", f"{column}_high"]

@@ -61,7 +61,7 @@ def _most_disagreement(net: int, greatest: int) -> int | None:
     """Return the largest number of disagreements with p < 0.05; p grows with their number."""
     if mcnemar(net, 0) >= LEVEL:
         return None
-    low, high = 0, (greatest - net) // 2  # on how many images only the worse model is right
+    low, high = 0, (greatest - net) // 2  # bounds of the number of images on which only the worse model is right
     while low < high:
         middle = (low + high + 1) // 2
         if mcnemar(net + middle, middle) < LEVEL:
@@ -96,7 +96,7 @@ def paper_claims() -> pd.DataFrame:
 
 
 def claim_cells(claims: pd.DataFrame) -> pd.DataFrame:
-    """Return the cells that readers see of :func:`paper_claims`."""
+    """Format :func:`paper_claims` for readers."""
     return pd.DataFrame(
         {
             "backbone": BACKBONES[row.backbone],

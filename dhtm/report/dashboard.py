@@ -1,4 +1,4 @@
-"""The project's dashboard on W&B, made of what dhtm.harness.tracking logs."""
+"""The project's dashboard on W&B, made from what dhtm.harness.tracking logs."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
     """Save the dashboard as a view of the project's workspace, each run in its method's colour; return its address.
 
     Args:
-        tracker: whose project and entity it is.
+        tracker: names the project and the entity.
         name: the name of the view.
         results_dir: the directory of the runs that were logged.
 

@@ -20,11 +20,11 @@ COMPARED = [Series(METHODS[method].label, method, "4,7,11", False) for method in
 
 
 def figure1(runs: pd.DataFrame) -> Figure:
-    """Draw DHTM against other methods over the reduction of FLOPs that was reached: top-1, and KL from the unmerged model.
+    """Draw DHTM against other methods over the FLOPs reduction that was reached: top-1, and KL from the unmerged model.
 
-    There is a column for each backbone and data set with runs solved for three targets, and one with the published points,
-    below which the first column's top-1 is drawn again from close by. Methods whose own parameters were never trained are
-    not drawn: they would show nothing and compress the others.
+    There is a column for each backbone and data set with runs solved for three targets, and one with the published points.
+    Below the published points is a close-up of the first column's top-1. Methods whose own parameters were never trained
+    are skipped: they would show nothing and compress the others.
     """
     panels = _panels(runs, lambda pair: at_target(runs, *pair), lambda frame: frame.target.nunique() >= MIN_TARGETS)
     figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
@@ -92,7 +92,7 @@ def _panels(
 def _axes(
     panels: dict[Pair, pd.DataFrame], xlabel: str, size: tuple[float, float]
 ) -> tuple[Figure, list[Axes], list[Axes | None]]:
-    """Make a column for each panel: top-1 with a title and, below it, KL; None where no run has it."""
+    """Make a column for each panel: top-1 with a title and KL below it; None if no run has a KL."""
     width, height = size
     has_kl = [frame.kl.notna().any() for frame in panels.values()]
     n_rows = 2 if any(has_kl) else 1
@@ -114,7 +114,7 @@ def _axes(
 
 
 def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
-    """Add a panel below the last one, for the top-1 of the first panel near that of the unmerged model."""
+    """Add a close-up below the last panel: the top-1 of the first panel near the unmerged model's."""
     pair, frame = next(iter(panels.items()))
     ax = axes[-1].figure.add_subplot(axes[-1].get_subplotspec().get_gridspec()[1, -1], sharex=axes[0])
     top1 = frame.top1[frame.method == "unmerged"].max()
@@ -135,7 +135,7 @@ def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, A
 
 
 def _draw_kl(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
-    """Draw the KL with its intervals, except where nothing is merged: it is zero there."""
+    """Draw the KL with its intervals, except where nothing is merged and it is zero."""
     merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
     draw_intervals(ax, merged, x, ("kl", "kl_low", "kl_high"), label, style)
 
@@ -184,14 +184,14 @@ def _draw_legend(figure: Figure, handles: dict[str, Line2D]) -> int:
 
 
 def _write_below(figure: Figure, sentences: list[str], y: float) -> None:
-    """Write below the panels what they show."""
+    """Write sentences below the panels."""
     width = int(16 * figure.get_figwidth())
     text = "\n".join("\n".join(textwrap.wrap(sentence, width)) for sentence in sentences if sentence)
     figure.text(0.5, y, text, ha="center", va="top", fontsize=8)
 
 
 def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
-    """Say which methods change the outputs least and most at 30% fewer FLOPs."""
+    """Describe which methods change the outputs least and most at 30% fewer FLOPs."""
     at = frame[(frame.target == 30) & frame.kl.notna()].sort_values("kl")
     if len(at) < 2:
         return ""
@@ -204,7 +204,7 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
 
 
 def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
-    """Say how much more random merging changes the outputs than DHTM."""
+    """Describe how much more than DHTM random merging changes the outputs."""
     kl = frame.pivot_table(index="k", columns="method", values="kl") if frame.kl.notna().any() else pd.DataFrame()
     kl = kl[kl.index > 0]
     if kl.empty:

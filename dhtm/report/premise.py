@@ -13,7 +13,7 @@ from dhtm.report.tables import Table, number, with_interval
 
 
 def premise_table(frames: dict[str, pd.DataFrame], premise: Premise) -> Table:
-    """Make the table of :func:`measure`'s numbers."""
+    """Make the table of the numbers from :func:`dhtm.harness.locality.measure`."""
     where = f"{premise.backbone.name} on {premise.data.name}, {frames['similarity'].n_images.iloc[0]:,} images"
     similarity = _cells(frames["similarity"], "layer", "distance", lambda row: number(row["mean"], 3))
     similarity = similarity[
@@ -53,25 +53,25 @@ def _cells(frame: pd.DataFrame, rows: str, columns: str, show: Callable[[pd.Seri
 
 
 def sentences(frames: dict[str, pd.DataFrame]) -> list[str]:
-    """Say in words what the numbers show."""
+    """Describe in words what the numbers show."""
     similarity, cost = frames["similarity"], frames["one_merge"]
     by_layer = similarity.pivot(index="layer", columns="distance", values="mean")
     near, far = by_layer.iloc[:, 0], by_layer.iloc[:, -1]
-    told = [
+    found = [
         f"Neighbours are more similar than the most distant patches in {(near > far).sum()} of {len(by_layer)} layers: the "
         f"mean cosine falls from {near.iloc[0]:.2f} to {far.iloc[0]:.2f} in the first, from {near.iloc[-1]:.2f} to "
         f"{far.iloc[-1]:.2f} in the last."
     ]
     for mode, costs in cost.groupby("mode", sort=False):
         near, far = costs.sort_values("distance").iloc[[0, -1]].itertuples()
-        found = (
+        relation = (
             "more than" if far.low > near.high else "less than" if far.high < near.low else "not distinguishably from"
         )
-        told.append(
-            f"Merging a pair ({mode}) at distance {far.distance} costs {found} one of neighbours: KL {far.mean:.1e} against "
+        found.append(
+            f"Merging a pair ({mode}) at distance {far.distance} costs {relation} one of neighbours: KL {far.mean:.1e} against "
             f"{near.mean:.1e} nats."
         )
-    return told
+    return found
 
 
 def premise_figure(frames: dict[str, pd.DataFrame], premise: Premise) -> Figure:

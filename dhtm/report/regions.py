@@ -63,7 +63,7 @@ def draw_strips(models: list[tuple[str, VisionTransformer]], image: Image.Image)
         models: a title and a patched model for each row.
         image: RGB, of any size; it is resized and cropped as the model's preprocessing does.
     """
-    from matplotlib.figure import Figure  # here, because evaluations need the other functions alone
+    from matplotlib.figure import Figure  # here, because evaluations need only the other functions
 
     rows = []
     for title, model in models:
@@ -126,7 +126,7 @@ def sample_regions(model: VisionTransformer, split: Split, n_images: int = 6) ->
 
 
 def draw_side_by_side(models: list[VisionTransformer], split: Split, index: int) -> tuple[Image.Image, list[int]]:
-    """Draw one image of a split beside its regions at the end of each model; return the picture, and the tokens left in each.
+    """Draw one image of a split beside its final regions in each model; return the picture and each number of tokens.
 
     Raises:
         UserError: the image cannot be read.
@@ -156,7 +156,7 @@ def merging_layers(model: VisionTransformer) -> list[tuple[int, dhtm.Regions]]:
 
 
 def batch_of(model: VisionTransformer, image: Image.Image) -> Tensor:
-    """Return an RGB image as the model's preprocessing leaves it, [1, C, H, W]."""
+    """Preprocess an RGB image for a model: [1, C, H, W]."""
     preprocessing = resolve_data_config(model=model)
     is_grey = preprocessing["input_size"][0] == 1
     return create_transform(**preprocessing)(image.convert("L") if is_grey else image)[None]

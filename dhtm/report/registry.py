@@ -41,7 +41,7 @@ METHODS = {
     "pitome": MethodEntry("PiToMe", "#AA4499", "v", baselines.PiToMe),
 }
 _NEW = ("#999933", "#661100", "#44AA99", "#DDCC77")  # Tol's colours, for methods that are not named here
-# Names for readers; others are shown as the harness names them.
+# Names for readers; others are shown by their names in the harness.
 BACKBONES = {
     "deit_tiny": "DeiT-Tiny",
     "deit_small": "DeiT-Small",
@@ -72,7 +72,7 @@ class Series:
 
     @property
     def style(self) -> dict[str, Any]:
-        """Matplotlib's properties of the line."""
+        """The line's Matplotlib properties."""
         entry = entry_of(self.method)
         line = self.line or ("--" if self.trained else "-")
         return {"color": entry.colour, "marker": self.marker or entry.marker, "linestyle": line}
@@ -117,13 +117,13 @@ def entry_of(method: str) -> MethodEntry:
 
 
 def changed_options(method: str, options: dict[str, Any], knob: str | None, learned: bool) -> dict[str, Any]:
-    """Return a run's options that are not the paper's, the defaults of the method's class; none of an unknown method.
+    """Return a run's options that differ from the paper's, which are the class's defaults; none for an unknown method.
 
     Args:
-        method: the harness's name of it.
+        method: the method's name in the harness.
         options: the options of the run.
-        knob: the option that is varied to reach a target cost. It may have any value, as the layers may.
-        learned: whether parameters of the method's own were trained, or should have been.
+        knob: the option that is varied to reach a target cost. The knob and the layers may have any value.
+        learned: whether the method's own parameters were trained, or should have been.
     """
     reducer = entry_of(method).reducer
     if reducer is None:
@@ -132,7 +132,7 @@ def changed_options(method: str, options: dict[str, Any], knob: str | None, lear
     ignored = {knob, "layers", "seed", "backend"}  # every backend gives the same merges
     defaults = {name: parameters[name].default for name in parameters if name not in ignored}
     if method == "dpc_knn":
-        defaults["weighted"] = learned  # the published weights average with learned ones
+        defaults["weighted"] = learned  # the published models average with learned weights
     given = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
     plain = json.loads(json.dumps(given))
     return {name: options[name] for name in plain if options.get(name, plain[name]) != plain[name]}

@@ -33,10 +33,10 @@ Pair = tuple[str, str]  # a backbone and a data set
 def load_runs(results_dir: Path) -> pd.DataFrame:
     """Return all finished runs, one row per run.
 
-    ``value`` is the value of the knob, NaN where it has one for each layer. ``targets`` are the FLOPs reductions in percent
-    that the knob was solved for, joined by commas, and "" where the knob was given. ``flops_g`` is the mean over images; its
-    quartiles and maximum are NaN where all images cost the same. ``options`` are those that are not the
-    paper's, ``plain`` says that there are none; ``knobs`` are all but the layers, as a dict.
+    ``value`` is the value of the knob, NaN if it has one for each layer. ``targets`` are the FLOPs reductions in percent
+    that the knob was solved for, joined by commas, and "" if the knob was given. ``flops_g`` is the mean over images; its
+    quartiles and maximum are NaN if all images cost the same. ``options`` are those that differ from the paper's, and
+    ``plain`` is whether there are none; ``knobs`` are all options but the layers, as a dict.
     """
     runs = finished_runs(results_dir)
     if runs.empty:
@@ -47,7 +47,7 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     values = [knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)]
     runs["value"] = pd.Series([None if isinstance(value, list) else value for value in values], dtype=float)
     for interval, name in _INTERVALS.items():
-        # None: the images have no labels, or the run is compared with nothing; NaN: it is of an earlier version.
+        # None: the images have no labels, or the run has no reference; NaN: the run is of an earlier version.
         ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]
         runs[f"{name}_low"], runs[f"{name}_high"] = zip(*ends, strict=True)
     quartiles = runs.get("flops_g_quartiles", [None] * len(runs))
@@ -79,8 +79,8 @@ def pairs(runs: pd.DataFrame) -> list[Pair]:
 def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.DataFrame:
     """Select a method's off-the-shelf runs in layers 4, 7 and 11, one per k, with the same weights, images and code.
 
-    All options are the paper's. A k that was solved for a target is included only if the paper has this k too. Of several
-    such series the result is the best by :func:`_best`.
+    All options are the paper's. A k that was solved for a target is included only if the paper has this k too. If there are
+    several such series, :func:`_best` chooses one.
     """
     plain = _plain_runs(runs, backbone, data)
     chosen = plain[
@@ -96,10 +96,10 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
 def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None = None) -> pd.DataFrame:
     """Select runs solved for a FLOPs reduction in percent, or for any (None), and the unmerged run on the same images.
 
-    All options are the paper's, and all methods that have no weights of their own run on the same weights. There is at most
-    one run for each method, layers, training and ``target``, a column that is NaN for the unmerged run. The unmerged run
-    has "unmerged" as its method also where it is DHTM with k = 0. Of several such sets the result is the best by
-    :func:`_best`; unmerged runs alone are the last choice.
+    All options are the paper's, and all methods without weights of their own run on the same weights. There is at most one
+    run for each method, layers, training and ``target``, a column that is NaN for the unmerged run. DHTM with k = 0 is an
+    unmerged run too, and its method becomes "unmerged". If there are several such sets, :func:`_best` chooses one; unmerged
+    runs alone are the last choice.
     """
     plain = _plain_runs(runs, backbone, data)
     is_unmerged = (plain.method == "unmerged") | ((plain.method == "dhtm") & (plain.k == 0))
@@ -132,7 +132,7 @@ def _newest(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
-    """Remove repeated runs, and those of other weights than most; a method's own weights always stay."""
+    """Keep the newest of repeated runs on the most common weights; runs on a method's own weights always stay."""
     series = ["method", "layers", "trained", "target"]
     newest = _newest(frame, [*series, "weights_sha256"])
     own = newest.trained.astype(bool) | newest.untrained.astype(bool)
@@ -144,10 +144,9 @@ def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _best(sets: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return the set that is most worth showing.
+    """Return the set to show.
 
-    Images that are not for training go before others, then float32 before other dtypes, then more images, more runs, and
-    newer runs.
+    It prefers images that are not for training, then float32 to other dtypes, then more images, more runs, and newer runs.
     """
 
     def rank(frame: pd.DataFrame) -> tuple:

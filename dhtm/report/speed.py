@@ -12,7 +12,7 @@ from dhtm.report.tables import Table, number, with_interval
 
 
 def speed_table(frame: pd.DataFrame, caption: str) -> Table:
-    """Make a table of :func:`dhtm.harness.benchmark.time_methods`, one part for each target."""
+    """Make a table of the results of :func:`dhtm.harness.benchmark.time_methods`, one part per target."""
     notes = [
         "Medians; speed-ups are over the unmerged backbone in the same round. Ideal is the speed-up by FLOPs alone. Its share "
         "can exceed 100%, because attention's softmax and memory traffic shrink too.",

@@ -19,7 +19,7 @@ class Comparison:
         difference: mean of the first minus mean of the second: top-1 in points, or KL in nats.
         low, high: paired bootstrap 95% interval of the difference.
         p: two-sided, of the sign-flip permutation test.
-        first_more, second_more: images on which only the first, only the second is right; or has the greater KL.
+        first_more, second_more: numbers of images on which only the first or only the second is right, or has the greater KL.
     """
 
     difference: float
@@ -47,8 +47,8 @@ def compare_top1(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
 def compare_kl(first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
     """Compare how far two runs are from the unmerged model, image by image.
 
-    The test is about the mean, which the tables show; Wilcoxon's test would be about ranks, in which the few images that
-    change most count as little as those that hardly change.
+    The test is about the mean, as the tables are. Wilcoxon's test would be about ranks, where the few images that change
+    most count as little as those that hardly change.
 
     Args:
         first, second: predictions with ``label``, ``kl`` and perhaps ``group``, indexed by image.
@@ -78,7 +78,7 @@ def _compare(first: pd.DataFrame, second: pd.DataFrame, column: str, scale: int)
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
-    """Compare two runs by all that both have, as columns of a table.
+    """Compare two runs in top-1 and KL, where both have them, as columns of a table.
 
     Returns:
         difference, difference_low, difference_high, p, first_only and second_only of :func:`compare_top1`, where the images
@@ -103,7 +103,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
     """Return the two-sided p of the exact McNemar test: a fair coin is tossed for each image on which two models disagree.
 
     Args:
-        first_only, second_only: images on which only the first, only the second is right.
+        first_only, second_only: numbers of images on which only the first or only the second is right.
     """
     disagree = first_only + second_only
     return float(binomtest(first_only, disagree).pvalue) if disagree else 1.0

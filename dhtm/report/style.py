@@ -44,7 +44,7 @@ def draw_intervals(
     points = points.sort_values(x)
     value, *ends = (points[column] for column in columns)
     errors = [value - ends[0], ends[1] - value] if ends else None
-    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # overlapping markers can be told apart
+    outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # to distinguish overlapping markers
     bars = {"ecolor": (style["color"], 0.6), "elinewidth": 0.8, "capsize": 2}
     ax.errorbar(points[x], value, errors, label=label, **bars, **SIZES, **style, **outline)
 

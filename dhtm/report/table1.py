@@ -32,7 +32,7 @@ NOTES = [
 @functools.cache
 def gflops(backbone: str, ks: tuple[int, ...]) -> dict[tuple[int, ...], list[float]]:
     """Count the GFLOPs of one of the paper's backbones with DHTM, for each schedule of layers and k; no weights are needed."""
-    with torch.device("meta"):  # random weights, which FLOPs do not depend on, would take longer than the counting
+    with torch.device("meta"):  # making random weights would take longer than counting, which needs none
         model = timm.create_model(f"{backbone}_patch16_224", pretrained=False)
     model.to_empty(device="cpu")
     plans = []

@@ -105,7 +105,7 @@ def table2(runs: pd.DataFrame, results_dir: Path) -> Table:
 def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> pd.DataFrame:
     """Return one row of numbers for each of the paper's rows, the added ones, and other runs at the target.
 
-    Beside the paper's target the rows without a run are dropped.
+    At targets other than the paper's, rows without a run are dropped.
     """
     backbone, data = pair
     paper = read_published("table2").assign(data="imagenet", target=TARGET)
@@ -154,7 +154,7 @@ def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series |
 
 
 def _run(ours: pd.DataFrame, name: str) -> pd.Series | None:
-    """Return our run for a row. If its own parameters should be trained and no such run exists, an untrained one will do."""
+    """Return our run for a row; an untrained one if the row's own parameters should be trained and no trained run exists."""
     found = of_series(ours, SERIES[name], untrained=True)
     return None if found.empty else found.sort_values("trained").iloc[-1]
 
@@ -177,7 +177,7 @@ def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tup
 
 
 def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """Return caption and cells of what merging changes, for the methods off the shelf."""
+    """Return caption and cells of KL and agreement, for the methods off the shelf."""
     rows = []
     for row, cells in _entries(frame):
         cells |= faithfulness_cells(row)

@@ -79,10 +79,10 @@ def number(value: float, decimals: int, signed: bool = False) -> str:
 
 
 def difference_cells(row, other: str) -> dict[str, str]:
-    """Return the cells of a row's KL and top-1 against another's, from the columns of ``statistics.compare``.
+    """Return the cells that compare a row's KL and top-1 with another's.
 
     Args:
-        row: with the columns and those of Holm's correction.
+        row: has the columns of ``statistics.compare`` and of Holm's correction.
         other: what the row is compared with, for the headings.
     """
     kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)

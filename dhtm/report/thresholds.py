@@ -1,4 +1,4 @@
-"""Do thresholds change a model less than as many merges in every image? Paired comparisons at equal mean FLOPs."""
+"""Do thresholds change a model less than a fixed number of merges? Paired comparisons at equal mean FLOPs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
 
 
 def _pairs(frame: pd.DataFrame) -> Iterator[tuple]:
-    """Yield runs that differ in nothing but how merges are limited, the one without thresholds first."""
+    """Yield pairs of runs that differ only in how merges are limited, the one without thresholds first."""
     newest = frame.sort_values(["plain", "finished"])  # DHTM itself before DHTM+ with its options
     for _, alike in newest.groupby([_options(run) for run in newest.itertuples()], sort=False):
         counted, adaptive = alike[alike.knob != "threshold"], alike[alike.knob == "threshold"]
@@ -52,7 +52,7 @@ def _pairs(frame: pd.DataFrame) -> Iterator[tuple]:
 
 
 def _options(run) -> str:
-    """Return what a run has in common with its other half, as text."""
+    """Return the options that the runs of a pair have in common, as text."""
     return str((run.layers, sorted((name, value) for name, value in run.knobs.items() if name not in _VARIED)))
 
 

@@ -201,7 +201,7 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: cannot be read \(.*No such file"),
         (
             {"real_labels": True},
-            r"data\.real_labels: they number classes as ImageNet-1K does; set data\.class_map=synsets too",
+            r"data\.real_labels: it numbers classes as ImageNet-1K does; set data\.class_map=synsets too",
         ),
         (
             {"labels": "{}/half.csv"},
@@ -253,7 +253,7 @@ def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_pa
 
 def test_numbers_of_classes_are_checked(images, tmp_path):
     write_shards(tmp_path, images, lambda synset: {"cls": 997 + CHOSEN.index(synset)})
-    with pytest.raises(UserError, match="is of class 1000, the last is 999"):
+    with pytest.raises(UserError, match="has class 1000, the last is 999"):
         opened(tmp_path, class_map="synsets")
 
 

@@ -35,8 +35,8 @@ def test_the_same_run_has_the_same_predictions_bit_for_bit(copy, script, caplog)
     before = (copy / "predictions.parquet").read_bytes()
     result = script("evaluate", "--from", copy, "device=cpu", "batch_size=7")
     assert result.returncode == 0, result.stderr
-    assert "of 60 images 0 have another best class, 0 others among the five best; top-1" in result.stdout
-    assert "batch_size was 64, and is 7" in result.stdout
+    assert "of 60 images, 0 differ in the best class and 0 in any of the five best; top-1" in result.stdout
+    assert "batch_size was 64, now 7" in result.stdout
     assert reproduce(copy) == 0
     assert "already finished" not in caplog.text, "what the first time left does not stand in for the second"
     assert (copy / "again" / copy.name / "predictions.parquet").read_bytes() == before
@@ -51,8 +51,8 @@ def test_differences_are_counted(copy, caplog):
     different = [index for index, (one, other) in enumerate(pairs) if one != other]
     assert n_different == len(different) > 0
     other_class = sum(one[0] != other[0] for one, other in pairs)
-    assert f"images {other_class} have another best class, {n_different} others among the five best" in caplog.text
-    assert f"the first is image {different[0]}" in caplog.text and "dtype was float32, and is bfloat16" in caplog.text
+    assert f"images, {other_class} differ in the best class and {n_different} in any of the five best" in caplog.text
+    assert f"the first is image {different[0]}" in caplog.text and "dtype was float32, now bfloat16" in caplog.text
 
 
 def test_what_is_no_finished_run_is_refused(copy, script, tmp_path):
@@ -60,7 +60,7 @@ def test_what_is_no_finished_run_is_refused(copy, script, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"error: {tmp_path}/config.yaml: missing or damaged ([Errno 2] No such file or directory" in result.stderr
     for override in ("data.size=3", "batch"):
-        with pytest.raises(UserError, match=f"{override}: not of the run's config"):
+        with pytest.raises(UserError, match=f"{override}: not in the run's config"):
             reproduce(copy, override)
     with pytest.raises(UserError, match=r"the data are not those of the run: 60 images then, 59 now"):
         reproduce(copy, "data.limit=59")

@@ -161,7 +161,7 @@ def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, 
     os.kill(process.pid, signal.SIGUSR1)
     process.join(60)
     assert process.exitcode == 75
-    assert "stopped by SIGUSR1; what is finished is kept" in capfd.readouterr().err
+    assert "stopped by SIGUSR1; finished work is kept" in capfd.readouterr().err
     (shard,) = tmp_path.glob("runs/*/shards/*")
     assert 8 <= len(pd.read_parquet(shard)) < 40
     pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
@@ -262,7 +262,7 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(
-        UserError, match=r"cannot be written \(.*No space left on device\); what was stored before is kept"
+        UserError, match=r"cannot be written \(.*No space left on device\); stored predictions are kept"
     ):
         run(results=tmp_path / "runs")
     assert len(list(tmp_path.glob("runs/*/shards/*"))) >= 3

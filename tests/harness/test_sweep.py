@@ -83,7 +83,7 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
     save_file(Backbone("deit_micro", "deit_micro", 10).bare().state_dict(), weights)
     code, told = swept(*overrides)
     assert code == 0
-    assert told.endswith("\n2 done (1 of them before), 2 skipped\n")
+    assert told.endswith("\n2 done (1 already finished), 2 skipped\n")
     assert re.search(r"^run 3 of 4; this sweep will be done at about \d\d:\d\d$", told, re.MULTILINE)
     assert [run.get("before") for run in notes(tmp_path / "runs")] == [True, None, False, None]
 

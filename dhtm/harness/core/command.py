@@ -27,12 +27,12 @@ REQUEUE = 75  # the exit code after a signal to stop, EX_TEMPFAIL of sysexits.h:
 
 
 def command(resumes: bool) -> Callable[[Callable], Callable]:
-    """Decorate a function: errors end the process with one line and exit code 1, Ctrl-C with 130.
+    """Return a decorator that ends the process with a one-line error and exit code 1, and on Ctrl-C with 130.
 
-    In a sweep, errors are left to :class:`dhtm.harness.sweeps.callback.Sweep`.
+    In a sweep, :class:`dhtm.harness.sweeps.callback.Sweep` handles errors.
 
     Args:
-        resumes: whether the same command resumes where it was stopped. A signal to stop then ends it with ``REQUEUE``.
+        resumes: whether the same command resumes a stopped one. If so, a signal to stop ends it with ``REQUEUE``.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -49,25 +49,25 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
 
 
 def start(main: Callable, config_name: str, resumes: bool = False) -> None:
-    """Run a script's main function with the config of a name, which Hydra composes from the command line."""
+    """Run a script's main function with the config that Hydra composes from ``config_name`` and the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
     register_resolvers()
-    main = command(resumes)(main)  # which a launcher may call in another process
+    main = command(resumes)(main)  # a launcher may call this in another process
     command(resumes)(hydra.main("../configs", config_name, version_base="1.3")(main))()
 
 
 def accept_method_lists() -> None:
-    """Turn method=a,b on the command line, which would be a sweep to Hydra, into methods=[a,b]."""
+    """Turn method=a,b on the command line into methods=[a,b], because Hydra would take it for a sweep."""
     sys.argv = [re.sub(r"^method=\[?([^\]]*)\]?$", r"methods=[\1]", argument) for argument in sys.argv]
 
 
 def register_resolvers() -> None:
     """Register the resolvers that the configs use, ``help_text`` and ``n_gpus``, in every process that composes configs."""
-    # How many runs this machine has a device for; without a GPU, one.
+    # The number of GPUs, but at least 1: how many runs this machine has a device for.
     OmegaConf.register_new_resolver("n_gpus", lambda: max(1, torch.cuda.device_count()), replace=True)
     OmegaConf.register_new_resolver("help_text", _help_text, replace=True)
-    # Hydra warns that a file in configs/hydra/launcher has the name of a plugin's own config. It then also has that
-    # config's types, which is what is wanted.
+    # Hydra warns that a file in configs/hydra/launcher has the name of a plugin's own config. This is intended: the name
+    # gives the file that config's types.
     warnings.filterwarnings("ignore", r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
@@ -85,12 +85,12 @@ def _help_text(config_name: str) -> str:
 
 @contextlib.contextmanager
 def _boundary(resumes: bool) -> Iterator[None]:
-    logging.raiseExceptions = False  # a closed pipe must not end in a traceback for each line that is logged
-    kept = "; what is finished is kept, the same command resumes from there" if resumes else ""
+    logging.raiseExceptions = False  # else a closed pipe causes a traceback for each logged line
+    kept = "; finished work is kept, the same command resumes from there" if resumes else ""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, for example `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Preempted as error:
@@ -128,7 +128,7 @@ def _expect_preemption() -> None:
     process = os.getpid()
 
     def stop(number, frame) -> None:
-        if os.getpid() == process:  # and not one that loads images for it
+        if os.getpid() == process:  # not a worker process that loads images
             raise Preempted(signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with explain(f"device={name}: not available", remedy="; device=auto takes what is"):
+    with explain(f"device={name}: not available", remedy="; device=auto chooses an available one"):
         device = torch.device(name)
         torch.empty(1, device=device).item()
     return device
@@ -37,9 +37,9 @@ def pick_batch_size(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """On a GPU, compute float32 in float32 and use deterministic kernels where there are any.
+    """On a GPU, compute float32 without TF32 and use deterministic kernels where they exist.
 
-    Without this cuDNN would embed patches in TF32. On a CPU nothing needs to be set.
+    By default, cuDNN would embed patches in TF32. A CPU needs no settings.
     """
     if device.type != "cuda":
         yield
@@ -58,11 +58,11 @@ def exact(device: torch.device) -> Iterator[None]:
 
 @functools.cache  # once per process, which keeps its GPU for all its runs
 def take_gpu() -> FileLock | None:
-    """Make one GPU this process's "cuda" until it ends, one that the fewest other processes have taken; return its lock."""
+    """Make the GPU that the fewest other processes have taken this process's "cuda"; return its lock, held until the end."""
     gpus = range(torch.cuda.device_count())
     if not gpus:
         return None
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # the visible GPUs, by the machine's numbers
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # the machine's numbers of the visible GPUs
     folder = Path(tempfile.gettempdir()) / f"dhtm-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     for turn, gpu in ((turn, gpu) for turn in itertools.count() for gpu in gpus):

@@ -10,18 +10,18 @@ class UserError(Exception):
 
 
 class UnavailableError(UserError):
-    """The run cannot exist: the target cost is out of reach, or nobody has trained the weights."""
+    """The run is impossible: the target cost is out of reach, or there are no trained weights."""
 
 
 class Preempted(BaseException):
-    """The system asks the process to stop, by SIGTERM or by SIGUSR1, which SLURM sends first."""
+    """The system asks the process to stop, by SIGTERM or, as SLURM does first, by SIGUSR1."""
 
 
 @contextlib.contextmanager
 def explain(
     what: str, kind: type[Exception] | tuple[type[Exception], ...] = Exception, remedy: str = ""
 ) -> Iterator[None]:
-    """Turn exceptions of a kind into UserErrors, which say what is wrong, why (in the library's words), and the remedy."""
+    """Turn exceptions of a kind into UserErrors that say what is wrong, why (in the library's words), and the remedy."""
     try:
         yield
     except UserError:

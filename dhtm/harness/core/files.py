@@ -1,4 +1,4 @@
-"""Files: where the project lies, atomic writes and locks."""
+"""Files: the project's location, atomic writes and locks."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def require_writable(folder: Path, setting: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: after a crash there is the old file or none."""
+    """Let ``write`` fill a file beside ``path``, then rename it: a crash leaves the old file or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)

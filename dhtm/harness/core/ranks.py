@@ -12,7 +12,7 @@ from dhtm.harness.core.devices import pick_device
 
 
 def rank() -> int:
-    """Return the number of this process among those that torchrun started; 0 if it runs alone."""
+    """Return the rank of this process among those that torchrun started; 0 if it runs alone."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -32,10 +32,10 @@ class Ranks:
         if self.world > 1 and not dist.is_initialized():  # one group serves all runs of this process
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            # A rank may wait long for the first rank's turn at a run; if a rank dies, torchrun ends the others.
+            # The ranks may wait long while the first waits for a run's lock; if a rank dies, torchrun ends the others.
             patience = datetime.timedelta(days=1)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
-            if self.device.type != "cuda":  # NCCL's may wait for other ranks, which wait for this one if it fails
+            if self.device.type != "cuda":  # with NCCL, a failed rank and the others could wait for each other
                 atexit.register(dist.destroy_process_group)
 
     def gather(self, value: Any) -> list[Any]:

@@ -28,18 +28,18 @@ _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or re
 
 
 def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_workers: int | None) -> Split:
-    """Return a split that reads its images from the cache, after filling what the cache lacks.
+    """Fill the cache with the images that it lacks, and return a split that reads from it.
 
     Args:
-        data: the data set that the split is of.
-        split: its ``data.split``, as opened for the whole preprocessing.
+        data: the split's data set.
+        split: ``data.split``, opened with the whole preprocessing.
         preprocessing: the backbone's, as timm resolves it.
         cache_dir: the folder of all caches.
         num_workers: processes that decode images; None for one per core.
 
     Returns:
-        The split with ``normalise`` set and a :class:`CachedImages`; the split itself where its images are in memory,
-        they change every epoch, or the preprocessing does not end with a conversion to a tensor and a normalisation.
+        The split with ``normalise`` set and a :class:`CachedImages`; the split itself if its images are in memory or
+        change every epoch, or the preprocessing does not end with a conversion to a tensor and a normalisation.
 
     Raises:
         UserError: the cache lacks images and cannot be written.
@@ -49,7 +49,7 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
     if not kept or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
         return split
     cropped = data.open(data.split, Compose([*crop, PILToTensor()])).dataset
-    # timm's transforms do not print the colour that they fill borders with.
+    # As strings, timm's transforms lack the colour that they fill borders with.
     steps = [(str(step), getattr(step, "fill", None)) for step in crop]
     versions = {package: metadata.version(package) for package in _PACKAGES}
     key = json.dumps(
@@ -58,7 +58,7 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
     images = CachedImages(cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16], cropped)
     if images.missing_chunks():
         require_writable(images.folder, f"cache_dir={cache_dir}")
-        with lock(images.folder / "lock", f"waiting for another process, which fills {images.folder}"):
+        with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
             remedy = "; remove it and set cache_dir=null, or choose another place"
             with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
                 images.fill(num_workers, data.name)
@@ -70,14 +70,14 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
 
 
 class CachedImages(Dataset):
-    """Cropped images, uint8 [C, H, W], and labels; images whose file does not exist are decoded.
+    """Cropped images, uint8 [C, H, W], and labels; images without a cache file are decoded.
 
     Args:
         folder: of the files.
         cropped: the data set that decodes and crops.
 
     Attributes:
-        failed: the images that :meth:`fill` could not read; files with such images are not kept.
+        failed: the images that :meth:`fill` could not read; files with such images are not written.
     """
 
     def __init__(self, folder: Path, cropped: Dataset):
@@ -102,7 +102,7 @@ class CachedImages(Dataset):
         return [number for number in range(-(-len(self) // CHUNK)) if not self._file(number).exists()]
 
     def fill(self, num_workers: int | None, name: str) -> None:
-        """Decode the images whose files do not exist, and write the files.
+        """Decode the images without a cache file, and write the files.
 
         Raises:
             OSError: the disk is full, for example.
@@ -131,6 +131,6 @@ class CachedImages(Dataset):
 
 def _normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn uint8 [B, C, H, W] into the model's float32 input, bit for bit as the transform does image by image."""
-    # Divided by a tensor: a GPU divides by a number by multiplying with its inverse, which rounds differently.
+    # Divide by a tensor: for a number, a GPU would multiply with its inverse, which rounds differently.
     largest = torch.full((1,), 255.0, device=pixels.device)
     return pixels.to(torch.float32).div_(largest).sub_(mean.to(pixels.device)).div_(std.to(pixels.device))

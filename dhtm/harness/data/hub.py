@@ -15,18 +15,18 @@ _LABELS = ("label", "labels", "cls", "target")
 
 
 class Table(Source):
-    """The rows of a table; one of its columns has images, one has their classes.
+    """The rows of a table with a column of images and a column of their classes.
 
     Args:
-        root: where it is.
-        table: of ``datasets``.
-        files: what identifies the files that the table was made of.
+        root: the location of the table.
+        table: a ``datasets.Dataset``.
+        files: what identifies the files that the table was read from.
     """
 
     def __init__(self, root: str, table, files: list):
         import datasets
 
-        images, labels = [], []  # the columns that have them
+        images, labels = [], []  # names of their columns
         for name, kind in table.features.items():
             if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
                 images.append(name)
@@ -38,7 +38,7 @@ class Table(Source):
         self.column, label = images[0], labels[0]
         self.rows = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
         self.class_names = tuple(getattr(table.features[label], "names", None) or ()) or None
-        chunks = self.rows.data.column(self.column).chunks  # mapped from the disk: images are not read
+        chunks = self.rows.data.column(self.column).chunks  # memory-mapped, so images are not read
         paths = [path for chunk in chunks for path in pc.struct_field(chunk, "path").to_pylist()]
         names = [f"row {row} ({path})" if path else f"row {row}" for row, path in enumerate(paths)]
         super().__init__(root, names, files, table[label][:])
@@ -60,8 +60,8 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
 
     Args:
         root: the folder of the files, or ``hf://datasets/<user>/<name>``.
-        split: which to take of the hub's.
-        files: parquet or Arrow files, all of the split.
+        split: the split to take from the hub.
+        files: the parquet or Arrow files of the split.
     """
     with explain("data.root: parquet, Arrow and the hub need `datasets`", remedy=": pip install -e '.[hub]'"):
         import datasets
@@ -78,7 +78,7 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
 
 
 def _from_hub(datasets, root: str, split: str) -> tuple:
-    """Download a split; return its table and the addresses of its files, which have their revision in them."""
+    """Download a split; return its table and the addresses of its files, which contain their revision."""
     name = root.removeprefix(HUB).strip("/")
     builder = datasets.load_dataset_builder(name)
     known = list(builder.config.data_files or builder.info.splits or ())
@@ -86,6 +86,6 @@ def _from_hub(datasets, root: str, split: str) -> tuple:
     if found is None:
         raise UserError(f"data.split={split}: {root} has {', '.join(map(str, known))}")
     files = sorted(map(str, builder.config.data_files[found]))
-    if all(file.endswith(".parquet") for file in files):  # by the data set's name all splits would be downloaded
+    if all(file.endswith(".parquet") for file in files):  # loading by name would download all splits
         return datasets.load_dataset("parquet", data_files={found: files}, split=found), files
     return datasets.load_dataset(name, split=found), files

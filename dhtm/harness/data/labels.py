@@ -1,4 +1,4 @@
-"""From the classes that a data set names to the numbers of a model's outputs."""
+"""Map the classes of a data set to the numbers of a model's outputs."""
 
 import csv
 import functools
@@ -30,18 +30,18 @@ def synsets() -> tuple[str, ...]:
 def number_classes(
     given: np.ndarray, class_names: tuple[str, ...] | None, class_map: str | None, root: str
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return the output that stands for each image's class, and the outputs' names in their order.
+    """Return the number of the output for each image's class, and the outputs' names in order.
 
     Args:
-        given: the class of each image, its name (str [n]) or number (int64 [n]).
-        class_names: in the order of those numbers, where they are known.
-        class_map: "synsets": the names are those of ImageNet-1K; "numbers": they are the outputs' numbers, as ImageNet-V2's
-            folders have it; a file: .txt with one name per line in the order of the outputs, or .json of names and numbers;
-            None: the names are numbered in their order.
+        given: the class of each image, as a name (str [n]) or a number (int64 [n]).
+        class_names: the names of those numbers, in order, if known.
+        class_map: "synsets": the names are those of ImageNet-1K; "numbers": the names are the outputs' numbers, as in the
+            folders of ImageNet-V2; a file: .txt with one name per line in the order of the outputs, or .json of names and
+            numbers; None: the sorted names are numbered.
         root: where the images are, for messages.
 
     Returns:
-        int64 [n], and None where the outputs have no names.
+        The numbers, int64 [n], and the names; None if the outputs have no names.
 
     Raises:
         UserError: a class is not in the map, or the numbers are not in ImageNet-1K's order.
@@ -84,11 +84,11 @@ def _numbers(names: Sequence[str], class_map: str | None) -> tuple[dict[str, int
 
 
 def _require_order(names: tuple[str, ...], root: str) -> None:
-    """Raise unless a table's classes have ImageNet-1K's order, judged by the words that the table has for them."""
+    """Raise unless a table's classes are in ImageNet-1K's order, judged by the table's words for them."""
     info = ImageNetInfo("imagenet-1k")
     words = [info.index_to_description(number) for number in range(len(synsets()))]
     differ = [_first_word(name) != _first_word(word) for name, word in zip(names, words, strict=False)]
-    # The words for a few classes differ between sources; in another order nearly all do.
+    # A few classes have different words in different sources. In another order, nearly all words differ.
     if len(names) != len(words) or sum(differ) > len(words) // 10:
         raise UserError(f"data.root: {root}: its {len(names)} classes are not ImageNet-1K's in their order")
 
@@ -98,7 +98,7 @@ def _first_word(name: str) -> str:
 
 
 def find_labels(root: Path) -> str | None:
-    """Return the file of labels of ImageNet's validation images in a folder or the one above it; None without one."""
+    """Find a file with labels of ImageNet's validation images in a folder or its parent; None if there is none."""
     for folder in (root, root.parent):
         for name in _KEPT_BESIDE:
             if (folder / name).exists():
@@ -135,7 +135,7 @@ def _stem(file: str) -> str:
 
 
 def _table_labels(path: Path) -> dict[str, str]:
-    """Return the first word after each file's name, by that name."""
+    """Return the class of each file, which is the first word after the file's name."""
     classes = {}
     for line in path.read_text().splitlines():
         file, *rest = next(csv.reader([line])) if "," in line else line.split()
@@ -169,7 +169,7 @@ def reassessed_labels(source: Source) -> list[list[int]]:
     """Return the labels of Beyer et al. (2020, "Are we done with ImageNet?") for each image, from timm's copy.
 
     Raises:
-        UserError: images are not named as ImageNet's validation images are.
+        UserError: images are not named like ImageNet's validation images.
     """
     by_name = RealLabelsImagenet([None] * 50_000).real_labels
     found = [_NUMBER.search(name.decode(errors="replace")) for name in source.names.tolist()]

@@ -1,4 +1,4 @@
-"""Sets of photographs on disk or on the Hugging Face hub, ImageNet foremost, as a model's preprocessing leaves them."""
+"""Sets of photographs such as ImageNet, on disk or on the Hugging Face hub, preprocessed for a model."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ from dhtm.harness.data.splits import Split, UnreadableError
 
 @dataclass(frozen=True)
 class Photographs:
-    """A set of photographs, whose settings ``configs/data/imagefolder.yaml``, imagenet.yaml and imagenette.yaml explain."""
+    """A set of photographs; ``configs/data/imagefolder.yaml``, imagenet.yaml and imagenette.yaml explain the settings."""
 
     name: str
     root: str | None
@@ -41,11 +41,11 @@ class Photographs:
 
     @property
     def choice_split(self) -> str:
-        """The split for choices: images that are kept out of training, or else those of training."""
+        """The split to make choices on: images held out of training, or else the training images."""
         return "holdout" if self.holdout is not None else self.train_split
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open a split, "val" for example; the transform is of an RGB PIL image."""
+        """Open a split, for example "val"; the transform takes an RGB PIL image."""
         if self.root is None:
             raise UserError("data.root is not set: give the folder that holds val/n01440764/…, data.root=DIR")
         of_training = self.holdout is not None and split in (self.train_split, "holdout")
@@ -57,7 +57,7 @@ class Photographs:
             chosen = np.flatnonzero(kept_out if split == "holdout" else ~kept_out)
             source, numbers = Part(source, chosen), numbers[chosen]
         if self.real_labels and classes != synsets() and self.class_map != "numbers":
-            raise UserError("data.real_labels: they number classes as ImageNet-1K does; set data.class_map=synsets too")
+            raise UserError("data.real_labels: it numbers classes as ImageNet-1K does; set data.class_map=synsets too")
         return Split(
             ImageFiles(source, numbers[: self.limit], transform),
             classes,
@@ -82,7 +82,7 @@ class Images:
 
     @property
     def choice_split(self) -> str:
-        """The split for choices."""
+        """The split to make choices on."""
         return "choose"
 
     def open(self, split: str, transform: Callable) -> Split:
@@ -106,7 +106,7 @@ class Images:
 
 
 class ImageFiles(Dataset):
-    """The first images of a source, decoded as timm does, and their labels, int64 [n]."""
+    """The first n images of a source, decoded as timm does, and their labels, int64 [n]."""
 
     def __init__(self, source: Source, labels: np.ndarray, transform: Callable):
         self.source, self.labels, self.transform = source, labels, transform
@@ -128,16 +128,16 @@ class ImageFiles(Dataset):
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """Decode an image as timm does: any format of PIL, whatever the file's name, in RGB, not turned by EXIF.
+    """Decode an image as timm does, to RGB: any format of PIL, regardless of the file's name and of EXIF rotation.
 
     Raises:
-        Exception: it is damaged, or has more than PIL's limit of 89 million pixels, as decompression bombs do, or is more than
+        Exception: the image is damaged, has more pixels than PIL's limit of 89 million (a decompression bomb), or is more than
             1,000 times as long as wide.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about EXIF, palettes and the like; about bombs too, which are errors here
+        warnings.simplefilter("ignore")  # about EXIF, palettes and so on, and about bombs, which are errors here
         image = Image.open(file)
-        # A long thin image is small until its short side is resized to that of the model's input.
+        # A long thin image becomes huge when its short side is resized to the model's input.
         if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 1000 * min(image.size):
             raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels: taken for a decompression bomb")
         return image.convert("RGB")
@@ -162,7 +162,7 @@ def _list(root, split, labels, class_map) -> tuple[Source, np.ndarray, tuple[str
     numbers, classes = number_classes(given, class_names, class_map, root)
     if classes is not None and numbers.max() >= len(classes):
         name = source.name(int(numbers.argmax()))
-        raise UserError(f"data.root={root}: {name} is of class {numbers.max()}, the last is {len(classes) - 1}")
+        raise UserError(f"data.root={root}: {name} has class {numbers.max()}, the last is {len(classes) - 1}")
     return source, numbers, classes
 
 
@@ -183,7 +183,7 @@ def _source(root: str, split: str) -> Source:
 
 
 def _folder_of_split(folder: Path, split: str) -> Path:
-    """Return the folder of a split, or the whole folder where it has none for any split."""
+    """Return the folder of a split, or the whole folder if it has no folder for any split."""
     for name in SPLITS.get(split, (split,)):
         if (folder / name).is_dir():
             return folder / name
@@ -204,19 +204,19 @@ def _in_folder(folder: Path, split: str) -> Source:
 
 
 def _files_of_split(files: list[Path], split: str) -> list[Path]:
-    """Return the files of one split where names have splits: validation-00000-of-00014, ILSVRC2012_img_val; else all."""
+    """Return the files that name a split, as validation-00000-of-00014 and ILSVRC2012_img_val do; all if none names any."""
 
-    def is_of(file: Path, names) -> bool:
+    def names_one_of(file: Path, names) -> bool:
         return not set(names).isdisjoint(re.split(r"[^a-z]+", file.stem.lower()))
 
     known = [name for names in SPLITS.values() for name in names]
-    if not any(is_of(file, known) for file in files):
+    if not any(names_one_of(file, known) for file in files):
         return files
-    return [file for file in files if is_of(file, SPLITS.get(split, (split,)))]
+    return [file for file in files if names_one_of(file, SPLITS.get(split, (split,)))]
 
 
 def _match(pattern: Path) -> list[Path]:
-    """Return the files of a shell pattern, which may have {000..063} for numbers as WebDataset's users write it."""
+    """Return the files of a shell pattern, or of a range of numbers {000..063} as in WebDataset."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", str(pattern))
     if braces is None:
         return sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))

@@ -29,7 +29,7 @@ N_TRAIN_SCENES = 6_400  # in one epoch of training
 MAX_DISTRACTORS = 6
 PATCH_CLASSES = ("ground", "digit", "distractor")
 _SPLITS = {"train": 0, "test": 1}
-_INK = 0.2  # mean over a patch from which it is not ground
+_INK = 0.2  # a patch with less mean ink is ground
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Digits:
 
     @property
     def choice_split(self) -> str:
-        """The split for choices."""
+        """The split to make choices on."""
         return "train"
 
     def open(self, split: str, transform: Callable) -> Split:
-        """Open the split "test" or "train"; the transform is of a grey PIL image."""
+        """Open the split "test" or "train"; the transform takes a grey PIL image."""
         if split not in _SPLITS:
             raise UserError(f"data.split={split}: the digits have data.split=test, and train")
         options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}
@@ -63,7 +63,7 @@ class Digits:
         return Split(dataset, fingerprint=fingerprint, in_memory=True, groups=groups, **options)
 
     def patch_classes(self, split: str, indices: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
-        """Return what most of the ink in each patch of some scenes is of, as a number in PATCH_CLASSES: int64 [n, P]."""
+        """Return the class with the most ink in each patch of some scenes, as an index of PATCH_CLASSES: int64 [n, P]."""
         _, placed = _draw_all(split, indices, self.seed, 1.0)
         ink = F.adaptive_avg_pool2d(torch.from_numpy(placed), grid).flatten(2)
         digit, distractor = ink[:, 0], ink[:, 1:].amax(dim=1)
@@ -106,7 +106,7 @@ class NewScenes(Dataset):
 
 @functools.cache
 def scans(split):
-    """Return the scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both."""
+    """Return the scans of one split: float64 [n, 8, 8] in [0, 1] and int64 labels [n]; no scan is in both splits."""
     # Imported here because it takes a second and only the embedded data needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

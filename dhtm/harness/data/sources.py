@@ -1,7 +1,7 @@
-"""Where photographs come from: folders and tar files, each as a list of images.
+"""Sources of photographs: folders and tar files, each as a list of images.
 
-What the libraries would skip silently is an error here: ``tarfile``, and so WebDataset, takes a damaged header for the end of
-the file.
+Damage that the libraries would skip silently is an error here: ``tarfile``, and so WebDataset, takes a damaged header for the
+end of the file.
 """
 
 import abc
@@ -20,17 +20,17 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dhtm.harness.core.errors import UserError, explain
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and their other names
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # and the names of each
 
 
 class Source(abc.ABC):
-    """Images in an order that never changes.
+    """Images in a fixed order.
 
     Attributes:
         root: the file or folder, as messages name it.
         names: of the images, bytes [n]; an array, because every loading process would copy a list.
-        given: the class of each image, its name (str [n]) or number (int64 [n]); None if the source has no classes.
-        class_names: in the order of those numbers, where they are known.
+        given: the class of each image, as a name (str [n]) or a number (int64 [n]); None if the source has no classes.
+        class_names: the names of those numbers, in order, if known.
         fingerprint: SHA-256 of names and sizes, of the images or of the files that hold them.
     """
 
@@ -46,11 +46,11 @@ class Source(abc.ABC):
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Return an image's name as a user would look for it."""
+        """Return the full name of an image, by which a user can find it."""
         return f"{self.root}/{self.names[index].decode(errors='replace')}"
 
     def is_there(self) -> bool:
-        """Return whether the root still exists; a disk that goes away may leave an empty folder in its place."""
+        """Return whether the root still exists; a disk that is unmounted may leave an empty folder in its place."""
         root = Path(self.root)
         try:
             return any(root.iterdir()) if root.is_dir() else root.exists()
@@ -67,7 +67,7 @@ class Source(abc.ABC):
 
 
 class Part(Source):
-    """Some images of another source, by their numbers in it, int64 [n]."""
+    """A subset of another source's images, given by their numbers, int64 [n]."""
 
     def __init__(self, source: Source, chosen: np.ndarray):
         self.source, self.chosen = source, chosen
@@ -83,7 +83,7 @@ class Part(Source):
 
 
 class Files(Source):
-    """Images that are files below a folder; each image's class, or None if there are none."""
+    """Images that are files below a folder, with a class for each or without classes (None)."""
 
     def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None):
         names = [str(file.relative_to(folder)) for file in files]
@@ -126,7 +126,7 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 
 
 class Tars(Source):
-    """Images in tar files, which are never unpacked: as ImageNet ships, or WebDataset shards.
+    """Images in tar files, which are never unpacked: ImageNet's own, or WebDataset shards.
 
     The class of an image is the number in the .cls or .json (``"label"``) file beside it, as WebDataset writes it; otherwise
     the name of its folder.
@@ -146,7 +146,7 @@ class Tars(Source):
         self.places = np.array([(number, member.offset_data, member.size) for number, member in images])
         names = [f"{files[number].name}/{member.name}" for number, member in images]
         given = [self._label(number, member, beside) for number, member in images]
-        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # which is no class
+        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # not a class
         super().__init__(
             root, names, [member.size for _, member in images], None if None in given or one_folder else given
         )
@@ -182,7 +182,7 @@ class Tars(Source):
 
 def _members(file: Path) -> list[tarfile.TarInfo]:
     with (
-        explain(f"data.root: {file}: not a tar file, or damaged, or compressed, then decompress it"),
+        explain(f"data.root: {file}: not a tar file, or damaged, or compressed (decompress it first)"),
         tarfile.open(file, "r:") as tar,
     ):
         members = [member for member in tar if member.isreg()]
@@ -191,7 +191,7 @@ def _members(file: Path) -> list[tarfile.TarInfo]:
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
-    """Raise unless zeros follow the last member, one block or more: ``tarfile`` takes a damaged header for the end."""
+    """Raise unless a block of zeros or more follows the last member: ``tarfile`` takes a damaged header for the end."""
     tar.fileobj.seek(tar.offset)
     n_zeros = 0
     while block := tar.fileobj.read(1 << 20):
@@ -207,7 +207,7 @@ def _suffix(name: str) -> str:
 
 
 def _sample(name: str) -> tuple[str, str]:
-    """Return WebDataset's name of a sample, which ends at the first dot of its files' names, and the rest."""
+    """Split a file's name at its first dot into WebDataset's name of the sample and the rest."""
     folder, _, file = name.rpartition("/")
     key, dot, rest = file.partition(".")
     return f"{folder}/{key}", (dot + rest).lower()

@@ -25,11 +25,11 @@ class Split:
         channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
         in_memory: items cost next to nothing, so they are loaded without worker processes.
-        n_classes: outputs that a model needs.
-        among: the only outputs that count; None for all.
-        real_labels: for each image all labels that are right, none where nobody knows; None where there is only one label.
-        normalise: turns a batch of the dataset's images into the model's input, on the device; None where they are that.
-        groups: int64 [n]; images with the same number belong together; None where all are independent.
+        n_classes: the number of outputs that a model needs.
+        among: the outputs that can be predicted; None for all.
+        real_labels: all correct labels of each image, empty if unknown; None if images have only one label.
+        normalise: turns a batch of the dataset's images into the model's input, on the device; None if not needed.
+        groups: int64 [n]; images with the same number belong together; None if all are independent.
         new_each_epoch: returns the dataset of an epoch, for training sets that change; None for all others.
     """
 
@@ -57,12 +57,12 @@ class UnreadableError(UserError):
         super().__init__(f"image {index} cannot be read: {name}: {reason}")
         self.index, self.name, self.reason = index, name, reason
 
-    def __reduce__(self):  # loading processes send it
+    def __reduce__(self):  # worker processes pickle it
         return type(self), (self.index, self.name, self.reason)
 
 
 class Batch(NamedTuple):
-    """Indices [B], images [B, C, H, W] and labels [B] of the images that can be read, and errors for the others."""
+    """Indices [B], images [B, C, H, W] and labels [B] of the readable images, and errors for the others."""
 
     ids: Tensor
     images: Tensor | None
@@ -77,7 +77,7 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
         data: has a ``name`` and ``open(split, transform)``, like Digits and Photographs.
         split: name of the split.
         preprocessing: the backbone's, as timm resolves it.
-        n_classes: outputs of the backbone.
+        n_classes: the number of outputs of the backbone.
         augmentation: more options of timm's create_transform.
 
     Raises:
@@ -104,10 +104,10 @@ def open_split(data, split: str, preprocessing: dict, n_classes: int, **augmenta
 def choice_images(
     data, split: str, model: VisionTransformer, n_images: int = 256, first: int = 0, step: int = 1
 ) -> Tensor:
-    """Return evenly spaced images of a split for choices, as a model takes them: [n, C, H, W] on its device.
+    """Return evenly spaced images of a split, preprocessed for a model and on its device: [n, C, H, W].
 
     Args:
-        first, step: only the images first, first + step, … of the split.
+        first, step: use only the images first, first + step, … of the split.
     """
     opened = open_split(data, split, resolve_data_config(model=model), model.num_classes)
     indices = np.arange(first, len(opened.dataset), step)
@@ -118,7 +118,7 @@ def choice_images(
 
 
 def mask(model_num_classes: int, split: Split, device: torch.device) -> Tensor:
-    """Return what is added to logits, [C], so that only outputs among ``split.among`` win: 0 for them, −inf for others."""
+    """Return a mask [C] to add to logits: 0 for the outputs in ``split.among``, −inf for others."""
     added = torch.zeros(model_num_classes, device=device)
     if split.among is not None:
         added.fill_(-torch.inf)[list(split.among)] = 0
@@ -133,7 +133,7 @@ def batches(
     num_workers: int | None,
     on_unreadable: Callable[[UnreadableError], None],
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield indices, normalised images on the device, and labels, batch by batch, without images that cannot be read.
+    """Yield indices, normalised images on the device, and labels, batch by batch, skipping unreadable images.
 
     Args:
         num_workers: as in :func:`load`; not used where images are in memory.
@@ -171,7 +171,7 @@ def load(
 
 
 def _n_cores() -> int:
-    """Return the cores for this process: those that a batch system allots, shared among torchrun's processes."""
+    """Return the number of cores for this process: those that a batch system allots, divided by torchrun's processes."""
     n_here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, n_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -188,7 +188,7 @@ class _Indexed(Dataset):
     def __getitem__(self, index):
         try:
             image, label = self.dataset[index]
-        except UserError as error:  # returned, because what a worker process raises arrives with a traceback
+        except UserError as error:  # returned, because an error from a worker process would arrive with a traceback
             return error
         return index, image, label
 
@@ -201,6 +201,6 @@ def _collate(items: list) -> Batch | UserError:
             return error
     readable = [item for item in items if not isinstance(item, UserError)]
     ids, labels = (torch.tensor([item[part] for item in readable], dtype=torch.int64) for part in (0, 2))
-    # NumPy's stack, because the threads of PyTorch's wait for each other where other processes use the cores.
+    # NumPy's stack, because the threads of PyTorch's wait for each other when other processes use the cores.
     images = torch.from_numpy(np.stack([image for _, image, _ in readable])) if readable else None
     return Batch(ids, images, labels, failed)

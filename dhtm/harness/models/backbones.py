@@ -22,7 +22,7 @@ from dhtm.harness.core.files import PROJECT
 
 EMBEDDED_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
 
-# timm's register_model looks these up by this name.
+# timm's register_model looks up this variable by its name.
 default_cfgs = generate_default_cfgs(
     {
         "deit_micro": {
@@ -95,12 +95,12 @@ class Backbone:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  the runs of a sweep follow each other and mostly share their backbone
     def bare(self) -> VisionTransformer:
-        """Return the model without trained weights, in evaluation mode. It is shared: leave it as it is, or copy it."""
+        """Return the model without trained weights, in evaluation mode. It is shared: copy it before changing it."""
         return timm.create_model(self.architecture, pretrained=False, num_classes=self.num_classes).eval()
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def load(self) -> VisionTransformer:
-        """Return the model with its weights, in evaluation mode. It is shared: leave it as it is, or copy it.
+        """Return the model with its weights, in evaluation mode. It is shared: copy it before changing it.
 
         Raises:
             UserError: the weights are not available, cannot be read, or do not fit.
@@ -123,7 +123,7 @@ class Backbone:
 
 
 def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
-    """Load a state dict, every parameter of it and no other.
+    """Load a state dict that must have exactly the model's parameters.
 
     Raises:
         UserError: parameters are missing, unknown or of another shape.
@@ -133,7 +133,7 @@ def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers by name, which does not depend on the file they came from."""
+    """Return the SHA-256 of all parameters and buffers by name, independent of the file they came from."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())

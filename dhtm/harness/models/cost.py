@@ -20,7 +20,7 @@ from dhtm.harness.models.methods import Method
 from dhtm.thresholds import find_thresholds
 from dhtm.vit import patch_grid, tokens_by_layer, unpatch
 
-_RATES = ("keep_rate", "ratio")  # knobs that are rates, also where 1 is given as an integer
+_RATES = ("keep_rate", "ratio")  # knobs that are rates even if given as the integer 1
 _STEPS = 200  # rates are tried in steps of 0.005, about one token of 196
 
 
@@ -52,7 +52,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     A knob that is an integer is counted up from 0; a rate is lowered from 1.
 
     Returns:
-        The method as it is to be run, and the target as a reduction in percent; None if there is no target, or the
+        The method with its knob set, and the target as a reduction in percent; None if there is no target, or the
         method has no knob.
 
     Raises:
@@ -79,15 +79,15 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    with _patch_briefly(backbone, at(0)) as unmerged:  # or an error that says why not
+    with _patch_briefly(backbone, at(0)) as unmerged:  # raises an error if the method does not fit the backbone
         rows, columns = patch_grid(unmerged)
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
-    # Settings 0, 1, …, last are possible, and each costs less than the one before, until a method merges no more.
+    # Settings 0, 1, …, last are possible. Each costs less than the one before, until the method can merge no more.
     steps = range((_STEPS if is_rate else rows * columns) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
-    # Where the costs cross the wanted one is first guessed without the method's own FLOPs, because each count takes a trace.
+    # First guess where the costs cross the wanted one without the method's own FLOPs, because counting those takes a trace.
     below = bisect.bisect_left(
         range(end + 1), -wanted, key=lambda i: -_cost_of_tokens(backbone)(torch.tensor([tokens(i)]))
     )
@@ -106,7 +106,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
 
 
 def with_number(method: Method) -> Method:
-    """Return the method that makes the same number of merges in every image, shared by layers as its ``inflect`` says."""
+    """Return the method with the same number of merges in every image, shared among layers according to ``inflect``."""
     options = {**method.options, "threshold": None, "max_merges": None, "total": 0}
     return dataclasses.replace(method, knob="total", options=options)
 
@@ -118,14 +118,14 @@ def solve_thresholds(
 
     Args:
         model: the backbone with its weights, on the images' device.
-        images: [B, C, H, W], without labels and not those of the test.
+        images: [B, C, H, W], not from the test split; labels are not needed.
 
     Returns:
         As :func:`solve`.
     """
     in_all, target_pct = solve(backbone, with_number(method), target)
     share = 1.0
-    # An image of few tokens costs less than in proportion, so that equal merges do not mean equal FLOPs.
+    # FLOPs are not proportional to tokens: an image of few tokens costs less, so equal merges do not mean equal FLOPs.
     for _ in range(3):
         thresholds, tokens = find_thresholds(model, in_all.reducer(), images, share)
         found = dataclasses.replace(method, options={**method.options, "threshold": thresholds})
@@ -142,20 +142,20 @@ def _cost_of_tokens(backbone: Backbone) -> CostOfTokens:
 
 @functools.cache
 def baseline_flops(backbone: Backbone) -> int:
-    """Count the FLOPs of a backbone that is not patched."""
+    """Count the FLOPs of the unpatched backbone."""
     return count_flops(backbone.bare()).total
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep over targets asks for the same counts again and again
 def flops(backbone: Backbone, method: Method) -> FlopCount:
-    """Count the FLOPs of a backbone with a method; weights and images change none."""
+    """Count the FLOPs of a backbone with a method; they do not depend on weights or images."""
     with _patch_briefly(backbone, method) as model:
         return count_flops(model)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
-    """Return the tokens that leave each layer; None where the setting is impossible."""
+    """Return the number of tokens after each layer; None if the setting is impossible."""
     try:
         with _patch_briefly(backbone, method) as model:
             return tuple(tokens_by_layer(model))
@@ -165,7 +165,7 @@ def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def _patch_briefly(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
-    """Lend the bare backbone, patched with a method for a while; a UserError says why it cannot be."""
+    """Yield the bare backbone patched with a method, and unpatch it afterwards; a UserError if it cannot be patched."""
     model = method.patch(backbone.bare(), backbone.name)
     try:
         yield model

@@ -17,14 +17,14 @@ from dhtm.vit import patch
 
 @dataclass(frozen=True)
 class Method:
-    """A token reduction method as it is to be run.
+    """A token reduction method with its options.
 
     Attributes:
         name: in tables, figures and directories.
         target: the dotted path of its class, a :class:`dhtm.Reducer`.
         knob: the option that is varied to reach a target cost; None if it has none.
         checkpoint: None for the backbone's own weights, "trained" for those that were trained with the method, or a file.
-        options: arguments of the class, its layers among them; the class's defaults for those that are not given.
+        options: arguments of the class, including layers; the class's defaults for those that are not given.
 
     Raises:
         UserError: the class does not exist, or the knob is not a number.
@@ -38,7 +38,7 @@ class Method:
 
     def __post_init__(self):
         object.__setattr__(self, "options", {**self._defaults(), **self.options})
-        if self.knob is not None and isinstance(self.options.get(self.knob), bool):  # Python would take it for a number
+        if self.knob is not None and isinstance(self.options.get(self.knob), bool):  # for Python a number too
             raise UserError(f"method.{self.knob}={self.options[self.knob]}: it must be a number")
 
     def __hash__(self):
@@ -66,7 +66,7 @@ class Method:
 
     @property
     def place(self) -> Path:
-        """The path of the method's trained weights below a folder of the backbone's, without an ending."""
+        """The path of the method's trained weights below the backbone's folder, without an ending."""
         return Path(f"{self.name}_{self.knob}_{self.setting}" if self.knob else self.name)
 
     def reducer(self) -> Reducer:
@@ -81,12 +81,12 @@ class Method:
             raise UserError(f"method={self.name}: {one_line(error)}") from error
 
     def unusual_options(self) -> str:
-        """Return the options that differ from the class's defaults, as "k=40 linkage=size", to name a run by."""
+        """Return the options that differ from the class's defaults, as "k=40 linkage=size", for a run's name."""
         defaults = self._defaults()
         return " ".join(f"{name}={value}" for name, value in self.knobs.items() if value != defaults.get(name))
 
     def put_into(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
-        """Patch a copy of a model with the method; errors as of :meth:`patch`."""
+        """Patch a copy of a model with the method; raises the errors of :meth:`patch`."""
         return self.patch(copy.deepcopy(model), backbone_name)
 
     def patch(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
@@ -104,7 +104,7 @@ class Method:
 
 def knob_text(knob: str | None, value: float | list[float] | None) -> str:
     """Return a knob and its value for readers, as "k = 40"; "" for a method without one."""
-    if not isinstance(knob, str):  # a frame has NaN where there is none
+    if not isinstance(knob, str):  # a data frame has NaN for no knob
         return ""
     if isinstance(value, list):
         return f"{knob} = {', '.join(f'{one:g}' for one in value)}"

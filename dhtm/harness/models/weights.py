@@ -1,4 +1,4 @@
-"""Weights that were trained with a method: finding, reading and writing them, and checking what they belong to."""
+"""Find, read, check and write weights that were trained with a method."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def load_model(
     Args:
         backbone, method: what to load; ``method.checkpoint`` chooses the weights.
         checkpoints_dir: where :mod:`dhtm.harness.training` puts weights; searched before the shipped ones.
-        allow_untrained: run a method that learns without weights trained for it.
+        allow_untrained: run a method with learned parameters without trained weights.
         seed: for parameters that are not trained.
 
     Returns:
@@ -64,7 +64,7 @@ def load_model(
 def save_weights(
     model: nn.Module, backbone: Backbone, method: Method, dtype: torch.dtype, history: dict[str, object], file: Path
 ) -> None:
-    """Write a patched model's parameters atomically, with what they belong to.
+    """Write a patched model's parameters atomically, with the backbone, method and options that they belong to.
 
     Args:
         dtype: of the parameters in the file.

@@ -1,4 +1,4 @@
-"""Dense prediction: a linear probe on frozen features names the class of every patch of a scene."""
+"""Dense prediction: a linear probe on frozen features predicts the class of every patch of a scene."""
 
 import functools
 from typing import Any
@@ -19,13 +19,13 @@ N_PROBE = 600  # training scenes
 
 
 def observe_patches(model: VisionTransformer, backbone: Backbone, data: Digits, observe: Observe | None) -> Observe:
-    """Make an observer of a run that also counts, in the column ``confusion``, how the probe segments each image.
+    """Return an observer that adds the column ``confusion``, which counts how the probe segments each image.
 
-    The probe is fitted once, on the unmerged backbone's features of training scenes. What it sees of the patched model is the
-    last layer's normalised tokens, each given to all patches that it stands for.
+    The probe is fitted once, on the unmerged backbone's features of training scenes. Of the patched model it gets the last
+    layer's normalised tokens, each copied to all its patches.
 
     Args:
-        model: patched; its outputs are observed.
+        model: the patched model.
         observe: makes the other columns.
     """
     weight, bias = _probe(backbone, data)
@@ -61,7 +61,7 @@ def _probe(backbone: Backbone, data: Digits) -> tuple[Tensor, Tensor]:
 def segmentation(predictions: pd.DataFrame) -> dict:
     """Return ``miou`` in percent, the mean over classes of intersection over union, its 95% interval, and ``iou`` by class.
 
-    The interval is the bootstrap's over images, or over groups of them.
+    The interval is a bootstrap over images, or over groups of them.
     """
     confusion = np.stack(predictions.confusion).astype(np.int64)
     groups = predictions.group if "group" in predictions else np.arange(len(predictions))
@@ -79,9 +79,9 @@ def miou_interval(
     """Return the IoU of each class in percent, and the 95% interval of their mean.
 
     Args:
-        confusion: int64 [n, classes²], for each image the patches of each class that were taken for each.
+        confusion: int64 [n, classes²], the number of patches of each image by true and predicted class.
         groups: [n], images with the same number are drawn together.
-        other: of another model on the same images; all results are then differences.
+        other: the same of another model on the same images; all results are then differences.
     """
     _, places = np.unique(groups, return_inverse=True)
     n_groups = places.max() + 1

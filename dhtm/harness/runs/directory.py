@@ -1,4 +1,4 @@
-"""Run directories: one finished evaluation each, under the hash of what determines its result."""
+"""Run directories: one per evaluation, named by the hash of what determines its result."""
 
 import contextlib
 import hashlib
@@ -17,11 +17,11 @@ from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
 
 FAILED = "failed.csv"  # in a run's directory: the images that could not be read
-OUTPUTS = "outputs.parquet"  # of an unmerged run: its log-probabilities, with which other runs are compared
+OUTPUTS = "outputs.parquet"  # log-probabilities of an unmerged run, for comparison with other runs
 
 
 class RunDirectory:
-    """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json last of all.
+    """``results_dir/<run id>``: config.yaml, environment.json, predictions.parquet, and metrics.json, written last.
 
     Until the run is finished, ``shards`` holds the predictions so far.
 
@@ -37,14 +37,14 @@ class RunDirectory:
             require_writable(folder, f"results_dir={results_dir}")
 
     def metrics(self) -> dict | None:
-        """Return the metrics of a finished run, None for any other."""
+        """Return the run's metrics; None if it is not finished."""
         file = self.path / "metrics.json"
         return _read_metrics(file) if file.exists() else None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Let one process at a time carry out the run; others wait, and then find it finished."""
-        with lock(self._lock, f"waiting for another process, which carries out {self.path}"):
+        with lock(self._lock, f"waiting for another process to finish {self.path}"):
             yield
             shutil.rmtree(self._shards, ignore_errors=True)
             for file in self.path.glob(".*"):  # unfinished files of processes that were killed
@@ -72,16 +72,16 @@ class RunDirectory:
         return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
 
     def forget(self) -> None:
-        """Remove what an earlier process left, so that the run is computed again."""
+        """Remove the results of earlier processes, so that the run is computed again."""
         (self.path / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self._shards, ignore_errors=True)
 
     def _explain_failed_write(self) -> contextlib.AbstractContextManager:
-        remedy = "; what was stored before is kept, the same command resumes from there once this is fixed"
+        remedy = "; stored predictions are kept, the same command resumes from there once this is fixed"
         return explain(f"{self.path}: cannot be written", OSError, remedy=remedy)
 
     def list_failed(self, failed: list[UnreadableError]) -> None:
-        """Write the list of the images that cannot be read; remove an earlier one if all can."""
+        """Write the list of unreadable images; remove an earlier list if there are none."""
         file = self.path / FAILED
         if not failed:
             file.unlink(missing_ok=True)
@@ -99,10 +99,10 @@ class RunDirectory:
         return metrics
 
     def save(self, settings: dict, predictions: pd.DataFrame, metrics: dict) -> dict:
-        """Make the run a finished one. A process that is killed leaves it finished or not, nothing between.
+        """Write the files of the finished run. A killed process leaves the run finished or unfinished, nothing in between.
 
         Returns:
-            The metrics as they are stored, with the SHA-256 of predictions.parquet.
+            The stored metrics, with the SHA-256 of predictions.parquet.
         """
         with self._explain_failed_write():
             write_atomically(
@@ -123,7 +123,7 @@ class RunDirectory:
 
 
 def predictions(folder: Path) -> pd.DataFrame:
-    """Return a finished run's label, class_1 … class_5, correct and, where the run has them, kl and unmerged_class, by index.
+    """Return a finished run's label, class_1 … class_5, correct and, if the run has them, kl and unmerged_class, by index.
 
     Raises:
         UserError: the run is not finished, or its predictions are damaged.
@@ -147,7 +147,7 @@ def outputs(folder: Path) -> pd.DataFrame:
 
 
 def finished_runs(results_dir: Path) -> pd.DataFrame:
-    """Return the metrics of all finished runs, one row each, knobs and layers as they were configured."""
+    """Return the metrics of all finished runs, one row each, with knobs and layers as configured."""
     return pd.DataFrame([_read_metrics(file) for file in sorted(results_dir.glob("*/metrics.json"))])
 
 

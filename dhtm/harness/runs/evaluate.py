@@ -45,12 +45,12 @@ Draw = Callable[[VisionTransformer, Split], list]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run as it is to be carried out; ``configs/evaluate.yaml`` explains the settings.
+    """The settings of a run, which ``configs/evaluate.yaml`` explains.
 
     Attributes:
-        backbone, method, data: what is evaluated; the method's knob is solved.
+        backbone, method, data: what is evaluated, with the method's knob solved.
         results_dir: where run directories go.
-        target_pct: the FLOPs reduction in percent that the knob was solved for; None if it was given.
+        target_pct: the FLOPs reduction in percent that the knob was solved for; None if the knob was given.
         thresholds_from: the split, number and SHA-256 of the images on which thresholds were found; None for other methods.
     """
 
@@ -93,7 +93,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A run with everything loaded that it needs."""
+    """A run with everything it needs loaded."""
 
     evaluation: Evaluation
     title: str
@@ -105,7 +105,7 @@ class _Prepared:
     determinants: dict
 
     def track(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
-        """Log the run to the tracker, if there is one, where ``done`` are the predictions of an earlier process."""
+        """Log the run to the tracker, if there is one; ``done`` are the predictions of earlier processes."""
         run_id, n_images = self.directory.path.name, len(self.split.dataset)
         return track_evaluation(self.evaluation, run_id, self.trained, n_images, done, ranks)
 
@@ -115,12 +115,12 @@ def evaluate(
     draw: Draw | None = None,
     on_start: Callable[[Path, int], None] = lambda folder, n_images: None,
 ) -> dict:
-    """Carry out a run, resume it, or find it finished.
+    """Carry out a run or resume it; if it is finished, only return its metrics.
 
-    Unless its weights were trained with the method, it is compared with the unmerged model's run, which is carried out first
-    if it is not finished.
+    Unless its weights were trained with the method, the run is compared with the unmerged model's run. If that is not
+    finished, it is carried out first.
 
-    Under torchrun all processes carry it out together, each image in one of them.
+    Under torchrun the processes share the images.
 
     Args:
         draw: makes pictures of what the model does to a split, each with a caption, for a tracker.
@@ -130,7 +130,7 @@ def evaluate(
         The run's metrics, as in its metrics.json.
 
     Raises:
-        UserError: something that was asked for is not available.
+        UserError: something that the settings name is not available.
     """
     ranks = Ranks(evaluation.device)
     prepared = _prepare(evaluation)
@@ -142,7 +142,7 @@ def evaluate(
             directory.forget()
         metrics = ranks.gather(directory.metrics() if ranks.first else None)[0]
         if metrics is not None:
-            return _finished_before(prepared, metrics, pictures, ranks)
+            return _reuse_finished(prepared, metrics, pictures, ranks)
         observe = _observer(prepared, ranks)
         if evaluation.dense:
             observe = observe_patches(prepared.model, evaluation.backbone, evaluation.data, observe)
@@ -197,10 +197,10 @@ def _determinants_of(method: Method) -> dict:
 
 
 def _observer(prepared: _Prepared, ranks: Ranks) -> Observe | None:
-    """Return what looks at the run's outputs; None for weights trained with the method, which are compared with nothing.
+    """Return the observer of the run's outputs; None for weights trained with the method, which have no unmerged reference.
 
-    The unmerged model's outputs are kept. All others are compared with them, in the same dtype; the unmerged model in another
-    dtype is compared with float32.
+    The unmerged model's outputs are kept, and all other runs of the same dtype are compared with them. The unmerged model in
+    another dtype is compared with itself in float32.
     """
     evaluation, is_unmerged = prepared.evaluation, prepared.evaluation.method == UNMERGED
     if prepared.trained:
@@ -211,18 +211,18 @@ def _observer(prepared: _Prepared, ranks: Ranks) -> Observe | None:
     determinants = prepared.determinants | _determinants_of(UNMERGED) | {"dtype": dtype}
     folder = evaluation.results_dir / run_id(**determinants)
     if not ranks.gather((folder / "metrics.json").exists())[0]:
-        log.info("%s: the outputs of the unmerged model come first", prepared.title)
+        log.info("%s: evaluating the unmerged model first, for comparison", prepared.title)
         unmerged = {"method": UNMERGED, "dtype": dtype, "target_pct": None, "force": False, "tracker": None}
         folder = evaluation.results_dir / evaluate(dataclasses.replace(evaluation, **unmerged))["run_id"]
     return compare_with(outputs(folder), keeps=is_unmerged)
 
 
-def _finished_before(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:
+def _reuse_finished(prepared: _Prepared, metrics: dict, pictures: Callable[[], list], ranks: Ranks) -> dict:
     evaluation, directory = prepared.evaluation, prepared.directory
     if metrics["n_failed"] and evaluation.data.on_error != "skip":
         raise UserError(
-            f"{directory.path}: finished with data.on_error=skip, without the {metrics['n_failed']} images that {FAILED} there "
-            "lists; fix them, or set data.on_error=skip"
+            f"{directory.path}: finished with data.on_error=skip, without the {metrics['n_failed']} images listed in its "
+            f"{FAILED}; fix them, or set data.on_error=skip"
         )
     if ranks.first:
         log.info("%s: already finished, %s", prepared.title, directory.path)
@@ -239,7 +239,7 @@ def _predict_missing(
     ranks: Ranks,
     progress: Callable[[pd.DataFrame], None],
 ) -> tuple[list[UnreadableError], dict]:
-    """Predict what is not stored yet, each image in one rank; return the images that cannot be read, and measurements."""
+    """Predict the images not stored yet, shared among ranks; return the errors of unreadable images, and measurements."""
     evaluation, n_images = prepared.evaluation, len(prepared.split.dataset)
     if ranks.first and len(done):
         log.info("%s: resuming after %d of %d images", prepared.title, len(done), n_images)
@@ -276,14 +276,14 @@ def _predict_missing(
 
 
 def _require_readable(prepared: _Prepared, failed: list[UnreadableError]) -> None:
-    """Raise a UserError if images cannot be read, unless they are to be skipped or none can."""
+    """Raise a UserError if no image can be read, or if some cannot and unreadable images are not skipped."""
     if len(failed) == len(prepared.split.dataset):
         raise UserError(f"{prepared.title}: none of its {len(failed)} images can be read; {failed[0]}")
     if failed and prepared.evaluation.data.on_error != "skip":
         more = f" and {len(failed) - 1} more, listed in {prepared.directory.path / FAILED}" if len(failed) > 1 else ""
         raise UserError(
-            f"{prepared.title}: {failed[0]}{more}; the predictions for all others are stored: skip these images by "
-            "data.on_error=skip, or fix them, which makes it another run"
+            f"{prepared.title}: {failed[0]}{more}; the predictions for all others are stored; skip these images by "
+            "data.on_error=skip, or fix them and start a new run"
         )
 
 
@@ -337,7 +337,7 @@ def _metrics(prepared: _Prepared, predictions: pd.DataFrame, n_failed: int, meas
 
 
 def _cost(prepared: _Prepared, predictions: pd.DataFrame) -> dict:
-    """Return FLOPs and tokens by layer; where every image has its own, the means over images, and the FLOPs' quartiles."""
+    """Return FLOPs and tokens by layer; if images differ, the means over images and the FLOPs' quartiles."""
     backbone, model = prepared.evaluation.backbone, prepared.model
     plain = baseline_flops(backbone)
     if "tokens" in predictions:

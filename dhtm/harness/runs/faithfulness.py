@@ -1,6 +1,6 @@
 """Faithfulness: how far the outputs of a merged model are from those of the unmerged model, image by image.
 
-No labels are needed. The unmerged model's outputs are part of its own run directory, where every other run finds them.
+No labels are needed. The unmerged model's outputs are in its run directory, where other runs read them.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ Observe = Callable[[np.ndarray, Tensor, np.ndarray], dict[str, Any]]
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p ‖ q) in nats of each row of log-probabilities [B, C], at least 0 whatever rounding does: [B]."""
+    """Return KL(p ‖ q) in nats of each row of log-probabilities [B, C], clamped at 0 against rounding: [B]."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp_min(0)
 
 
 def keep(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
-    """Return the columns of the float32 unmerged model, which is compared with nothing.
+    """Return the columns of the unmerged model in float32, the reference for other runs.
 
-    The log-probabilities of more than 500 outputs are kept in half precision, 100 MB for ImageNet. This changes the KL of an
-    image by about one percent and hardly the mean.
+    With more than 500 outputs, log-probabilities are kept in half precision, 100 MB for ImageNet. This changes the KL of an
+    image by about one percent and the mean hardly at all.
     """
     rows = log_probabilities.cpu().numpy().astype(np.float32 if log_probabilities.shape[1] <= 500 else np.float16)
     return {"kl": 0.0, "unmerged_class": best, "log_probabilities": list(rows)}
@@ -35,14 +35,14 @@ def compare_with(stored: pd.DataFrame, keeps: bool = False) -> Observe:
 
     Args:
         stored: the unmerged model's outputs, as :func:`dhtm.harness.runs.directory.outputs` reads them.
-        keeps: also keep the outputs: for the unmerged model in another dtype, which is compared with float32.
+        keeps: also keep the outputs, for the unmerged model in a dtype other than float32.
     """
     index, known = pd.Index(stored["index"]), np.stack(stored.log_probabilities)
     unmerged_best = stored.class_1.to_numpy()
 
     def compare(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
         rows = index.get_indexer(ids)
-        # Their probabilities sum to 1 after rounding to half precision too.
+        # Normalised again, because half precision rounded them.
         unmerged = torch.from_numpy(known[rows]).float().log_softmax(dim=1)
         kl = kl_divergence(unmerged, log_probabilities.cpu()).numpy()
         kept = keep(ids, log_probabilities, best) if keeps else {}

@@ -1,4 +1,4 @@
-"""What predictions say of a model: accuracy with intervals, and tests that respect images that belong together."""
+"""Metrics of predictions: accuracy with intervals, and tests that respect groups of images."""
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,8 @@ def faithfulness(predictions: pd.DataFrame) -> dict:
     """Return how far the outputs are from the unmerged model's; all None where they were not compared.
 
     ``kl`` is the mean in nats, ``agreement`` the percentage of images with the same best class, each with its 95% interval;
-    ``flips_won`` and ``flips_lost`` count the images that only the merged, only the unmerged model has right, None without
-    labels. Images whose logits are not finite do not count in ``kl``.
+    ``flips_won`` and ``flips_lost`` count the images on which only the merged or only the unmerged model is right, None
+    without labels. Images whose logits are not finite do not count in ``kl``.
     """
     names = ("kl", "kl_ci95", "agreement", "agreement_ci95", "flips_won", "flips_lost")
     if "kl" not in predictions:
@@ -56,7 +56,7 @@ def share_interval(hits: pd.Series, groups: pd.Series | None) -> list[float]:
 
 
 def real_accuracy(predictions: pd.DataFrame, labels: list[list[int]]) -> dict:
-    """Return top-1 in percent by the reassessed labels: any of an image's labels is right, images without one do not count."""
+    """Return top-1 in percent by the reassessed labels: any label of an image is right; images without labels are skipped."""
     right = [
         best in labels[index]
         for index, best in zip(predictions["index"], predictions.class_1, strict=True)

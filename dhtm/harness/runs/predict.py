@@ -1,4 +1,4 @@
-"""The five best classes for every image of a split, stored as they come."""
+"""Predict the five best classes for every image of a split, and store them."""
 
 import logging
 import time
@@ -47,17 +47,17 @@ def predict(
         indices: of the images.
         title: of the progress bar; None for no bar.
         num_workers: processes that load images; None for one per core where images are on disk.
-        on_unreadable: is called with every image that cannot be read, which has no prediction.
-        observe: makes more columns from the log-probabilities (float32, over the outputs that count).
+        on_unreadable: called with the error of each unreadable image, which gets no prediction.
+        observe: makes more columns from the log-probabilities (float32, over the outputs in ``split.among``).
 
     Yields:
-        index, label (−1 where the data have none), class_1 … class_5 (the best first, −1 where the model has fewer outputs),
-        correct (is the first right), nonfinite (is any logit), tokens (after each layer) where the method leaves each image
-        its own number, and group where the split has groups; one row per image, in order.
+        One row per image, in order: index, label (−1 without labels), class_1 … class_5 (the best first, −1 if the model has
+        fewer outputs), correct (whether class_1 is right), nonfinite (whether any logit is), tokens after each layer if their
+        number depends on the image, and group if the split has groups.
     """
     model.to(device=device, dtype=dtype).eval()
     added = mask(model.num_classes, split, device)
-    asked = added.isfinite().nonzero().flatten()
+    counted = added.isfinite().nonzero().flatten()
     n_best = min(5, model.num_classes)
     is_adaptive = hasattr(model, "reducer") and model.reducer.adaptive
     with tqdm(total=len(indices), desc=title, unit=" images", disable=True if title is None else None) as bar:
@@ -71,7 +71,7 @@ def predict(
             frame["correct"] = frame.class_1 == frame.label
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
             if observe is not None:
-                frame = frame.assign(**observe(ids.numpy(), logits[:, asked].log_softmax(dim=1), best[:, 0]))
+                frame = frame.assign(**observe(ids.numpy(), logits[:, counted].log_softmax(dim=1), best[:, 0]))
             if is_adaptive:
                 frame["tokens"] = list(tokens_of_images(model).cpu().numpy())
             if split.groups is not None:
@@ -96,19 +96,19 @@ def predict_and_store(
     on_unreadable: Callable[[UnreadableError], None],
     observe: Observe | None,
 ) -> int:
-    """Predict images and store the predictions every so many seconds and at the end, also if an error or a signal ends it.
+    """Predict images and store the predictions every ``every_s`` seconds and at the end, even after an error or a signal.
 
     If a GPU's memory runs out, the rest is predicted in batches of half the size.
 
     Args:
-        progress: is called with every batch's predictions.
+        progress: called with every batch's predictions.
         model, split, indices, batch_size and the rest: as for :func:`predict`.
 
     Returns:
-        The batch size that was possible.
+        The batch size that fitted into memory.
 
     Raises:
-        UserError: there is no memory for one image.
+        UserError: not even one image fits into memory.
     """
     fresh, stored, last_stored = [], set(), time.monotonic()
 
@@ -131,7 +131,7 @@ def predict_and_store(
             store()
             return batch_size
         except torch.OutOfMemoryError:
-            pass  # handled outside this block, which holds on to the tensors of the forward that failed
+            pass  # handled outside this block, which keeps the tensors of the failed forward pass alive
         except BaseException:  # a signal, Ctrl-C, a data set that vanishes: the same command resumes from here
             store()
             raise

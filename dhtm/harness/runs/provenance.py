@@ -16,7 +16,7 @@ from dhtm.harness.core.files import PROJECT
 from dhtm.reducer import Reducer
 
 # Raise this by hand whenever a change to this package can alter a prediction; tests/harness/test_provenance.py compares
-# predictions with those of the present version. Together with the file that defines the method it is the code's version.
+# predictions with those of the present version. The code's version is this number and a hash of the method's file.
 VERSION = 2
 
 PACKAGES = ("torch", "timm", "torchvision", "fvcore", "numpy", "hydra-core")
@@ -55,7 +55,7 @@ def uncommitted_changes() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Return what git prints about this checkout; nothing outside one, or without git."""
+    """Return what git prints about this checkout; "" outside a checkout or without git."""
     try:
         result = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, check=False)
     except OSError:

@@ -1,4 +1,4 @@
-"""Carry out a finished run again and compare the predictions with those of the first time."""
+"""Repeat a finished run and compare its predictions with the first ones."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ _CAUSES = (
 
 
 def reproduce(folder: Path, evaluation: Evaluation) -> int:
-    """Carry out the run of a directory again, in ``again`` within it, and log where predictions differ.
+    """Repeat the run of a directory, in its subfolder ``again``, and log where predictions differ.
 
     Args:
         folder: the run's directory.
-        evaluation: the run's own settings, perhaps with another device or place of the data.
+        evaluation: the run's own settings, perhaps with another device or data directory.
 
     Returns:
         The number of images for which any of the five best classes differs.
@@ -39,16 +39,16 @@ def reproduce(folder: Path, evaluation: Evaluation) -> int:
     second = predictions(again / after["run_id"])
     if not first.label.equals(second.label):
         raise UserError(
-            f"{folder}: the data are not those of the run: {len(first)} images then, {len(second)} now, or others"
+            f"{folder}: the data are not those of the run: {len(first)} images then, {len(second)} now, or other labels"
         )
     for cause in _CAUSES:
         if before.get(cause) != after.get(cause):
-            log.info("%s was %s, and is %s", cause, before.get(cause), after.get(cause))
+            log.info("%s was %s, now %s", cause, before.get(cause), after.get(cause))
     differs = first[CLASSES].ne(second[CLASSES])
     different = first.index[differs.any(axis=1)]
-    top1 = "" if before["top1"] is None else f"; top-1 {before['top1']:.2f}%, and {after['top1']:.2f}% again"
+    top1 = "" if before["top1"] is None else f"; top-1 {before['top1']:.2f}% then, {after['top1']:.2f}% now"
     log.info(
-        "%s: of %d images %d have another best class, %d others among the five best%s%s",
+        "%s: of %d images, %d differ in the best class and %d in any of the five best%s%s",
         folder, len(first), differs.class_1.sum(), len(different),
         f", the first is image {different[0]}" if len(different) else "", top1,
     )  # fmt: skip

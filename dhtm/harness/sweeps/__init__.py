@@ -1,1 +1,1 @@
-"""What becomes of each run of a sweep."""
+"""Records and states of the runs of a sweep."""

@@ -1,7 +1,7 @@
-"""Sweeps: what becomes of each run is recorded beside the results, and a run that fails does not end the others.
+"""Sweeps: record the outcome of each run beside the results, and continue after a run that fails.
 
-Hydra calls :class:`Sweep`, which the configs name under ``hydra.callbacks``, in the process that the user starts and in
-those that a launcher starts, on this machine or another. :mod:`dhtm.harness.sweeps.status` shows what it recorded.
+The configs name :class:`Sweep` under ``hydra.callbacks``. Hydra calls it in the process that the user starts and in those
+that a launcher starts, on this machine or another. :mod:`dhtm.harness.sweeps.status` shows the records.
 """
 
 import atexit
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 register_resolvers()  # a launcher's processes compose configs before they run anything else of this project
 
-_RECORD = "DHTM_RUN_RECORD"  # the environment variable that names the JSON file of the present run
+_RECORD = "DHTM_RUN_RECORD"  # the environment variable that names the JSON file of the current run
 
 
 class Sweep(Callback):
     """Records of a sweep: ``root/sweeps/<name>-<hash>`` holds sweep.json, and a JSON, a log and a lock for each run.
 
-    The hash is that of the command: the same command takes the place of what it left before.
+    The hash is that of the command, so the same command replaces its earlier records.
 
     Args:
         root: where the runs' results go, on a disk that all machines share.
@@ -52,11 +52,11 @@ class Sweep(Callback):
 
     def __init__(self, root: str):
         self.root, self.folder, self.process = root, None, None
-        self.end = None  # what to do when the run that this process carries out ends
+        self.end = None  # the clean-up after this process's current run
 
-    @command(resumes=False)  # Hydra would make a warning of an exception
+    @command(resumes=False)  # Hydra would turn an exception into a warning
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Record which runs there will be; refuse at once what no run could do with."""
+        """Record the runs of the sweep; raise at once for settings that every run would fail with."""
         _require_launcher(config.hydra)
         setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
         if not isinstance(self.root, str):
@@ -73,11 +73,11 @@ class Sweep(Callback):
         write_json(self.folder / "sweep.json", {"command": typed, "runs": _runs(config.hydra)})
         lock = FileLock(self.folder / "lock")
         lock.acquire()
-        atexit.register(self._print_table)  # whatever ends it
-        atexit.register(lock.release)  # before that: callbacks run in reverse order
+        atexit.register(self._print_table)  # however the sweep ends
+        atexit.register(lock.release)  # runs before that, because the order is reversed
 
     def _print_table(self) -> None:
-        if self.end:  # stopped half way
+        if self.end:  # stopped during a run
             self.end.close()
         print(f"\n{status.table(self.folder)}")
 
@@ -113,7 +113,7 @@ class Sweep(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         failed = job_return.status == JobStatus.FAILED
-        outcome = job_return._return_value  # the property of this name would raise it
+        outcome = job_return._return_value  # the property ``return_value`` raises exceptions
         job_return.return_value, job_return.status = None, JobStatus.COMPLETED
         if rank() == 0:
             self._record_end(outcome)
@@ -139,19 +139,19 @@ class Sweep(Callback):
         self.end = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with code 1 unless every run is done, or was skipped as the config asks."""
+        """Exit with code 1 unless every run is done, or skipped as the config allows."""
         if rank() == 0 and any(run["state"] not in ("done", "skipped") for run in status.states(self.folder)):
             sys.exit(1)
 
 
 def record(**facts: Any) -> None:
-    """Record facts about the run of a sweep that this process carries out; outside a sweep, do nothing."""
+    """Record facts about this process's current run of a sweep; outside a sweep, do nothing."""
     if _RECORD not in os.environ:
         return
     file = Path(os.environ[_RECORD])
     try:
         write_json(file, (json.loads(file.read_text()) if file.exists() else {}) | facts)
-    except OSError as error:  # which a run may well survive
+    except OSError as error:  # no reason to end the run
         log.warning("%s: cannot be written (%s)", file, error.strerror)
 
 
@@ -159,7 +159,7 @@ def _runs(hydra: DictConfig) -> list[list[str]]:
     """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them."""
     given = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    choices = {}  # a later override takes the place of an earlier one of the same key
+    choices = {}  # a later override replaces an earlier one of the same key
     for override in parser.parse_overrides([*given, *hydra.overrides.task]):
         swept = override.is_sweep_override()
         values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]

@@ -1,6 +1,6 @@
-"""How far sweeps are: a table of what :mod:`dhtm.harness.sweeps.callback` recorded.
+"""The progress of sweeps: a table of the records of :mod:`dhtm.harness.sweeps.callback`.
 
-This module also runs as a program, scripts/status.py. It imports nothing that takes seconds, so not the package either.
+This module also runs as a program, scripts/status.py. So it imports nothing slow, not even this package.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def states(folder: Path) -> list[dict]:
 
 
 def table(folder: Path) -> str:
-    """Return a sweep's runs, each by the overrides that set it apart, and how many there are in each state."""
+    """Return a table of a sweep's runs, each named by the overrides that differ, and the number of runs in each state."""
     sweep, runs = _read(folder / "sweep.json"), states(folder)
     common = set.intersection(*map(set, sweep["runs"])) if len(runs) > 1 else set()
     rows = [
@@ -39,14 +39,14 @@ def table(folder: Path) -> str:
     counts = collections.Counter(run["state"] for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     if before := sum(run.get("before", False) for run in runs):
-        summary = summary.replace(" done", f" done ({before} of them before)")
+        summary = summary.replace(" done", f" done ({before} already finished)")
     if counts["done"] + counts["skipped"] < len(runs) and not (counts["running"] or _is_locked(folder / "lock")):
         summary += "; the same command carries out the rest"
     return f"{sweep['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{summary}"
 
 
 def progress(folder: Path, number: int) -> str:
-    """Say which of how many runs a sweep is at, and when it will be done if the rest takes as long as what is done."""
+    """Describe a sweep's current run, and when the sweep will be done if the remaining runs take the mean time so far."""
     runs = states(folder)
     took = [_time(run["ended"]) - _time(run["started"]) for run in runs if run["state"] == "done"]
     text = f"run {number + 1} of {len(runs)}"
@@ -57,13 +57,13 @@ def progress(folder: Path, number: int) -> str:
 
 
 def run_file(folder: Path, number: int, ending: str) -> Path:
-    """Return a file of one run of a sweep: json (its record), log, or lock (held while it is carried out)."""
+    """Return a file of one run of a sweep: json (its record), log, or lock (held while it runs)."""
     return folder / f"{number:03d}.{ending}"
 
 
 def _remark(folder: Path, number: int, run: dict) -> str:
     if run["state"] == "done":
-        return "before" if run["before"] else _when(run["ended"])
+        return "already finished" if run["before"] else _when(run["ended"])
     if run["state"] == "skipped":
         return run["reason"]
     if run["state"] == "failed":
@@ -90,7 +90,7 @@ def _n_stored(run: Path) -> int:
     for file in run.glob("shards/[0-9]*.parquet"):
         try:
             total += parquet.read_metadata(file).num_rows
-        except (OSError, ValueError):  # removed or damaged since: the run sees to it
+        except (OSError, ValueError):  # removed meanwhile, or damaged: the run handles this
             continue
     return total
 
@@ -102,7 +102,7 @@ def _is_locked(file: Path) -> bool:
     try:
         with FileLock(file, timeout=0):
             return False
-    except (Timeout, OSError):  # another user's file may not be opened: take its owner's word
+    except (Timeout, OSError):  # another user's file may not be readable: assume that it is locked
         return True
 
 
@@ -116,22 +116,22 @@ def _read(file: Path) -> dict | None:
 def _table_or_error(folder: Path) -> str:
     try:
         return table(folder)
-    except ValueError as error:  # which must not hide the other sweeps
-        return f"{folder}: damaged ({error}); remove it, and give the sweep's command again"
+    except ValueError as error:  # the other sweeps must still be shown
+        return f"{folder}: damaged ({error}); remove it, and run the sweep's command again"
 
 
 def main() -> None:
-    """Print the tables of all sweeps beside some results, the newest last."""
+    """Print the tables of all sweeps in a results directory, the newest last."""
     parser = argparse.ArgumentParser(prog="status.py", description=f"Show the runs of sweeps: {', '.join(STATES)}.")
     parser.add_argument("setting", nargs="*", metavar="results_dir=DIR", help="where the runs are (results/runs)")
     settings = dict(setting.partition("=")[::2] for setting in parser.parse_args().setting)
     root = settings.pop("results_dir", "results/runs")
     if settings:
         sys.exit(f"error: {next(iter(settings))}: only results_dir=DIR can be set here")
-    folder = Path(os.path.expanduser(root))  # noqa: PTH111, by which an unknown user is no error
+    folder = Path(os.path.expanduser(root))  # noqa: PTH111, because an unknown user is no error
     files = sorted(folder.glob("sweeps/*/sweep.json"), key=lambda file: file.stat().st_mtime)
     if not files:
-        sys.exit(f"error: results_dir={root}: no sweep was started there; make sweep, or results_dir=DIR")
+        sys.exit(f"error: results_dir={root}: no sweep was started there; run make sweep, or set results_dir=DIR")
     print(*(_table_or_error(file.parent) for file in files), sep="\n\n")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: all that resuming it needs, and the settings that it must be resumed with."""
+"""Checkpoints of a training: everything needed to resume it, and the settings that must be the same."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ def write_checkpoint(
     Args:
         parts: model, optimiser, schedule and scaler.
         history: one row per finished epoch.
-        log_id: the name by which a tracker knows the training.
+        log_id: the training's name in a tracker.
         random_states: of every rank, from :func:`random_state`.
         settings: what the result depends on, as strings.
     """
@@ -32,13 +32,13 @@ def write_checkpoint(
 def read_checkpoint(
     file: Path, parts: dict[str, Any], settings: dict[str, str], ranks: Ranks
 ) -> tuple[list[dict], str]:
-    """Bring everything into the state of a checkpoint.
+    """Restore everything from a checkpoint.
 
     Returns:
-        The history, and the name by which a tracker knows the training.
+        The history, and the training's name in a tracker.
 
     Raises:
-        UserError: the checkpoint is damaged, or of a training with other settings.
+        UserError: the checkpoint is damaged, or from a training with other settings.
     """
     with explain(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -44,7 +44,7 @@ class Stage:
         steps: optimiser steps.
         batch_size: scenes in each.
         window: the model sees window × window patches around the digit.
-        difficulty: of the scenes at the start and at the end, from 0 to 1; the end is reached after two thirds.
+        difficulty: of the scenes at the start and at the end, from 0 to 1; the latter is reached after two thirds of the steps.
     """
 
     steps: PositiveInt
@@ -76,7 +76,7 @@ def train_embedded(training: EmbeddedTraining) -> float:
         Top-1 accuracy in percent on the test scenes, with the weights as they were written.
 
     Raises:
-        UserError: something that was asked for is not available.
+        UserError: something that the settings name is not available.
     """
     device, output = pick_device(training.device), training.output
     require_writable(output.parent, f"output={output}")
@@ -84,7 +84,7 @@ def train_embedded(training: EmbeddedTraining) -> float:
     model = timm.create_model(training.backbone.architecture, num_classes=training.backbone.num_classes)
     preprocessing = resolve_data_config(model=model)
     side = model.patch_embed.grid_size[0]
-    with torch.no_grad():  # a learned position embedding finds the grid slowly, so it starts near it
+    with torch.no_grad():  # a position embedding learns the grid slowly, so it starts near it
         embedding = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim, dtype=torch.float32)
         model.pos_embed[:, model.num_prefix_tokens :] = embedding / 2
     model.patch_drop = KeepTokens(model.num_prefix_tokens)

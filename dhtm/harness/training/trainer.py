@@ -50,7 +50,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class Training:
-    """A training as it is to be carried out; ``configs/train.yaml`` explains the settings."""
+    """The settings of a training, which ``configs/train.yaml`` explains."""
 
     backbone: Backbone
     method: Method
@@ -95,7 +95,7 @@ class Training:
         return self.augment and (self.mixup > 0 or self.cutmix > 0)
 
     def folder(self) -> Path:
-        """Return where the training's files go, where evaluations find the weights unless ``output`` is set."""
+        """Return the folder of the training's files. Evaluations find the weights there unless ``output`` is set."""
         return self.output or self.checkpoints_dir / self.backbone.name / self.method.place
 
     def settings(self) -> dict:
@@ -110,14 +110,14 @@ class Training:
 def train(training: Training) -> dict:
     """Train a backbone with a method, or resume where the same training was stopped.
 
-    Every epoch ends with ``last.safetensors`` and ``best.safetensors`` (weights; the best by top-1 on the validation
-    split), ``history.csv`` and ``last.pt`` (all that resuming needs), each written atomically, the last of them last.
+    Every epoch ends by writing, each atomically, ``last.safetensors`` and ``best.safetensors`` (weights; the best by top-1
+    on the validation split), ``history.csv`` and, last, ``last.pt`` (everything needed to resume).
 
     Returns:
         The last row of the history: epoch, lr, loss, top1 (percent), images_per_s.
 
     Raises:
-        UserError: something that was asked for is not available, or the loss is not finite.
+        UserError: something that the settings name is not available, or the loss is not finite.
     """
     ranks, folder = Ranks(training.device), training.folder()
     name = f"{training.backbone.name} with {training.method.place}"
@@ -185,7 +185,7 @@ def train(training: Training) -> dict:
 
 
 def _top1(training: Training, model: VisionTransformer, validation: Split, micro_batch: int, ranks: Ranks) -> float:
-    """Return top-1 on the validation split in percent, as the runner evaluates it; each rank takes its share."""
+    """Return top-1 on the validation split in percent, predicted as in evaluations; the ranks share the images."""
     predictions = predict(
         model, validation, range(ranks.rank, len(validation.dataset), ranks.world),
         min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
@@ -214,7 +214,7 @@ def _one_epoch(
             if batch.failed:
                 raise batch.failed[0]
             update, accumulated = divmod(step, training.accumulate)
-            if update == n_updates:  # less than a batch is left of the split
+            if update == n_updates:  # the rest of the split is less than a batch
                 break
             complete = accumulated + 1 == training.accumulate
             ids, images, labels, _ = batch
@@ -252,7 +252,7 @@ def _update(training: Training, parts: dict[str, Any], number: int) -> None:
 
 
 def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, Split]:
-    """Open the training and the validation split: other images, of the same classes in the same order."""
+    """Open the training and the validation split, which must have different images and the same classes."""
     data, preprocessing = training.data, resolve_data_config(model=model)
     augmentation = {
         "is_training": True, "auto_augment": training.auto_augment, "re_prob": training.random_erasing, "re_mode": "pixel",
@@ -307,7 +307,7 @@ def _loader(training: Training, dataset: Dataset, epoch: int, micro_batch: int, 
 
 
 def _save_epoch(training: Training, model: VisionTransformer, history: list[dict], folder: Path) -> None:
-    """Write the weights of the last epoch, of the best, and the history."""
+    """Write the weights of the last and of the best epoch, and the history."""
     how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
     arguments = model, training.backbone, training.method, DTYPES[training.save_dtype], how
     save_weights(*arguments, folder / "last.safetensors")

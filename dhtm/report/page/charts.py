@@ -1,4 +1,4 @@
-"""Charts to hover over and to filter, as Vega-Lite."""
+"""Interactive charts with tooltips and filters, as Vega-Lite."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
     """
     value, low, high = METRICS[metric]
     data = data[data[value].notna() & data.images_per_s.notna()]
-    if value == "kl":  # which is zero, and has no logarithm, where nothing is merged
+    if value == "kl":  # zero if nothing is merged, which has no logarithm
         data = data[(data.kl > 0) & (data.flops_reduction_pct > 0)]
     chosen = []
     for name in ("method", "backbone", "training", "data"):

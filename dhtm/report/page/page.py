@@ -1,4 +1,4 @@
-"""The page: what was run, tables, figures, charts, and for every number the run that it comes from."""
+"""The page: what was run, tables, figures, charts, and the run behind every number."""
 
 import base64
 import functools
@@ -58,7 +58,7 @@ MAX_METHODS = 6  # side by side
 def write_page(
     runs: pd.DataFrame, tables: dict[str, Table], figures: dict[str, Path], results_dir: Path, file: Path
 ) -> None:
-    """Write the report as one HTML file, without anything that a reader would have to load.
+    """Write the report as one HTML file that loads nothing else.
 
     Args:
         runs: from :func:`dhtm.report.runs.load_runs`.
@@ -115,7 +115,7 @@ def _what_was_run(runs: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def _where(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] | None:
-    """Return what is shown of one backbone and data set: tables by caption, and pictures; None if there is nothing."""
+    """Return what to show of a backbone on a data set: tables by caption, and pictures; None if there is nothing."""
     target, frame = methods_at_one_cost(runs, pair)
     if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
         return None
@@ -161,7 +161,7 @@ def _load(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransform
 def _pictures(
     labels: pd.Series, models: list[VisionTransformer], split: Split, notable: dict[int, str]
 ) -> list[tuple[str, str]]:
-    """Return pictures of a few images, and of the notable ones, with their regions under each method, and what they show."""
+    """Draw a few images, and the notable ones, with their regions under each method; return pictures and captions."""
     labels, models = labels.head(MAX_METHODS), models[:MAX_METHODS]
     step = max(1, len(split.dataset) // N_PICTURES)
     pictures = []
@@ -177,7 +177,7 @@ def _pictures(
 
 
 def _premise(folder: Path) -> tuple[str, list[str]] | None:
-    """Return the figure and the sentences of scripts/premise.py, if it wrote there."""
+    """Return the figure and the sentences of scripts/premise.py; None if the folder has none."""
     if not (folder / "premise.png").exists() or not (folder / "premise.md").exists():
         return None
     lines = (folder / "premise.md").read_text(encoding="utf-8").splitlines()
@@ -215,7 +215,7 @@ def _vega() -> str:
 
 
 def _html(frame: pd.DataFrame) -> str:
-    """Return a frame as a table; its column "run" leads to the run's row in the table of all runs, "run_id"."""
+    """Return a frame as a table; its column "run" links to the column "run_id" of the table of all runs."""
     shown = frame.astype(object).where(frame.notna(), "").map(lambda value: html.escape(str(value)))
     for column, form in (("run", '<a href="#{0}">{0:.6}</a>'), ("run_id", '<span id="{0}">{0}</span>')):
         if column in shown:

@@ -17,16 +17,16 @@ from dhtm.report.runs import Pair, at_target
 from dhtm.report.tables import DASH, number, with_interval
 from dhtm.vit import image_ids, regions
 
-TARGETS = (40, 30, 20, 50, 10, 60)  # percent fewer FLOPs; the first at which most methods have runs is looked at
-N_SCENES = 500  # whose objects' tokens are counted
+TARGETS = (40, 30, 20, 50, 10, 60)  # percent fewer FLOPs; the one with most methods is shown, the first in a tie
+N_SCENES = 500  # scenes in which the digit's tokens are counted
 _TOKENS = (1, 4, 7, 10, 14, 19, 10**6)  # first number of tokens in each column
 MOST = 5  # images whose outputs change most
 
 
 def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.DataFrame]:
-    """Return the off-the-shelf runs that were solved for the same target, the unmerged one first, and the target.
+    """Return the target with most methods, and the off-the-shelf runs that were solved for it, the unmerged one first.
 
-    The target is the one with most methods; None if no run was solved for one.
+    The target is None if no run was solved for one.
     """
     found = {target: at_target(runs, *pair, target) for target in TARGETS}
     found = {
@@ -68,7 +68,7 @@ def most_changed(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return the images on which only the merged or only the unmerged model is right: how many, and which change most."""
+    """Return how many images only the merged or only the unmerged model gets right, and which of them change most."""
     rows = []
     for name, of_run in found.items():
         row = {"method": name}
@@ -80,7 +80,7 @@ def flips(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def notable_images(of_run: pd.DataFrame) -> dict[int, str]:
-    """Return the image of greatest KL in a run, and those among its flips won and lost, with the words for it."""
+    """Return the images of greatest KL in a run, among its flips won, and among its flips lost, each with a description."""
     won, lost = _flips(of_run)
     chosen = {"the greatest KL": of_run.kl, "the greatest KL among the flips won": of_run.kl[won]}
     chosen["the greatest KL among the flips lost"] = of_run.kl[lost]
@@ -102,7 +102,7 @@ def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 @torch.inference_mode()
 def object_regions(model: VisionTransformer, split: Split, data: Digits) -> pd.Series:
-    """Return in how many tokens the digit of each of the first scenes is after the last layer, by index."""
+    """Return the number of tokens that cover the digit after the last layer, for the first scenes, by index."""
     indices = list(range(min(N_SCENES, len(split.dataset))))
     classes = data.patch_classes(data.split, indices, model.patch_embed.grid_size)
     counts = []
@@ -116,7 +116,7 @@ def object_regions(model: VisionTransformer, split: Split, data: Digits) -> pd.S
 
 
 def by_regions(found: dict[str, pd.DataFrame], kept: dict[str, pd.Series]) -> pd.DataFrame:
-    """Return top-1 in percent by the number of tokens that the object is in, one row per method."""
+    """Return top-1 in percent by the number of tokens that cover the digit, one row per method."""
     rows = []
     for name, counts in kept.items():
         correct = found[name].correct.reindex(counts.index)
