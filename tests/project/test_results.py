@@ -79,7 +79,7 @@ def test_a_row_of_the_photographs_comes_out_again(evaluated):
     folder = Path(os.environ.get("IMAGENETTE", ROOT / "data" / "imagenette"))
     if not (folder / "val").is_dir():
         pytest.skip(f"{folder}/val is missing: set IMAGENETTE to the folder that holds Imagenette's train/ and val/")
-    runs = pd.read_csv(PHOTOGRAPHS / "tables" / "runs.csv")
+    runs = pd.read_csv(PHOTOGRAPHS / "tables" / "runs.csv", dtype={"targets": str})
     reference = runs[(runs.method == "tome") & (runs.targets == "60")].iloc[0]
     overrides = ["backbone=deit_mini", "data=imagenette", f"data.root={folder}", "method=tome"]
     metrics = evaluated(*overrides, f"method.r={reference.value:.0f}")
