@@ -245,6 +245,21 @@ def test_attention_of_the_layer_before_the_first_is_not_there(name, layers):
     assert not hasattr(model, "reduction")
 
 
+@pytest.mark.parametrize(("name", "n_tokens", "needed_for_sizes"), [("PatchMerger", 4, 2), ("ToMe", 15, 0)])
+def test_lazy_regions_are_computed_once_when_asked_for(monkeypatch, name, n_tokens, needed_for_sizes):
+    """They serve nothing but their reader, and a forward pass computes none of them."""
+    calls = []
+    merge = Regions.merge
+    monkeypatch.setattr(Regions, "merge", lambda *arguments: calls.append(1) or merge(*arguments))
+    model = dhtm.patch(small(), make(name))
+    logits(model, images_for(model))
+    regions = dhtm.regions(model)
+    assert regions.n_tokens == n_tokens and isinstance(regions, Regions) and not calls
+    assert (regions.sizes.sum(1) == 49).all() and len(calls) == needed_for_sizes
+    assert regions.assignment.max() < n_tokens and len(calls) == 2  # one for each of the two layers
+    assert regions.assignment.max() < n_tokens and len(calls) == 2
+
+
 def test_highest_takes_the_first_among_equals():
     values = torch.tensor([[1.0, 3, 3, 2, 3], [0, 0, 0, 0, 0], [5, 4, 3, 2, 1]])
     assert highest(values, 3).tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 2]]
