@@ -46,13 +46,13 @@ def write_json(path: Path, value: dict) -> None:
 @contextlib.contextmanager
 def lock(path: Path, message: str) -> Iterator[None]:
     """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait."""
-    lock = FileLock(path)
+    held = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         log.info(message)
-        lock.acquire()
+        held.acquire()
     try:
         yield
     finally:
-        lock.release()
+        held.release()
