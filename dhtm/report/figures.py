@@ -120,7 +120,7 @@ def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
     top1 = frame.top1[frame.method == "unmerged"].max()
     ax.set(
         ylim=(top1 - ZOOM, top1 + ZOOM / 2),
-        title=f"{title_of(*pair)}: top-1 in close-up, without intervals",
+        title=f"{title_of(*pair)}: top-1, close-up",
         xlabel="FLOPs reduction (%)",
     )
     ax.set_ylabel("top-1 accuracy (%)")
