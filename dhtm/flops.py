@@ -75,7 +75,7 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
     merging = torch.zeros_like(tokens[:, 0])
     for layer in reducer.schedule:
         pairs = zip(before[:, layer - 1].tolist(), tokens[:, layer - 1].tolist(), strict=True)
-        merging += torch.tensor([reducer.merge_flops(n, n - left, model.embed_dim, grid) for n, left in pairs])
+        merging += tokens.new_tensor([reducer.merge_flops(n, n - left, model.embed_dim, grid) for n, left in pairs])
     return CostOfTokens.of(model)(tokens) + merging, merging
 
 
@@ -104,7 +104,8 @@ class CostOfTokens:
         """Measure a model, patched or not, with :func:`count_flops` and with one and two tokens in its first block."""
         bare = _copy(model)
         bare = unpatch(bare) if hasattr(bare, "reducer") else bare
-        one, two = (_flops_by_module(bare.blocks[0], torch.zeros(1, n, bare.embed_dim)) for n in (1, 2))
+        weight = next(bare.blocks.parameters())
+        one, two = (_flops_by_module(bare.blocks[0], weight.new_zeros(1, n, bare.embed_dim)) for n in (1, 2))
         of_one, of_two = (count["norm1"] + count["attn"] for count in (one, two))
         square = (of_two - 2 * of_one) // 2
         return cls(
@@ -114,7 +115,7 @@ class CostOfTokens:
             square=square,
             linear=of_one - square,
             each=one["norm2"] + one["mlp"],
-            norm=_flops_by_module(bare.norm, torch.zeros(1, 1, bare.embed_dim))[""],
+            norm=_flops_by_module(bare.norm, weight.new_zeros(1, 1, bare.embed_dim))[""],
         )
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -210,8 +210,7 @@ def _flops(model: VisionTransformer, images: Tensor) -> float:
     if not model.reducer.adaptive:
         return count_flops(model).total
     model(images)
-    tokens = tokens_of_images(model).cpu()
-    return count_flops_of_images(copy.deepcopy(model).cpu().float(), tokens)[0].double().mean().item()
+    return count_flops_of_images(model, tokens_of_images(model))[0].double().mean().item()
 
 
 @torch.inference_mode()
