@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dhtm.reducer import Attention, Reducer
@@ -43,13 +42,14 @@ class Reduction:
         self.keys: dict[int, Tensor] = {}  # by the layer that reduces with them
         self.cls: dict[int, Tensor] = {}
         self.received: dict[int, Tensor] = {}
+        self.biases: dict[int, Tensor | None] = {}  # of attention, after each layer that reduces
         self.read_layers: set[int] = set()  # layers whose attention is read, so that all images are computed at once
         self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
-        return self.__dict__ | {"regions": {}, "keys": {}, "cls": {}, "received": {}, "batches": {}}
+        return self.__dict__ | {name: {} for name in ("regions", "keys", "cls", "received", "biases", "batches")}
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
@@ -57,7 +57,10 @@ class Reduction:
         if images.dim() != 4:
             raise ValueError(f"a patched model takes images [B, C, H, W] of one size, not patches {list(images.shape)}")
         grid = tuple(int(n) for n in patch_embed.dynamic_feat_size(images.shape[-2:]))
-        for kept in (self.keys, self.cls, self.received, self.batches):
+        n_tokens = grid[0] * grid[1]
+        for layer in self.layers:
+            n_tokens = self.reducer.tokens_after(n_tokens, layer, grid)  # raises an error for small images
+        for kept in (self.keys, self.cls, self.received, self.biases, self.batches):
             kept.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
@@ -79,7 +82,6 @@ class Reduction:
                 f"layer {layer} got {tokens.shape[1]} patch tokens, but {regions.n_tokens} were expected: "
                 "a patched model must see every patch (patch_drop_rate=0)"
             )
-        self.reducer.tokens_after(regions.n_tokens, layer, regions.grid)  # raises an error for small images
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
         attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer), self.received.get(layer))
         tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
@@ -88,6 +90,7 @@ class Reduction:
         if self._is_split():
             self._split(layer)
             tokens = tokens[:, : self.regions[layer].n_tokens]
+        self.biases[layer] = self._bias_after(layer)
         return torch.cat([prefix, tokens], dim=1)
 
     def _is_split(self) -> bool:
@@ -152,22 +155,27 @@ class Reduction:
         mean = (x[:, first:] * used).sum(dim=1, keepdim=True) / used.sum(dim=1, keepdim=True)
         return torch.cat([x[:, :first], torch.where(used, x[:, first:], mean.to(x.dtype))], dim=1)
 
-    def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
-        """Return the bias of proportional attention, [B, 1, 1, prefix + N]: log sizes, 0 for prefix tokens.
+    def _bias_after(self, layer: int) -> Tensor | None:
+        """Return the bias of proportional attention after a layer reduced, [B, 1, 1, prefix + N]; None if none is needed.
 
-        The zeros that fill up images have size 0, so that no token attends to them. If attention is not proportional, the
-        bias does only this.
+        It holds log sizes, 0 for prefix tokens. The zeros that fill up images have size 0, so that no token attends to them.
+        If attention is not proportional, the bias does only this.
         """
-        last, adaptive = self._before_attention(layer), self.reducer.adaptive
-        regions, proportional = self.regions_before(last), self.reducer.proportional_attention
-        if adaptive:
-            is_needed = proportional or not self._is_split() or self._last(last, self.batches) is not None
+        regions, proportional = self.regions[layer], self.reducer.proportional_attention
+        if self.reducer.adaptive:
+            is_needed = proportional or not self._is_split() or self.batches[layer] is not None
         else:
             is_needed = proportional and regions.n_tokens != self.regions[0].n_tokens
         if not is_needed:
             return None
         sizes = regions.sizes if proportional else regions.sizes.clamp(max=1)
-        return F.pad(sizes, (self.n_prefix, 0), value=1).log().to(dtype)[:, None, None]
+        prefix = self.regions[0].sizes[:, : self.n_prefix]  # ones
+        return torch.cat([prefix, sizes], dim=1).log()[:, None, None]
+
+    def attention_bias(self, dtype: torch.dtype, layer: int) -> Tensor | None:
+        """Return the bias of a layer's attention, see :meth:`_bias_after`; None before the first reduction."""
+        bias = self._last(self._before_attention(layer), self.biases)
+        return None if bias is None else bias.to(dtype)
 
     def rotations(self, table: Tensor | None, layer: int) -> Tensor | None:
         """Return the rotary embeddings of the tokens in a layer's attention: the mean over the patches of each token.
