@@ -4,19 +4,17 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import average, build, check_model, check_step, images_for, logits, unequal_regions
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
-from test_vit import SMALL, build, images_for, logits
-from written_out import average, check_step, forward, on_patches, sharpen, unequal_regions
 
 import dhtm
 from baselines import ATC
-from dhtm import Regions, kernels
+from dhtm import kernels
 from dhtm.reducer import Attention
 from dhtm.vit import tokens_by_layer
 
@@ -59,29 +57,18 @@ def groups_of(token_map):
     return [np.flatnonzero(token_map == cluster).tolist() for cluster in range(int(token_map.max()) + 1)]
 
 
+@pytest.mark.parametrize(("n", "channels", "ks"), [(60, 8, range(60)), (196, 64, (20, 98))])
 @pytest.mark.parametrize("linkage", LINKAGES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_cut_is_scipys(linkage, backend):
-    """Merge for merge: the clusters after any number of merges."""
-    features = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+def test_every_cut_is_scipys(linkage, backend, n, channels, ks):
+    """Merge for merge: the clusters after any number of merges, and after those of a layer of a network."""
+    features = torch.randn(2, n, channels, generator=torch.Generator().manual_seed(0))
     trees = [scipy_linkage(squareform(cosine_distances(image), checks=False), linkage) for image in features.numpy()]
-    for k in range(60):
+    for k in ks:
         token_map = kernels.agglomerate(features, k, linkage, backend)
         for image, tree in zip(token_map.numpy(), trees, strict=True):
-            expected = fcluster(tree, 60 - k, "maxclust")
+            expected = fcluster(tree, n - k, "maxclust")
             assert groups_of(image) == sorted(np.flatnonzero(expected == label).tolist() for label in set(expected))
-
-
-@pytest.mark.parametrize("keep_rate", [0.9, 0.5])
-@pytest.mark.parametrize("linkage", LINKAGES)
-def test_a_layer_of_a_network_is_scipys(linkage, keep_rate):
-    features = torch.randn(4, 196, 64, generator=torch.Generator().manual_seed(1))
-    m = math.floor(196 * keep_rate)
-    results = [kernels.agglomerate(features, 196 - m, linkage, backend) for backend in BACKENDS]
-    assert all(torch.equal(result, results[0]) for result in results)
-    for token_map, image in zip(results[0].numpy(), features.numpy(), strict=True):
-        expected = fcluster(scipy_linkage(squareform(cosine_distances(image), checks=False), linkage), m, "maxclust")
-        assert groups_of(token_map) == sorted(np.flatnonzero(expected == label).tolist() for label in set(expected))
 
 
 @st.composite
@@ -108,7 +95,7 @@ def test_one_step(n, share, linkage, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n, 4, generator=rng)
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    regions = Regions(*unequal_regions(n, seed), (1, n + 6))
+    regions = unequal_regions(n, seed)
     m = min(n, max(1, int((n + 6) * share)))
     atc = ATC((m + 0.5) / (n + 6), layers=(1,), linkage=linkage)
     atc.attach(5, 1, (1, n + 6), (1,))
@@ -125,38 +112,14 @@ def test_one_step(n, share, linkage, seed):
     [(0.9, "complete", True), (0.7, "average", True), (0.5, "average", False), (0.5, "single", True)],
 )
 def test_the_whole_model_gives_the_logits_of_the_written_out_one(keep_rate, linkage, proportional):
-    torch.manual_seed(0)
-    model = sharpen(timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | {"depth": 10}).eval())
-    images = images_for(model, batch=3, seed=2)
-    left = [196] + [math.floor(196 * keep_rate**i + 1e-9) for i in (1, 2, 3)]
-    dhtm.patch(model, ATC(keep_rate, linkage=linkage, proportional_attention=proportional))
-    assert tokens_by_layer(model) == [left[0]] * 3 + [left[1]] * 3 + [left[2]] * 3 + [left[3]]
-    merged, alone = logits(model, images), logits(model, images[1:2])
-    torch.testing.assert_close(alone, merged[1:2], rtol=1e-4, atol=1e-4)
-    dhtm.unpatch(model)
+    left = {4: math.floor(196 * keep_rate), 7: math.floor(196 * keep_rate**2), 10: math.floor(196 * keep_rate**3)}
 
     def groups(layer, keys):
-        if layer not in (4, 7, 10):
-            return [[i] for i in range(len(keys))]
-        k = len(keys) - 2 - left[(4, 7, 10).index(layer) + 1]
-        return on_patches(
-            groups_of(kernels.agglomerate(torch.tensor(keys[None, 2:]).float(), k, linkage, "torch")[0]), 2
-        )
+        k = len(keys) - 2 - left.get(layer, len(keys) - 2)
+        token_map = kernels.agglomerate(torch.tensor(keys[None, 2:]).float(), k, linkage, "torch")[0]
+        return [[0], [1]] + [[token + 2 for token in group] for group in groups_of(token_map)]
 
-    with torch.inference_mode():
-        expected = forward(model, images[1:2], groups, proportional, weighted=proportional)
-    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_checks(backend):
-    arguments = (torch.randn(2, 9, 3), 5, "average", backend)
-    torch.library.opcheck(torch.ops.dhtm.agglomerate, arguments)
-
-
-def test_flops_are_the_similarities_of_all_pairs():
-    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224", depth=7), ATC(0.7, layers=(4, 7)))
-    assert dhtm.count_flops(model).merging == 64 * (196 * 195 // 2 + 137 * 136 // 2)
+    check_model(ATC(keep_rate, linkage=linkage, proportional_attention=proportional), groups, proportional, depth=10)
 
 
 @pytest.mark.parametrize(
@@ -168,22 +131,3 @@ def test_exactly_r_are_removed_in_each_layer(r, inflect, removed):
     left = [196 - sum(removed[: layer + 1]) for layer in range(5)]
     logits(model, images_for(model))
     assert tokens_by_layer(model) == [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == left
-    dhtm.unpatch(model)
-    with pytest.raises(ValueError, match="r=196 in layer 2, but only N=196 tokens are left there: r must be below N"):
-        dhtm.patch(model, ATC(None, layers=(2,), r=196))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep_rate": 1.5}, "keep_rate=1.5"),
-        ({"r": 8}, "keep_rate=0.9 and r=8: one of them must be a number, and the other None"),
-        ({"keep_rate": None}, "keep_rate=None and r=None"),
-        ({"keep_rate": None, "r": -1}, "r=-1"),
-        ({"linkage": "ward"}, "linkage='ward'"),
-        ({"backend": "reference"}, "backend="),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        ATC(**options)

@@ -1,7 +1,6 @@
 """Token mergence against loops over the tokens of one image, its coarser views against numpy's averages."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,25 +44,6 @@ def made(m, channels, grid, **options):
     return reducer
 
 
-@settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 24), share=st.floats(0, 1), channels=st.integers(2, 6), seed=st.integers(0, 2**32 - 1))
-def test_any_tokens(n, share, channels, seed):
-    rng = np.random.default_rng(seed)
-    tokens = rng.normal(size=(2, n, channels)).astype(np.float32)
-    importance = rng.dirichlet(np.ones(n), 2).astype(np.float32)
-    m = max(1, round(share * n))
-    regions = Regions.identity(2, (1, n))
-    with torch.no_grad():
-        new, regions = made(m, channels, (1, n))(
-            torch.from_numpy(tokens), regions, Attention(2, cls=torch.from_numpy(importance))
-        )
-    for i in range(2):
-        expected, place = mergence(tokens[i].astype(np.float64), importance[i].astype(np.float64), m)
-        np.testing.assert_allclose(new[i], expected, rtol=1e-4, atol=1e-5)
-        assert regions.assignment[i].tolist() == place
-        assert regions.sizes[i].tolist() == [place.count(rank) for rank in range(m)]
-
-
 def test_equal_importance_and_similarity_go_to_the_lower_index():
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [2.0, 0.0]]])
     for importance, assignment in (
@@ -83,22 +63,27 @@ def test_tokens_that_nothing_attends_to_are_averaged_all_the_same():
     torch.testing.assert_close(new, torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]))
 
 
-@pytest.mark.parametrize(
-    ("grid", "scales"), [((14, 14), (2, 4)), ((4, 8), (2, 4)), ((14, 21), (2, 4)), ((5, 3), (3,)), ((3, 2), (4, 2))]
+@settings(max_examples=50, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 9)),
+    share=st.floats(0, 1),
+    channels=st.integers(4, 8),
+    scales=st.sampled_from([(2, 4), (3,), (4, 2), ()]),
+    seed=st.integers(0, 2**32 - 1),
 )
-def test_coarser_views_enrich_the_tokens_before_the_first_reduction_only(grid, scales):
-    n = grid[0] * grid[1]
-    rng = np.random.default_rng(0)
-    tokens, importance = rng.normal(1, 1, size=(2, n, 3)), rng.dirichlet(np.ones(n), 2)
-    reducer = made(n // 2, 3, grid, scales=scales)
+def test_any_tokens_and_coarser_views_before_the_first_reduction_only(grid, share, channels, scales, seed):
+    n, rng = grid[0] * grid[1], np.random.default_rng(seed)
+    tokens, importance = rng.normal(size=(2, n, channels)).astype(np.float32), rng.dirichlet(np.ones(n), 2)
+    reducer = made(max(1, round(share * n)), channels, grid, scales=scales)
     for parameter in reducer.parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     linears = [
         (int(scale), linear.weight.detach().double().numpy(), linear.bias.detach().double().numpy())
         for scale, linear in reducer.views.items()
     ]
-    assert [scale for scale, _, _ in linears] == list(scales)
     for layer, enriched in ((2, [views(image, grid, linears) for image in tokens]), (4, tokens)):
+        if layer == 4 and reducer.n_clusters(4, grid) == 0:
+            continue
         attention = Attention(layer, cls=torch.tensor(importance).float())
         with torch.no_grad():
             new, regions = reducer(torch.tensor(tokens).float(), Regions.identity(2, grid), attention)
@@ -106,17 +91,3 @@ def test_coarser_views_enrich_the_tokens_before_the_first_reduction_only(grid, s
             expected, place = mergence(enriched[i], importance[i], new.shape[1])
             np.testing.assert_allclose(new[i], expected, rtol=1e-3, atol=1e-4)
             assert regions.assignment[i].tolist() == place
-
-
-def test_off_the_shelf_the_coarser_views_add_nothing():
-    tokens, cls = torch.randn(2, 20, 4), torch.rand(2, 20).softmax(1)
-    plain, with_views = (
-        made(6, 4, (4, 5), **options)(tokens, Regions.identity(2, (4, 5)), Attention(2, cls=cls))[0]
-        for options in ({"scales": ()}, {})
-    )
-    assert torch.equal(plain, with_views)
-
-
-def test_bad_options():
-    with pytest.raises(ValueError, match=r"scales=\[2, 1\]"):
-        TokenMergence(0.5, scales=(2, 1))

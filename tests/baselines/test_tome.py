@@ -2,16 +2,13 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vit import SMALL, build, images_for, logits
-from written_out import check_step, forward, sharpen, unequal_regions
+from networks import build, check_model, check_step, unequal_regions
 
 import dhtm
 from baselines import ToMe
-from dhtm import Regions
 from dhtm.reducer import Attention
 from dhtm.vit import tokens_by_layer
 
@@ -42,7 +39,7 @@ def test_one_step(n, n_prefix, r, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n_prefix + n, 4, generator=rng)
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    regions = Regions(*unequal_regions(n, seed), (1, n + 6))
+    regions = unequal_regions(n, seed)
     tome = ToMe(r, layers=(1,))
     tome.attach(5, n_prefix, (1, n + 6), (1,))
     groups = [soft_matching(image.double().mean(0).numpy(), n_prefix, r)[n_prefix:] for image in keys]
@@ -50,90 +47,23 @@ def test_one_step(n, n_prefix, r, seed):
     check_step(tome, tokens, regions, Attention(1, keys=keys[:, :, n_prefix:]), groups)
 
 
-@pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize(
-    ("architecture", "options", "r"),
-    [
-        ("deit_tiny_patch16_224", SMALL | {"depth": 12}, 8),
-        ("deit_tiny_distilled_patch16_224", SMALL | {"depth": 12}, 13),
-        ("deit_small_patch16_224", {}, 13),
-    ],
-)
-def test_the_whole_model_gives_the_logits_of_the_written_out_one(architecture, options, r, proportional):
-    torch.manual_seed(0)
-    model = timm.create_model(architecture, pretrained=False, **options).eval()
-    sharpen(model)
-    image = images_for(model, batch=1, seed=2)  # no two similarities that matter are within 1e-5 of each other
-    plain = logits(model, image)
-    dhtm.patch(model, ToMe(r, proportional_attention=proportional))
-    merged = logits(model, image)
-    dhtm.unpatch(model)
-    with torch.inference_mode():
-        expected = forward(
-            model, image, lambda layer, keys: soft_matching(keys, model.num_prefix_tokens, r), proportional
-        )
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
-    assert (merged - plain).abs().max() > 1e-2
+@pytest.mark.parametrize(("r", "proportional"), [(8, True), (13, True), (13, False)])
+def test_the_whole_model_gives_the_logits_of_the_written_out_one(r, proportional):
+    check_model(ToMe(r, proportional_attention=proportional), lambda layer, keys: soft_matching(keys, 2, r), depth=12)
 
 
 @pytest.mark.parametrize(
-    ("r", "inflect", "expected"),
+    ("options", "merged"),
     [
-        (8, 0, [8] * 12),
-        (8, -1, [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]),
-        (8, 1, [0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16]),
-        (6, 0.5, [3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9]),
+        ({"r": 8}, [8] * 12),
+        ({"r": 8, "inflect": -1}, [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]),
+        ({"r": 8, "inflect": 1}, [0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16]),
+        ({"r": 6, "inflect": 0.5}, [3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9]),
+        ({"r": 10, "inflect": -1, "layers": (2, 3, 5)}, [0, 20, 10, 0, 0] + [0] * 7),
+        ({"r": [59, 41, 29], "layers": (4, 7, 10)}, [0, 0, 0, 59, 0, 0, 41, 0, 0, 29, 0, 0]),
+        ({"r": 1000, "layers": (1, 2, 3, 4)}, [98, 49, 24, 12] + [0] * 8),  # at most half
     ],
 )
-def test_r_falls_or_rises_linearly(r, inflect, expected):
-    model = timm.create_model("deit_tiny_patch16_224", pretrained=False, **SMALL | {"depth": 12})
-    left = [196 - sum(expected[:layer]) for layer in range(1, 13)]
-    assert tokens_by_layer(dhtm.patch(model, ToMe(r, inflect=inflect))) == left
-
-
-def test_the_schedule_runs_over_the_layers_that_reduce():
-    model = dhtm.patch(build("deit_tiny"), ToMe(10, layers=(2, 3, 5), inflect=-1))
-    logits(model, images_for(model))
-    assert [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == [196, 176, 166, 166, 166]
-
-
-def test_r_may_be_given_by_layer():
-    """Haurum et al. (2023) at a keep rate of 0.7."""
-    model = timm.create_model("deit_tiny_patch16_224", pretrained=False, **SMALL | {"depth": 12})
-    dhtm.patch(model, ToMe([59, 41, 29], layers=(4, 7, 10)))
-    assert tokens_by_layer(model) == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
-    logits(model, images_for(model))
-    assert dhtm.regions(model).n_tokens == 67
-    dhtm.unpatch(model)
-    with pytest.raises(ValueError, match=r"r=\[59, 41\]: give one number for each of the 3 layers"):
-        dhtm.patch(model, ToMe([59, 41], layers=(4, 7, 10)))
-
-
-def test_r_of_nothing_changes_nothing():
-    model = build("deit_tiny")
-    images = images_for(model)
-    plain = logits(model, images)
-    assert torch.equal(logits(dhtm.patch(model, ToMe(0)), images), plain)
-
-
-@pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_distilled"])
-def test_a_layer_merges_at_most_half_of_the_patch_tokens(name):
-    model = dhtm.patch(build(name), ToMe(1000))
-    assert logits(model, images_for(model)).isfinite().all()
-    assert [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == [98, 49, 25, 13, 7]
-    assert tokens_by_layer(model) == [98, 49, 25, 13, 7]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": -1}, "r=-1"),
-        ({"r": 2.5}, "r=2.5"),
-        ({"r": [8, -1]}, r"r=\[8, -1\]"),
-        ({"r": 8, "inflect": 1.5}, "inflect=1.5"),
-        ({"r": [8, 8], "inflect": 0.5}, "inflect=0.5: it must be 0 where r is a list"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        ToMe(**options)
+def test_schedules(options, merged):
+    left = [196 - sum(merged[:layer]) for layer in range(1, 13)]
+    assert tokens_by_layer(dhtm.patch(build("deit_tiny", depth=12), ToMe(**options))) == left

@@ -5,52 +5,41 @@ import itertools
 import pytest
 import timm
 import torch
+from networks import build
 
 import dhtm
-from baselines import PatchMerger, RandomMerge
+from baselines import ATC, PatchMerger, PiToMe, RandomMerge
+from dhtm.vit import tokens_by_layer
 
-DEIT = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
+DEIT = {"deit_tiny": (192, 1.2584), "deit_small": (384, 4.6083), "deit_base": (768, 17.5827)}  # width, published GFLOPs
 
 
-def closed_form(width, k, layers, classes=1000, depth=12, patches=196):
-    """Eq. 4 for each layer's attention and MLP at their own token counts, plus embedding, norms (5 a value) and head."""
-    flops, n = patches * width * 3 * 16 * 16, patches
-    for layer in range(1, depth + 1):
+def closed_form(width, in_attention, in_mlp):
+    """Eq. 4 at each layer's numbers of patch tokens, plus embedding, norms (5 a value) and head."""
+    flops = 196 * width * 3 * 16 * 16 + 5 * (in_mlp[-1] + 1) * width + width * 1000
+    for n, left in zip(in_attention, in_mlp, strict=True):
         flops += 4 * (n + 1) * width**2 + 2 * (n + 1) ** 2 * width + 5 * (n + 1) * width
-        n -= k if layer in layers else 0
-        flops += 8 * (n + 1) * width**2 + 5 * (n + 1) * width
-    return flops + 5 * (n + 1) * width + width * classes
+        flops += 8 * (left + 1) * width**2 + 5 * (left + 1) * width
+    return flops
 
 
-@pytest.fixture(scope="module", params=DEIT)
-def deit(request):
-    return DEIT[request.param], timm.create_model(f"{request.param}_patch16_224", pretrained=False).eval()
-
-
-@pytest.mark.parametrize(("k", "layers"), [*((k, (4, 7, 11)) for k in (0, 10, 56)), (40, (4, 7, 10))])
-def test_count_is_the_closed_form(deit, k, layers):
-    width, model = deit
-    dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
-    count = dhtm.count_flops(model)
-    dhtm.unpatch(model)
-    expected = closed_form(width, k, layers)
-    assert count.total - count.merging == expected
-    assert count.total == pytest.approx(expected, rel=1e-3)
-    assert (count.merging > 0) == (k > 0)
-
-
-def test_unmerged_deit(deit):
-    width, model = deit
-    expected = {192: 1.2584, 384: 4.6083, 768: 17.5827}[width]
-    assert round(dhtm.count_flops(model).total / 1e9, 4) == expected
+@pytest.mark.parametrize("name", DEIT)
+def test_count_is_the_published_one_and_the_closed_form(name):
+    (width, gflops), model = DEIT[name], timm.create_model(f"{name}_patch16_224")
+    assert round(dhtm.count_flops(model).total / 1e9, 4) == gflops
+    for k, layers in ((0, (4, 7, 11)), (56, (4, 7, 11)), (40, (4, 7, 10))):
+        dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
+        left = [196 - k * sum(layer >= merging for merging in layers) for layer in range(13)]
+        count, expected = dhtm.count_flops(model), closed_form(width, left[:-1], left[1:])
+        dhtm.unpatch(model)
+        assert count.total - count.merging == expected
+        assert count.total == pytest.approx(expected, rel=1e-3) and (count.merging > 0) == (k > 0)
 
 
 def test_layers_add_up():
-    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=40))
-    count = dhtm.count_flops(model)
-    assert len(count.by_layer) == 12
+    count = dhtm.count_flops(dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=40)))
     embedding, norm, head = 196 * 192 * 768, 5 * 77 * 192, 192 * 1000
-    assert sum(count.by_layer) + embedding + norm + head == count.total
+    assert len(count.by_layer) == 12 and sum(count.by_layer) + embedding + norm + head == count.total
     assert count.by_layer[0] > count.by_layer[4] > count.by_layer[7] > count.by_layer[11]
 
 
@@ -69,36 +58,35 @@ def test_count_does_not_depend_on_how_the_model_runs(change):
 
 
 def test_counting_leaves_the_model_as_it_was():
-    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224", depth=4), dhtm.DHTM(k=20, layers=(2, 3))).train()
-    model(torch.randn(2, 3, 224, 224))
+    model = dhtm.patch(build("112"), dhtm.DHTM(k=20, layers=(2, 3))).train()
+    model(torch.randn(2, 3, 112, 112))
     before = dhtm.regions(model)
     dhtm.count_flops(model)
     assert model.training and dhtm.regions(model) is before
 
 
-def test_all_pairs_cost_their_similarities():
-    """In each layer all pairs first, and after each merge the new token with all others."""
-    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=40, layers=(4, 7), connectivity="all"))
-    pairs = sum(n * (n - 1) // 2 + sum(left - 1 for left in range(n - 40, n)) for n in (196, 156))
-    assert dhtm.count_flops(model).merging == 192 * pairs
+ALL_PAIRS = sum(n * (n - 1) // 2 + sum(left - 1 for left in range(n - 40, n)) for n in (196, 156))
 
 
-def test_random_merging_costs_what_dhtm_costs_without_its_similarities():
-    model = timm.create_model("deit_tiny_patch16_224")
-    ours = dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=40)))
-    dhtm.unpatch(model)
-    random = dhtm.count_flops(dhtm.patch(model, RandomMerge(k=40)))
-    assert random.merging == 0 and random.total == ours.total - ours.merging
-
-
-def test_what_learned_methods_compute_is_counted():
-    """PatchMerger in deit_tiny: a norm and two products of all tokens with the new ones, before layers 4, 7 and 10."""
-    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), PatchMerger(0.5))
+@pytest.mark.parametrize(
+    ("reducer", "merging"),
+    [
+        # All pairs in each layer, then each new token with all others.
+        (dhtm.DHTM(k=40, layers=(4, 7), connectivity="all"), 192 * ALL_PAIRS),
+        (RandomMerge(k=40), 0),
+        (ATC(0.7, layers=(4, 7)), 64 * (196 * 195 // 2 + 137 * 136 // 2)),
+        (PiToMe(0.9, layers=(1, 2)), 64 * (196**2 + 177**2)),
+        # A norm and two products of all tokens with the new ones, before layers 4, 7 and 10.
+        (PatchMerger(0.5), sum(5 * n * 192 + 2 * m * n * 192 for n, m in itertools.pairwise([196, 98, 49, 24]))),
+    ],
+)
+def test_what_methods_compute_is_counted(reducer, merging):
+    model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), reducer)
     count = dhtm.count_flops(model)
-    stages, width = [196, 98, 49, 24], 192
-    assert count.merging == sum(5 * n * width + 2 * m * n * width for n, m in itertools.pairwise(stages))
-    blocks = sum(3 * (12 * (n + 1) * width**2 + 2 * (n + 1) ** 2 * width + 10 * (n + 1) * width) for n in stages)
-    assert count.total == 196 * 768 * width + blocks + count.merging + 5 * 25 * width + 1000 * width
+    assert count.merging == merging
+    left = [196, *tokens_by_layer(model)]
+    in_attention = left[1:] if reducer.position == "before_block" else left[:-1]
+    assert count.total == closed_form(192, in_attention, left[1:]) + merging
 
 
 def test_images_cost_the_same_in_half_precision():
@@ -117,7 +105,5 @@ def test_a_model_with_a_convolutional_stem_is_counted():
 
 
 def test_image_size():
-    model = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True)
-    assert dhtm.count_flops(model, (224, 336)).total > dhtm.count_flops(model).total
-    wide = timm.create_model("deit_tiny_patch16_224", img_size=(224, 336))
-    assert dhtm.count_flops(model, (224, 336)).total == dhtm.count_flops(wide).total
+    dynamic, wide = build("dynamic size"), build("224x336")
+    assert dhtm.count_flops(dynamic, (224, 336)) == dhtm.count_flops(wide)

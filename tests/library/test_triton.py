@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 from test_atc import clusterings
-from test_merge import SIMILARITIES, merges, on, smooth
+from test_merge import THRESHOLDS, check_backend, merges, smooth
 from test_random_merge import check_draws, draws
 
 from baselines import RandomMerge
@@ -20,42 +19,18 @@ from dhtm.reducer import Attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(tokens, k, regions=None, features=None, masses=None, **options):
+def check(tokens, k, **options):
     """The kernels make the reference's merges, bit for bit."""
-    expected, expected_regions = hierarchical_merge(
-        tokens, k, regions, features=features, masses=masses, backend="reference", **options
-    )
-    if regions is not None:
-        regions = Regions(regions.assignment.to(DEVICE), regions.sizes.to(DEVICE), regions.grid)
-    there = {"features": on(DEVICE, features), "masses": on(DEVICE, masses)}
-    merged, new = hierarchical_merge(tokens.to(DEVICE), k, regions, backend="triton", **there, **options)
-    assert torch.equal(new.assignment.cpu(), expected_regions.assignment)
+    expected, expected_regions = hierarchical_merge(tokens, k, backend="reference", **options)
+    merged, regions = hierarchical_merge(tokens.to(DEVICE), k, backend="triton", **options)
+    assert torch.equal(regions.assignment.cpu(), expected_regions.assignment)
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(merges())
 def test_any_tokens(case):
-    tokens, grid, k, options = case
-    check(tokens, k, grid=grid, **options)
-
-
-@settings(max_examples=8, deadline=None)
-@given(merges(), st.sampled_from((0.9, 0.0, -1.0, -4.0)))
-def test_thresholds(case, threshold):
-    tokens, grid, k, options = case
-    check(tokens, k, grid=grid, threshold=threshold, **options)
-
-
-@settings(max_examples=6, deadline=None)
-@given(merges(), st.integers(0, 2**32 - 1))
-def test_regions_and_features_given(case, seed):
-    tokens, grid, k, options = case
-    assume(k > 1)
-    tokens, regions = hierarchical_merge(tokens, k // 2, grid=grid, **options)
-    features = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(seed))
-    options |= {"masses": None if options["masses"] is None else regions.sizes.double()}
-    check(tokens, (k + 1) // 2, regions, features, **options)
+    check_backend(case, "triton", DEVICE)
 
 
 @settings(max_examples=12, deadline=None)
@@ -79,16 +54,15 @@ def test_dtypes_and_strides(dtype):
     check(tokens, 8, grid=(5, 5))
 
 
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_the_grid_of_a_network(similarity):
-    check(smooth(1, (14, 14), 192, seed=1), 10, grid=(14, 14), similarity=similarity)
+@pytest.mark.parametrize(
+    ("k", "options"),
+    [*((10, {"grid": (14, 14), "similarity": name}) for name in THRESHOLDS), (2, {"connectivity": "all"})],
+)
+def test_the_tokens_of_a_network(k, options):
+    check(smooth(1, (14, 14), 192, seed=1), k, **options)
 
 
-def test_all_pairs_of_a_network():
-    check(smooth(1, (14, 14), 192, seed=1), 2, connectivity="all")
-
-
-@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("similarity", THRESHOLDS)
 def test_nan_and_inf_are_merged_last(similarity):
     tokens = smooth(1, (4, 4), 4, seed=2)
     tokens[0, 5], tokens[0, 10] = torch.nan, torch.inf

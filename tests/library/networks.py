@@ -1,0 +1,161 @@
+"""What the tests of the library and of the methods share: small models, all methods, and a forward pass written out."""
+
+import functools
+
+import timm
+import torch
+
+import baselines
+import dhtm
+from dhtm.vit import image_shape
+
+# Real architectures, cut to a few blocks and heads so that the matrix runs in seconds: what matters is their parts.
+SMALL = {"depth": 5, "embed_dim": 48, "num_heads": 3}
+MODELS = {
+    "deit_tiny": ("deit_tiny_patch16_224", {}),
+    "112": ("deit_tiny_patch16_224", {"img_size": 112}),
+    "224x336": ("deit_tiny_patch16_224", {"img_size": (224, 336)}),
+    "dynamic size": ("deit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "deit_tiny_distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "deit3 (LayerScale)": ("deit3_small_patch16_224", {}),
+    "dinov2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 10}),
+    "siglip (attention pooling)": ("vit_base_patch16_siglip_224", {"num_classes": 10}),
+    "q/k norm, average pooling": ("vit_medium_patch16_gap_256", {"qk_norm": True}),
+    "naflex": (
+        "naflexvit_base_patch16_gap",
+        {"pos_embed_grid_size": (8, 8), "pretrained_cfg_overlay": {"input_size": (3, 128, 128)}},
+    ),
+}
+ROTARY = {
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 128}),
+    "eva02": ("eva02_tiny_patch14_224", {"img_size": 112}),
+    "rope, axial": ("vit_small_patch16_rope_224", {"img_size": 128}),
+    "rope, mixed axes for each head": ("vit_small_patch16_rope_mixed_224", {"img_size": 128}),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {"img_size": 128}),
+    "naflex, axial": (
+        "naflexvit_base_patch16_gap",
+        {"rope_type": "axial", "pretrained_cfg_overlay": {"input_size": (3, 128, 128)}},
+    ),
+}
+METHODS = {  # as functions of layers=
+    "DHTM": functools.partial(dhtm.DHTM, 20, features="keys", proportional_attention=True),
+    "DHTM, all pairs": functools.partial(dhtm.DHTM, 20, connectivity="all"),
+    "DHTMPlus": functools.partial(dhtm.DHTMPlus, 40, inflect=0, mass="attention"),  # 20 in each of two layers
+    "RandomMerge": functools.partial(baselines.RandomMerge, 20),
+    "ToMe": functools.partial(baselines.ToMe, 20),
+    "LoTM": functools.partial(baselines.LoTM, 20),
+    "PiToMe": functools.partial(baselines.PiToMe, 0.9),
+    "ATC": functools.partial(baselines.ATC, 0.3),
+    "KMedoids": functools.partial(baselines.KMedoids, 0.3),
+    "DPCKNN": functools.partial(baselines.DPCKNN, 0.3),
+    "DPCKNN, weighted": functools.partial(baselines.DPCKNN, 0.3, weighted=True),
+    "TokenMergence": functools.partial(baselines.TokenMergence, 0.3),
+    "PatchMerger": functools.partial(baselines.PatchMerger, 0.3),
+    "Sinkhorn": functools.partial(baselines.Sinkhorn, 0.3),
+    "SiT": functools.partial(baselines.SiT, 0.3),
+}
+
+
+def build(name, **more):
+    architecture, options = (MODELS | ROTARY)[name]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, pretrained=False, **(SMALL | options | more)).eval()
+    for key, parameter in model.named_parameters():
+        if "rope" in key:
+            continue
+        # LayerScale and biases start at almost nothing, which would hide a lost one.
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.2, 1)
+    return model
+
+
+def shaken(model):
+    """The model, its reducer's parameters at random: what starts at zero would hide a mistake."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.reducer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def images_for(model, batch=2, seed=1):
+    coarse = torch.randn(batch, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=image_shape(model)[1:], mode="bicubic")
+
+
+def logits(model, images):
+    with torch.inference_mode():
+        return model(images)
+
+
+def attend(attention, normed, sizes=None):
+    """Unfused attention of timm's module with log sizes added: shares [B, heads, S, S], keys [B, heads, S, d], output."""
+    queries, keys, values = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    scores = (queries.float() @ keys.float().transpose(2, 3)) / queries.shape[-1] ** 0.5
+    shares = (scores if sizes is None else scores + sizes.log()[:, None, None]).softmax(-1)
+    return shares, keys, attention.proj((shares.to(values.dtype) @ values).transpose(1, 2).flatten(2))
+
+
+@torch.inference_mode()
+def forward(model, image, merge, proportional):
+    """The logits of one image, with unfused attention and a merge after it written into timm's own modules.
+
+    Args:
+        merge: called with (layer, x [S, D], sizes [S], keys [heads, S, d], output of attention [S, D]), returns x and sizes.
+        proportional: add log sizes to the attention logits.
+    """
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image)))
+    sizes = torch.ones(x.shape[1])
+    for layer, block in enumerate(model.blocks, start=1):
+        _, keys, output = attend(block.attn, block.norm1(x), sizes[None] if proportional else None)
+        x, sizes = merge(layer, (x + block.ls1(output))[0], sizes, keys[0], output[0])
+        x = x[None] + block.ls2(block.mlp(block.norm2(x[None])))
+    return model.forward_head(model.norm(x))
+
+
+def average(x, sizes, groups):
+    """The tokens and sizes after x [S, D] of these sizes were merged in groups of old positions."""
+    new = torch.stack([(x[group] * sizes[group, None]).sum(0) / sizes[group].sum() for group in groups])
+    return new, torch.stack([sizes[group].sum() for group in groups])
+
+
+def check_step(reducer, tokens, regions, attention, groups_of_image):
+    """One call of a reducer gives the averages of the groups [B][M] of tokens, weighted by patches, and their regions."""
+    new_tokens, new_regions = reducer(tokens, regions, attention)
+    for image, groups in enumerate(groups_of_image):
+        expected, sizes = average(tokens[image], regions.sizes[image], groups)
+        torch.testing.assert_close(new_tokens[image], expected)
+        assert new_regions.sizes[image].tolist() == sizes.tolist()
+        place = {token: new for new, group in enumerate(groups) for token in group}
+        assert new_regions.assignment[image].tolist() == [place[token] for token in regions.assignment[image].tolist()]
+
+
+def check_model(reducer, groups_of, weighted=True, **options):
+    """A small DeiT with the reducer gives the logits of the forward pass written out.
+
+    Args:
+        groups_of: called with (layer, keys [S, d], averaged over heads and float64), returns groups of positions.
+        weighted: average by sizes; else evenly, forgetting sizes after each layer.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | options).eval()
+    for block in model.blocks:  # sharp attention, so that its keys and sizes matter
+        torch.nn.init.normal_(block.attn.qkv.weight, std=2 * model.embed_dim**-0.5)
+        torch.nn.init.normal_(block.attn.proj.weight, std=model.embed_dim**-0.5)
+    image = images_for(model, batch=1, seed=2)  # no two similarities that matter are within 1e-5 of each other
+    plain, merged = logits(model, image), logits(dhtm.patch(model, reducer), image)
+    dhtm.unpatch(model)
+
+    def merge(layer, x, sizes, keys, output):
+        x, sizes = average(x, sizes, groups_of(layer, keys.mean(0).double().numpy()))
+        return x, sizes if weighted else torch.ones_like(sizes)
+
+    torch.testing.assert_close(merged, forward(model, image, merge, reducer.proportional_attention), rtol=0, atol=1e-4)
+    assert (merged - plain).abs().max() > 1e-3
+
+
+def unequal_regions(n, seed):
+    """Two images' n tokens of one to several patches in a row."""
+    rng = torch.Generator().manual_seed(seed)
+    patches = torch.cat([torch.arange(n), torch.randint(n, (6,), generator=rng)])
+    assignment = torch.stack([patches, patches.flip(0)])
+    return dhtm.Regions(assignment, torch.stack([image.bincount(minlength=n) for image in assignment]), (1, n + 6))
