@@ -1,6 +1,5 @@
 """The boundary between a script and the command line: exit codes, one-line errors and signals."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -10,7 +9,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
 import torch
@@ -34,14 +34,29 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
     Args:
         resumes: whether the same command resumes a stopped one. If so, a signal to stop ends it with ``REQUEUE``.
     """
+    kept = "; finished work is kept, the same command resumes from there" if resumes else ""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
+            logging.raiseExceptions = False  # else a closed pipe causes a traceback for each logged line
             if resumes:
                 _expect_preemption()
-            with _boundary(resumes):
-                return function(*args, **kwargs)
+            try:
+                result = function(*args, **kwargs)
+                sys.stdout.flush()
+                return result
+            except BrokenPipeError:  # the reader of the pipe, for example `head`, has closed it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(0)
+            except Preempted as error:
+                _exit(REQUEUE, f"stopped by {error}{kept}")
+            except KeyboardInterrupt:
+                _exit(130, f"interrupted{kept}")
+            except Exception as error:
+                if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise
+                _exit(1, f"error: {_message(error)}")
 
         return wrapper
 
@@ -83,27 +98,9 @@ def _help_text(config_name: str) -> str:
     return text.replace("$", "$$").replace("@GROUPS@", "$APP_CONFIG_GROUPS")
 
 
-@contextlib.contextmanager
-def _boundary(resumes: bool) -> Iterator[None]:
-    logging.raiseExceptions = False  # else a closed pipe causes a traceback for each logged line
-    kept = "; finished work is kept, the same command resumes from there" if resumes else ""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the pipe, for example `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Preempted as error:
-        print(f"stopped by {error}{kept}", file=sys.stderr)
-        sys.exit(REQUEUE)
-    except KeyboardInterrupt:
-        print(f"interrupted{kept}", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if _in_sweep():
-            raise
-        print(f"error: {_message(error)}", file=sys.stderr)
-        sys.exit(1)
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def _message(error: Exception) -> str:
@@ -118,10 +115,6 @@ def _message(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="dhtm-", suffix=".log", delete=False) as file:
         traceback.print_exception(error, file=file)
     return f"{type(error).__name__}: {one_line(error)} (traceback: {file.name})"
-
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _expect_preemption() -> None:
