@@ -67,9 +67,8 @@ def test_a_target_in_gflops(method):
 
 
 def test_without_a_target_or_a_knob_the_method_stays_as_it_is(method):
-    given, unmerged = method("dhtm"), method("unmerged")
-    assert solve(MICRO, given, Target()) == (given, None)
-    assert solve(MICRO, unmerged, Target(reduction_pct=30)) == (unmerged, None)
+    for name, target in (("dhtm", Target()), ("unmerged", Target(reduction_pct=30))):
+        assert solve(MICRO, method(name), target) == (method(name), None)
 
 
 def test_a_target_out_of_reach_raises_with_the_range(method):
@@ -83,10 +82,8 @@ def test_a_target_out_of_reach_raises_with_the_range(method):
     [
         (["target.reduction_pct=30", "target.flops_g=0.1"], "give target.reduction_pct or target.flops_g, not both"),
         (["target.reduction_pct=-5"], "target.reduction_pct=-5: Input should be greater than or equal to 0"),
-        (["target.flops_g=-1"], "target.flops_g=-1: Input should be greater than or equal to 0"),
         (["target=30"], "target=30: it has keys of its own, set target.KEY=VALUE"),
         (["target.reduction_pct=30", "method.layers=[4,7,13]"], r"layers=\[4, 7, 13\]: the model has layers 1 to 12"),
-        (["target.reduction_pct=30", "method=k_medoids", "method.layers=all"], "so it starts from 2"),
         (["target.reduction_pct=30", "backbone.architecture=resnet18"], "cannot patch a ResNet"),
     ],
 )

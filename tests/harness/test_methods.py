@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 
 import pytest
 import torch
@@ -50,16 +49,14 @@ MISMATCHES = {
     "keep_rate=0.5, not keep_rate=0.6": (MICRO, with_options(SIT, keep_rate=0.6)),
     "layers=[4, 7, 10], not layers=[4, 7, 11]": (MICRO, with_options(SIT, layers=[4, 7, 11])),
     "method=sit, not method=tome": (MICRO, Method("tome", "baselines.ToMe", "r", options={"r": 8, "layers": "all"})),
-    "backbone=deit_micro, not backbone=deit_tiny_patch16_224": (Backbone("deit_tiny", "deit_tiny_patch16_224"), SIT),
     "num_classes=10, not num_classes=3": (dataclasses.replace(MICRO, num_classes=3), SIT),
 }
 
 
-@pytest.mark.parametrize("mismatch", MISMATCHES)
-def test_weights_of_something_else_are_refused_with_the_mismatch(weights, tmp_path, mismatch):
-    backbone, method = MISMATCHES[mismatch]
-    with pytest.raises(UserError, match=re.escape(f"trained with {mismatch}")):
-        load_model(backbone, with_options(method, weights[1]), tmp_path)
+def test_weights_of_something_else_are_refused_with_the_mismatch(weights, tmp_path):
+    for mismatch, (backbone, method) in MISMATCHES.items():
+        with pytest.raises(UserError, match=re.escape(f"trained with {mismatch}")):
+            load_model(backbone, with_options(method, weights[1]), tmp_path)
 
 
 def test_weights_of_an_unfinished_training_are_taken_only_by_name(weights, tmp_path):
@@ -71,33 +68,22 @@ def test_weights_of_an_unfinished_training_are_taken_only_by_name(weights, tmp_p
     assert load_model(MICRO, with_options(SIT, file), tmp_path)[1] == file
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda whole, file: file.write_bytes(whole.read_bytes()[:5000]),
-            "not weights of scripts/train.py, or damaged",
-        ),
-        (
-            lambda whole, file: shutil.copy(EMBEDDED_WEIGHTS, file),
-            "trained with backbone=None, not backbone=deit_micro",
-        ),
-    ],
-)
-def test_files_that_are_not_trained_weights(weights, tmp_path, make, message):
-    file = tmp_path / "w.safetensors"
-    make(weights[1], file)
-    with pytest.raises(UserError, match=message):
-        load_model(MICRO, with_options(SIT, file), tmp_path)
+def test_files_that_are_not_trained_weights(weights, tmp_path):
+    damaged = tmp_path / "w.safetensors"
+    damaged.write_bytes(weights[1].read_bytes()[:5000])
+    for file, message in (
+        (damaged, "not weights of scripts/train.py, or damaged"),
+        (EMBEDDED_WEIGHTS, "trained with backbone=None, not backbone=deit_micro"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(MICRO, with_options(SIT, file), tmp_path)
 
 
 def test_a_learned_method_without_weights_needs_permission_and_is_marked(evaluated, tmp_path):
     sinkhorn = ["method=sinkhorn", "method.keep_rate=0.31", f"checkpoints_dir={tmp_path}", "data.limit=8"]
     with pytest.raises(UnavailableError, match=r"no weights trained for sinkhorn_keep_rate_0.31 in deit_micro"):
         evaluated(*sinkhorn)
-    with pytest.raises(
-        UserError, match=r"method=sinkhorn has parameters of its own and method.checkpoint=null gives none"
-    ):
+    with pytest.raises(UserError, match=r"method=sinkhorn has parameters of its own and method.checkpoint=null"):
         evaluated(*sinkhorn, "method.checkpoint=null")
     metrics = evaluated(*sinkhorn, "allow_untrained=true")
     assert metrics["untrained"] and not metrics["trained"]

@@ -22,30 +22,25 @@ from dhtm.harness.core.files import PROJECT
 
 EMBEDDED_WEIGHTS = Path(dhtm.__file__).parent / "assets" / "deit_micro.safetensors"
 
+_BOTH = {"num_classes": 10, "crop_pct": 1.0, "interpolation": "bicubic", "classifier": "head"}
 # timm's register_model looks up this variable by its name.
 default_cfgs = generate_default_cfgs(
     {
         "deit_micro": {
+            **_BOTH,
             "file": str(EMBEDDED_WEIGHTS),
             "input_size": (1, 56, 56),
-            "num_classes": 10,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
             "mean": (0.5,),
             "std": (0.5,),
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
         },
         "deit_mini": {
+            **_BOTH,
             "file": str(PROJECT / "results" / "imagenette" / "weights" / "deit_mini.safetensors"),
             "input_size": (3, 112, 112),
-            "num_classes": 10,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
             "mean": IMAGENET_DEFAULT_MEAN,
             "std": IMAGENET_DEFAULT_STD,
             "first_conv": "patch_embed.backbone.0.conv",
-            "classifier": "head",
         },
     }
 )
@@ -106,10 +101,12 @@ class Backbone:
             UserError: the weights are not available, cannot be read, or do not fit.
         """
         if self.checkpoint is not None:
-            model, source = copy.deepcopy(self.bare()), f"backbone.checkpoint={self.checkpoint}"
-            with explain(f"{source}: damaged, or more than weights", remedy="; save model.state_dict() by itself"):
-                state = load_state_dict(str(self.checkpoint), weights_only=True, use_ema=False)
-            fit(model, state, source, self.architecture)
+            model = copy.deepcopy(self.bare())
+            remedy = "; give model.state_dict() saved by itself; backbone.num_classes sets the size of the head"
+            with explain(
+                f"backbone.checkpoint={self.checkpoint}: not the weights of {self.architecture}", remedy=remedy
+            ):
+                model.load_state_dict(load_state_dict(str(self.checkpoint), weights_only=True, use_ema=False))
             return model
         pretrained = timm.get_pretrained_cfg(self.architecture)
         if pretrained and pretrained.num_classes != self.num_classes:
@@ -120,16 +117,6 @@ class Backbone:
         remedy = "; give a local file, backbone.checkpoint=FILE"
         with explain(f"backbone {self.architecture}: its pretrained weights are not available", remedy=remedy):
             return timm.create_model(self.architecture, pretrained=True, num_classes=self.num_classes).eval()
-
-
-def fit(model: nn.Module, state: dict[str, torch.Tensor], source: str, name: str) -> None:
-    """Load a state dict that must have exactly the model's parameters.
-
-    Raises:
-        UserError: parameters are missing, unknown or of another shape.
-    """
-    with explain(f"{source}: not the weights of {name}", remedy="; backbone.num_classes sets the size of its head"):
-        model.load_state_dict(state)
 
 
 def weights_sha256(model: nn.Module) -> str:

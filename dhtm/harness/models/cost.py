@@ -1,10 +1,9 @@
 """Equal cost: the setting of a method's knob (k, r or keep rate) whose FLOPs come nearest to a target."""
 
 import bisect
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
 from typing import Annotated
 
 import torch
@@ -18,7 +17,7 @@ from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 from dhtm.thresholds import find_thresholds
-from dhtm.vit import patch_grid, tokens_by_layer, unpatch
+from dhtm.vit import patch_grid, tokens_by_layer
 
 _RATES = ("keep_rate", "ratio")  # knobs that are rates even if given as the integer 1
 _STEPS = 200  # rates are tried in steps of 0.005, about one token of 196
@@ -67,11 +66,9 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
         )
     is_rate = method.knob in _RATES or isinstance(method.setting, float)
 
-    def value(i: int) -> float | int:
-        return (_STEPS - i) / _STEPS if is_rate else i
-
     def at(i: int) -> Method:
-        return dataclasses.replace(method, options={**method.options, method.knob: value(i)})
+        value = (_STEPS - i) / _STEPS if is_rate else i
+        return dataclasses.replace(method, options={**method.options, method.knob: value})
 
     def cost(i: int) -> int:
         return flops(backbone, at(i)).total
@@ -79,27 +76,25 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    with _patch_briefly(backbone, at(0)) as unmerged:  # raises an error if the method does not fit the backbone
-        rows, columns = patch_grid(unmerged)
+    unmerged = at(0).put_into(backbone.bare(), backbone.name)  # raises an error if the method does not fit the backbone
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible. Each costs less than the one before, until the method can merge no more.
-    steps = range((_STEPS if is_rate else rows * columns) + 1)
+    steps = range((_STEPS if is_rate else math.prod(patch_grid(unmerged))) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
     # First guess where the costs cross the wanted one without the method's own FLOPs, because counting those takes a trace.
-    below = bisect.bisect_left(
-        range(end + 1), -wanted, key=lambda i: -_cost_of_tokens(backbone)(torch.tensor([tokens(i)]))
-    )
+    guess = _cost_of_tokens(backbone)
+    below = bisect.bisect_left(range(end + 1), -wanted, key=lambda i: -guess(torch.tensor([tokens(i)])))
     while below > 0 and cost(below - 1) <= wanted:
         below -= 1
     while below <= end and cost(below) > wanted:
         below += 1
-    if below > end or (below == 0 and cost(0) < wanted):
-        first, least = (100 * (1 - cost(i) / plain) for i in (0, end))
+    if below > end or cost(0) < wanted:
+        first, least = (f"{100 * (1 - cost(i) / plain):.1f}% ({method.knob}={at(i).setting})" for i in (0, end))
         raise UnavailableError(
             f"{target}: method={method.name} in layers {method.options['layers']} of {backbone.name} reaches from "
-            f"{first:.1f}% ({method.knob}={value(0)}) to {least:.1f}% ({method.knob}={value(end)})"
+            f"{first} to {least}"
         )
     found = min((max(below - 1, 0), below), key=lambda i: abs(cost(i) - wanted))
     return at(found), target.reduction_pct if target.flops_g is None else round(100 * (1 - wanted / plain), 6)
@@ -140,34 +135,21 @@ def _cost_of_tokens(backbone: Backbone) -> CostOfTokens:
     return CostOfTokens.of(backbone.bare())
 
 
-@functools.cache
 def baseline_flops(backbone: Backbone) -> int:
     """Count the FLOPs of the unpatched backbone."""
-    return count_flops(backbone.bare()).total
+    return _cost_of_tokens(backbone).unmerged
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep over targets asks for the same counts again and again
 def flops(backbone: Backbone, method: Method) -> FlopCount:
     """Count the FLOPs of a backbone with a method; they do not depend on weights or images."""
-    with _patch_briefly(backbone, method) as model:
-        return count_flops(model)
+    return count_flops(method.put_into(backbone.bare(), backbone.name))
 
 
 @functools.lru_cache(maxsize=4096)
 def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
     """Return the number of tokens after each layer; None if the setting is impossible."""
     try:
-        with _patch_briefly(backbone, method) as model:
-            return tuple(tokens_by_layer(model))
+        return tuple(tokens_by_layer(method.put_into(backbone.bare(), backbone.name)))
     except UserError:
         return None
-
-
-@contextlib.contextmanager
-def _patch_briefly(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
-    """Yield the bare backbone patched with a method, and unpatch it afterwards; a UserError if it cannot be patched."""
-    model = method.patch(backbone.bare(), backbone.name)
-    try:
-        yield model
-    finally:
-        unpatch(model)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 
-from dhtm.harness.core.errors import UserError, one_line
+from dhtm.harness.core.errors import UserError, explain, one_line
 from dhtm.reducer import Reducer
 from dhtm.vit import patch
 
@@ -27,7 +27,7 @@ class Method:
         options: arguments of the class, including layers; the class's defaults for those that are not given.
 
     Raises:
-        UserError: the class does not exist, or the knob is not a number.
+        UserError: the class does not exist.
     """
 
     name: str
@@ -38,17 +38,13 @@ class Method:
 
     def __post_init__(self):
         object.__setattr__(self, "options", {**self._defaults(), **self.options})
-        if self.knob is not None and isinstance(self.options.get(self.knob), bool):  # for Python a number too
-            raise UserError(f"method.{self.knob}={self.options[self.knob]}: it must be a number")
 
     def __hash__(self):
         return hash(repr(self))
 
     def _class(self) -> type[Reducer]:
-        try:
+        with explain(f"method={self.name}: no class {self.target}"):
             return pkgutil.resolve_name(self.target)
-        except Exception as error:  # importing a module of the user's own may raise anything
-            raise UserError(f"method={self.name}: {one_line(error)}") from error
 
     def _defaults(self) -> dict[str, Any]:
         arguments = inspect.signature(self._class()).parameters.values()
@@ -86,16 +82,12 @@ class Method:
         return " ".join(f"{name}={value}" for name, value in self.knobs.items() if value != defaults.get(name))
 
     def put_into(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
-        """Patch a copy of a model with the method; raises the errors of :meth:`patch`."""
-        return self.patch(copy.deepcopy(model), backbone_name)
-
-    def patch(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
-        """Patch a model with the method.
+        """Patch a copy of a model with the method.
 
         Raises:
             UserError: the model cannot be patched with it.
         """
-        reducer = self.reducer()
+        model, reducer = copy.deepcopy(model), self.reducer()
         try:
             return patch(model, reducer)
         except (ValueError, TypeError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dhtm.harness.core.errors import UnavailableError, UserError, explain
 from dhtm.harness.core.files import PROJECT, write_atomically
-from dhtm.harness.models.backbones import Backbone, fit
+from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 
 SHIPPED = ("embedded", "imagenette")  # folders of results/ with weights
@@ -36,19 +36,19 @@ def load_model(
         UserError: the weights cannot be read, belong to something else, or are needed and not given.
     """
     file = _find(backbone, method, checkpoints_dir, allow_untrained)
+    torch.manual_seed(seed)
+    model = method.put_into(backbone.load() if file is None else backbone.bare(), backbone.name)
     if file is None:
-        pretrained = backbone.load()
-        torch.manual_seed(seed)
-        model = method.put_into(pretrained, backbone.name)
         if any(True for _ in model.reducer.parameters()) and not allow_untrained:
             raise UserError(
                 f"method={method.name} has parameters of its own and method.checkpoint=null gives none: set "
                 "method.checkpoint=trained or a file, or allow_untrained=true to run it with random ones"
             )
         return model, None
-    model = method.put_into(backbone.bare(), backbone.name)
     source = f"method.checkpoint={file}"
-    state, about = _read(file, source)
+    with explain(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
+        state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        about = content.metadata() or {}
     for key, wanted in _identity(backbone, method).items():
         if about.get(key) != wanted:
             raise UserError(f"{source}: trained with {key}={about.get(key)}, not {key}={wanted}")
@@ -57,7 +57,8 @@ def load_model(
             f"{file}: trained for {about.get('epoch')} of {about.get('epochs')} epochs so far; resume it by the command that "
             f"started it, or take the weights as they are, method.checkpoint={file}"
         )
-    fit(model, state, source, f"{backbone.name} with {method.name}")
+    with explain(f"{source}: not the weights of {backbone.name} with {method.name}"):
+        model.load_state_dict(state)
     return model, file
 
 
@@ -102,9 +103,3 @@ def _find(backbone: Backbone, method: Method, checkpoints_dir: Path, allow_untra
         "scripts/train.py with the same backbone and method, give a file, method.checkpoint=FILE, or run the method untrained, "
         "allow_untrained=true"
     )
-
-
-def _read(file: Path, source: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with explain(f"{source}: not weights of scripts/train.py, or damaged"), safe_open(file, "pt") as content:
-        names = content.keys()
-        return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
