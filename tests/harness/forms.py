@@ -21,15 +21,18 @@ CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of
 
 def in_class_folders(root, images):
     for name, (content, synset) in images.items():
-        (root / "val" / synset).mkdir(parents=True, exist_ok=True)
-        (root / "val" / synset / name).write_bytes(content)
+        write(root / "val" / synset / name, content)
     return {}
 
 
+def write(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
 def flat(root, images):
-    (root / "val").mkdir()
     for name, (content, _) in images.items():
-        (root / "val" / name).write_bytes(content)
+        write(root / "val" / name, content)
 
 
 def devkit(root, images):
@@ -76,24 +79,23 @@ def flat_with_numbers(root, images):
 
 
 def original_tar(root, images):
-    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name, (content, _) in images.items():
-            add(tar, name, content)
+    write_tar(root / "ILSVRC2012_img_val.tar", {name: content for name, (content, _) in images.items()})
     devkit(root, images)
     return {}
 
 
 def tar_of_class_folders(root, images):
-    with tarfile.open(root / "some.tar", "w") as tar:
-        for name, (content, synset) in images.items():
-            add(tar, f"./val/{synset}/{name}", content)
+    contents = {f"./val/{synset}/{name}": content for name, (content, synset) in images.items()}
+    write_tar(root / "some.tar", contents)
     return {"root": f"{root}/some.tar"}
 
 
-def add(tar, name, content):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+def write_tar(file, contents):
+    with tarfile.open(file, "w") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def shards(root, images):

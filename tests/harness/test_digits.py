@@ -1,7 +1,6 @@
 """The embedded scenes."""
 
 import numpy as np
-from PIL import Image
 
 from dhtm.harness.data.scenes import N_TEST_SCENES, Digits, scans, scenes
 
@@ -14,13 +13,8 @@ def test_scans_of_the_splits_are_disjoint():
 
 def test_a_seed_fixes_every_pixel_whatever_the_batch():
     images, labels, centres = scenes("test", range(40), seed=3)
-    assert images.shape == (40, 56, 56)
-    assert images.dtype == np.uint8
-    for index in (0, 17, 39):
-        image, label, centre = scenes("test", [index], seed=3)
-        assert (image[0] == images[index]).all()
-        assert label[0] == labels[index]
-        assert (centre[0] == centres[index]).all()
+    image, label, centre = scenes("test", [17], seed=3)
+    assert (image[0] == images[17]).all() and label[0] == labels[17] and (centre[0] == centres[17]).all()
     others, *_ = scenes("test", range(40), seed=4)
     assert (others != images).any(axis=(1, 2)).all()
 
@@ -34,7 +28,7 @@ def test_the_test_split():
     assert len(fewer.dataset) == len(fewer.groups) == 10
     assert (fewer.dataset.images == split.dataset.images[:10]).all()
     assert Digits(seed=1, limit=10).open("test", np.asarray).fingerprint != fewer.fingerprint
-    assert Image.fromarray(split.dataset[0][0]).size == (56, 56)
+    assert split.dataset[0][0].shape == (56, 56)
     assert (np.bincount(split.groups) == 4).all(), "every scan is in four scenes"
     assert all(len(set(labels[split.groups == scan])) == 1 for scan in range(500))
 

@@ -219,7 +219,7 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_pa
         (["method=random", "seed=abc"], r"seed=abc: Input should be a valid integer"),
         (["data.seed=-1"], r"data.seed=-1: "),
         (["backbone.num_classes=7"], r"backbone.num_classes=7: the pretrained weights of deit_micro have 10 outputs"),
-        (["data.split=valid"], r"data.split=valid: the digits have data.split=test, and train"),
+        (["data.split=valid"], r"data.split=valid: Input should be 'test' or 'train'"),
         (["device=tpu"], r"device=tpu: not available"),
         (["results_dir=/proc/nowhere"], r"results_dir=/proc/nowhere: cannot write there"),
         (

@@ -16,11 +16,11 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
+from torchvision.transforms import Compose, Normalize, PILToTensor
 from tqdm import tqdm
 
 from dhtm.harness.core.errors import explain
-from dhtm.harness.core.files import lock, require_writable, write_atomically
+from dhtm.harness.core.files import lock, write_atomically
 from dhtm.harness.data.splits import Split, UnreadableError, load
 
 CHUNK = 256  # images in a file
@@ -39,33 +39,25 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
 
     Returns:
         The split with ``normalise`` set and a :class:`CachedImages`; the split itself if its images are in memory or
-        change every epoch, or the preprocessing does not end with a conversion to a tensor and a normalisation.
+        change every epoch.
 
     Raises:
         UserError: the cache lacks images and cannot be written.
     """
-    *crop, to_tensor, normalize = create_transform(**preprocessing).transforms
-    kept = not split.in_memory and split.new_each_epoch is None
-    if not kept or not isinstance(to_tensor, ToTensor) or not isinstance(normalize, Normalize):
+    if split.in_memory or split.new_each_epoch is not None:
         return split
+    *crop, _, normalize = create_transform(**preprocessing).transforms
     cropped = data.open(data.split, Compose([*crop, PILToTensor()])).dataset
-    # As strings, timm's transforms lack the colour that they fill borders with.
-    steps = [(str(step), getattr(step, "fill", None)) for step in crop]
     versions = {package: metadata.version(package) for package in _PACKAGES}
-    key = json.dumps(
-        [split.fingerprint, len(cropped), CHUNK, steps, preprocessing["input_size"], versions], default=str
-    )
+    key = json.dumps([split.fingerprint, len(cropped), CHUNK, preprocessing, versions])
     images = CachedImages(cache_dir / hashlib.sha256(key.encode()).hexdigest()[:16], cropped)
     if images.missing_chunks():
-        require_writable(images.folder, f"cache_dir={cache_dir}")
-        with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
-            remedy = "; remove it and set cache_dir=null, or choose another place"
-            with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
+        remedy = "; remove it and set cache_dir=null, or choose another place"
+        with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
+            images.folder.mkdir(parents=True, exist_ok=True)
+            with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
                 images.fill(num_workers, data.name)
-    mean, std = (
-        torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (normalize.mean, normalize.std)
-    )
-    normalise = functools.partial(_normalise, mean=mean, std=std)
+    normalise = functools.partial(_normalise, normalize)
     return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing_chunks())
 
 
@@ -93,9 +85,9 @@ class CachedImages(Dataset):
         if number != self._last[0]:
             self._last = number, self._map(number)
         images = self._last[1]
-        return (
-            self.cropped[index] if images is None else (torch.from_numpy(images[row]), int(self.cropped.labels[index]))
-        )
+        if images is None:
+            return self.cropped[index]
+        return torch.from_numpy(images[row]), int(self.cropped.labels[index])
 
     def missing_chunks(self) -> list[int]:
         """Return the numbers of the files that do not exist."""
@@ -107,8 +99,6 @@ class CachedImages(Dataset):
         Raises:
             OSError: the disk is full, for example.
         """
-        for file in self.folder.glob(".*.npy"):  # unfinished files of a process that was killed
-            file.unlink()
         missing = self.missing_chunks()
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(self))) for number in missing]
         with tqdm(total=sum(map(len, chunks)), desc=f"{name}: cache", unit=" images", disable=None) as bar:
@@ -129,8 +119,7 @@ class CachedImages(Dataset):
             return np.load(file, mmap_mode="c")  # "c" because PyTorch warns about arrays that cannot be written
 
 
-def _normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _normalise(normalize: Normalize, pixels: Tensor) -> Tensor:
     """Turn uint8 [B, C, H, W] into the model's float32 input, bit for bit as the transform does image by image."""
     # Divide by a tensor: for a number, a GPU would multiply with its inverse, which rounds differently.
-    largest = torch.full((1,), 255.0, device=pixels.device)
-    return pixels.to(torch.float32).div_(largest).sub_(mean.to(pixels.device)).div_(std.to(pixels.device))
+    return normalize(pixels.to(torch.float32).div_(torch.full((1,), 255.0, device=pixels.device)))

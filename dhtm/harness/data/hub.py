@@ -26,15 +26,15 @@ class Table(Source):
     def __init__(self, root: str, table, files: list):
         import datasets
 
-        images, labels = [], []  # names of their columns
-        for name, kind in table.features.items():
-            if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
-                images.append(name)
-            elif isinstance(kind, datasets.ClassLabel) or name in _LABELS:
-                labels.append(name)
+        columns = table.features.items()
+        images = [
+            name
+            for name, kind in columns
+            if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+        ]
+        labels = [name for name, kind in columns if isinstance(kind, datasets.ClassLabel) or name in _LABELS]
         if not images or not labels:
-            missing = "labels" if images else "images"
-            raise UserError(f"data.root={root}: none of its columns {', '.join(table.features)} has {missing}")
+            raise UserError(f"data.root={root}: no column of images and one of labels in {', '.join(table.features)}")
         self.column, label = images[0], labels[0]
         self.rows = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
         self.class_names = tuple(getattr(table.features[label], "names", None) or ()) or None
@@ -48,11 +48,7 @@ class Table(Source):
 
     def read(self, index: int) -> BinaryIO:
         image = self.rows[index][self.column]
-        if image["bytes"] is not None:
-            return io.BytesIO(image["bytes"])
-        if image["path"] is None:
-            raise OSError("the row is empty")
-        return Path(image["path"]).open("rb")
+        return Path(image["path"]).open("rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
 def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dhtm.harness.core.errors import UserError, one_line
 from dhtm.harness.data.hub import HUB, open_table
 from dhtm.harness.data.labels import find_labels, number_classes, read_labels, reassessed_labels, synsets
-from dhtm.harness.data.sources import SPLITS, Folder, Part, Source, Tars, Tree
+from dhtm.harness.data.sources import SPLITS, Source, Tars, below, in_folder
 from dhtm.harness.data.splits import Split, UnreadableError
 
 
@@ -52,21 +52,21 @@ class Photographs:
         source, numbers, classes = _list(
             self.root, self.train_split if of_training else split, self.labels, self.class_map
         )
+        chosen, fingerprint = np.arange(len(source)), source.fingerprint
         if of_training:
             kept_out = pd.Series(numbers).groupby(numbers).cumcount().to_numpy() % self.holdout == 0
             chosen = np.flatnonzero(kept_out if split == "holdout" else ~kept_out)
-            source, numbers = Part(source, chosen), numbers[chosen]
+            numbers, fingerprint = numbers[chosen], _hash(fingerprint, chosen)
         if self.real_labels and classes != synsets() and self.class_map != "numbers":
             raise UserError("data.real_labels: it numbers classes as ImageNet-1K does; set data.class_map=synsets too")
+        images = ImageFiles(source, chosen[: self.limit], numbers[: self.limit], transform)
         return Split(
-            ImageFiles(source, numbers[: self.limit], transform),
+            images,
             classes,
-            channels=3,
-            fingerprint=hashlib.sha256(source.fingerprint.encode() + numbers.tobytes()).hexdigest(),
-            in_memory=False,
+            fingerprint=_hash(fingerprint, numbers),
             n_classes=int(numbers.max()) + 1 if classes is None else len(classes),
             among=tuple(np.unique(numbers).tolist()) if self.among == "present" else None,
-            real_labels=reassessed_labels(source) if self.real_labels else None,
+            real_labels=reassessed_labels(images.names()) if self.real_labels else None,
         )
 
 
@@ -89,34 +89,36 @@ class Images:
         """Open a split; its labels are all −1."""
         if self.root is None:
             raise UserError("data.root is not set: give a folder of images, data.root=DIR")
-        source = Tree(Path(self.root))
+        source = below(Path(self.root))
         first, step = {"all": (0, 1), "choose": (0, 2), "report": (1, 2)}[split]
         chosen = np.arange(first, len(source), step)[: self.limit]
         if not len(chosen):
             raise UserError(f"data.root={self.root}: {len(source)} images are too few for data.split={split}")
-        source = Part(source, chosen)
         return Split(
-            ImageFiles(source, np.full(len(source), -1), transform),
+            ImageFiles(source, chosen, np.full(len(chosen), -1), transform),
             classes=None,
-            channels=3,
-            fingerprint=source.fingerprint,
-            in_memory=False,
+            fingerprint=_hash(source.fingerprint, chosen),
             n_classes=0,
         )
 
 
-class ImageFiles(Dataset):
-    """The first n images of a source, decoded as timm does, and their labels, int64 [n]."""
+def _hash(fingerprint: str, numbers: np.ndarray) -> str:
+    return hashlib.sha256(fingerprint.encode() + numbers.tobytes()).hexdigest()
 
-    def __init__(self, source: Source, labels: np.ndarray, transform: Callable):
-        self.source, self.labels, self.transform = source, labels, transform
+
+class ImageFiles(Dataset):
+    """Images of a source, given by their places in it, int64 [n], decoded as timm does, and their labels, int64 [n]."""
+
+    def __init__(self, source: Source, chosen: np.ndarray, labels: np.ndarray, transform: Callable):
+        self.source, self.chosen, self.labels, self.transform = source, chosen, labels, transform
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index) -> tuple[torch.Tensor, int]:
+        place = int(self.chosen[index])
         try:
-            with self.source.read(index) as file:
+            with self.source.read(place) as file:
                 return self.transform(decode(file)), int(self.labels[index])
         except Exception as error:  # decoders raise exceptions of any kind for damaged files
             if not self.source.is_there():
@@ -124,23 +126,23 @@ class ImageFiles(Dataset):
                     f"data.root={self.source.root}: it disappeared, or is empty now; run the same command again to resume "
                     "when it is back"
                 ) from error
-            raise UnreadableError(index, self.source.name(index), one_line(error)) from error
+            raise UnreadableError(index, self.source.name(place), one_line(error)) from error
+
+    def names(self) -> list[str]:
+        """Return the full names of the images, by which a user can find them."""
+        return [self.source.name(place) for place in self.chosen]
 
 
 def decode(file: BinaryIO) -> Image.Image:
     """Decode an image as timm does, to RGB: any format of PIL, regardless of the file's name and of EXIF rotation.
 
     Raises:
-        Exception: the image is damaged, has more pixels than PIL's limit of 89 million (a decompression bomb), or is more than
-            1,000 times as long as wide.
+        Exception: the image is damaged, or has more pixels than PIL's limit of 89 million (a decompression bomb).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about EXIF, palettes and so on, and about bombs, which are errors here
-        image = Image.open(file)
-        # A long thin image becomes huge when its short side is resized to the model's input.
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 1000 * min(image.size):
-            raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels: taken for a decompression bomb")
-        return image.convert("RGB")
+        warnings.simplefilter("ignore")  # about EXIF, palettes and so on
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file).convert("RGB")
 
 
 @functools.cache  # a sweep lists its images once
@@ -171,15 +173,20 @@ def _source(root: str, split: str) -> Source:
         return open_table(root, split)
     path = Path(root)
     if path.is_dir():
-        return _in_folder(_folder_of_split(path, split), split)
-    files = [path] if path.is_file() else _match(path)
-    if not files:
-        raise UserError(f"data.root={root}: no such directory; give the folder that holds {split}/n01440764/…")
+        folder = _folder_of_split(path, split)
+        if (folder / "state.json").is_file():
+            return open_table(str(folder), split)
+        files = _archives(folder, split)
+        if not files:
+            return in_folder(folder)
+    else:
+        files = _shards(root)
     if files[0].suffix == ".tar":
-        return Tars(root if path.is_file() else str(path.parent), files)
+        return Tars(files)
     if files[0].suffix in (".parquet", ".arrow"):
-        return open_table(root if path.is_file() else str(path.parent), split, files)
-    raise UserError(f"data.root={root}: neither a folder nor a .tar, .parquet or .arrow file")
+        return open_table(str(files[0].parent), split, files)
+    what = "neither a folder nor a .tar, .parquet or .arrow file" if path.exists() else "no such directory"
+    raise UserError(f"data.root={root}: {what}; give the folder that holds {split}/n01440764/…")
 
 
 def _folder_of_split(folder: Path, split: str) -> Path:
@@ -192,34 +199,28 @@ def _folder_of_split(folder: Path, split: str) -> Path:
     return folder
 
 
-def _in_folder(folder: Path, split: str) -> Source:
-    if (folder / "state.json").is_file():
-        return open_table(str(folder), split)
+def _archives(folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder, or of data/ in it, that hold the images of a split; none if there are no such files."""
     for inside in (folder, folder / "data"):
         for suffix in (".parquet", ".arrow", ".tar"):
-            files = _files_of_split(sorted(inside.glob(f"*{suffix}")), split)
-            if files:
-                return Tars(str(inside), files) if suffix == ".tar" else open_table(str(inside), split, files)
-    return Folder(folder)
+            if files := _files_of_split(sorted(inside.glob(f"*{suffix}")), split):
+                return files
+    return []
 
 
 def _files_of_split(files: list[Path], split: str) -> list[Path]:
-    """Return the files that name a split, as validation-00000-of-00014 and ILSVRC2012_img_val do; all if none names any."""
-
-    def names_one_of(file: Path, names) -> bool:
-        return not set(names).isdisjoint(re.split(r"[^a-z]+", file.stem.lower()))
-
-    known = [name for names in SPLITS.values() for name in names]
-    if not any(names_one_of(file, known) for file in files):
-        return files
-    return [file for file in files if names_one_of(file, SPLITS.get(split, (split,)))]
+    """Return the files that name a split, as validation-00000-of-00014 and ILSVRC2012_img_val do; else those that name none."""
+    words = {file: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    known = {name for names in SPLITS.values() for name in names}
+    named = [file for file in files if words[file].intersection(SPLITS.get(split, (split,)))]
+    return named or [file for file in files if not words[file] & known]
 
 
-def _match(pattern: Path) -> list[Path]:
-    """Return the files of a shell pattern, or of a range of numbers {000..063} as in WebDataset."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", str(pattern))
+def _shards(root: str) -> list[Path]:
+    """Return the files of a range of numbers {000..063}, as in WebDataset; or the one file."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", root)
     if braces is None:
-        return sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        return [Path(root)]
     first, last = braces.groups()
     numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    return [Path(braces.string[: braces.start()] + number + braces.string[braces.end() :]) for number in numbers]
+    return [Path(root[: braces.start()] + number + root[braces.end() :]) for number in numbers]

@@ -19,7 +19,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
-from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split
 
 CANVAS = 56
@@ -37,8 +36,8 @@ class Digits:
     """The embedded data set; ``configs/data/digits.yaml`` explains the settings."""
 
     name: str = "digits"
-    split: str = "test"
-    train_split: str = "train"
+    split: Literal["test", "train"] = "test"
+    train_split: Literal["test", "train"] = "train"
     seed: NonNegativeInt = 0
     limit: PositiveInt | None = None
     on_error: Literal["collect", "skip"] = "collect"
@@ -50,14 +49,11 @@ class Digits:
 
     def open(self, split: str, transform: Callable) -> Split:
         """Open the split "test" or "train"; the transform takes a grey PIL image."""
-        if split not in _SPLITS:
-            raise UserError(f"data.split={split}: the digits have data.split=test, and train")
         options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}
         if split == "train":
             n_scenes = min(self.limit or N_TRAIN_SCENES, N_TRAIN_SCENES)
             in_epoch = functools.partial(NewScenes, n_scenes, self.seed, transform)
-            fingerprint = f"digits {self.seed}"
-            return Split(in_epoch(0), fingerprint=fingerprint, in_memory=False, new_each_epoch=in_epoch, **options)
+            return Split(in_epoch(0), fingerprint=f"digits {self.seed}", new_each_epoch=in_epoch, **options)
         images, labels, fingerprint = _test_scenes(self.seed, min(self.limit or N_TEST_SCENES, N_TEST_SCENES))
         dataset, groups = DrawnScenes(images, labels, transform), np.arange(len(images)) % N_TEST_SCANS
         return Split(dataset, fingerprint=fingerprint, in_memory=True, groups=groups, **options)

@@ -27,7 +27,7 @@ class Source(abc.ABC):
     """Images in a fixed order.
 
     Attributes:
-        root: the file or folder, as messages name it.
+        root: the folder of the images or of the files that hold them; or the hub's address.
         names: of the images, bytes [n]; an array, because every loading process would copy a list.
         given: the class of each image, as a name (str [n]) or a number (int64 [n]); None if the source has no classes.
         class_names: the names of those numbers, in order, if known.
@@ -51,11 +51,7 @@ class Source(abc.ABC):
 
     def is_there(self) -> bool:
         """Return whether the root still exists; a disk that is unmounted may leave an empty folder in its place."""
-        root = Path(self.root)
-        try:
-            return any(root.iterdir()) if root.is_dir() else root.exists()
-        except OSError:
-            return False
+        return Path(self.root).is_dir() and any(Path(self.root).iterdir())
 
     @abc.abstractmethod
     def read(self, index: int) -> BinaryIO:
@@ -66,26 +62,10 @@ class Source(abc.ABC):
         """
 
 
-class Part(Source):
-    """A subset of another source's images, given by their numbers, int64 [n]."""
-
-    def __init__(self, source: Source, chosen: np.ndarray):
-        self.source, self.chosen = source, chosen
-        self.root, self.names, self.class_names = source.root, source.names[chosen], source.class_names
-        self.given = None if source.given is None else source.given[chosen]
-        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen.tobytes()).hexdigest()
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.chosen[index])
-
-    def read(self, index: int) -> BinaryIO:
-        return self.source.read(self.chosen[index])
-
-
 class Files(Source):
     """Images that are files below a folder, with a class for each or without classes (None)."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None):
+    def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None = None):
         names = [str(file.relative_to(folder)) for file in files]
         super().__init__(str(folder), names, [file.stat().st_size for file in files], classes)
 
@@ -93,32 +73,25 @@ class Files(Source):
         return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
 
 
-class Folder(Files):
-    """A folder of images, or of one folder per class."""
-
-    def __init__(self, folder: Path):
-        files, classes = _images(folder.iterdir()), None
-        if not files:
-            with explain(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
-                listed = ImageFolder(str(folder))
-            files = [Path(file) for file, _ in listed.samples]
-            classes = [listed.classes[label] for _, label in listed.samples]
-        super().__init__(folder, files, classes)
+def in_folder(folder: Path) -> Files:
+    """Return the images of a folder, without classes; or if it has none, those of its folders, one per class."""
+    if files := _images(folder.iterdir()):
+        return Files(folder, files)
+    with explain(f"data.root: {folder}: neither images nor folders of images", FileNotFoundError):
+        listed = ImageFolder(str(folder))
+    return Files(folder, [Path(file) for file, _ in listed.samples], [listed.classes[i] for i in listed.targets])
 
 
-class Tree(Files):
-    """All images below a folder, without classes.
+def below(folder: Path) -> Files:
+    """Return all images below a folder, without classes.
 
     Raises:
         UserError: there is no such folder, or no image in it.
     """
-
-    def __init__(self, folder: Path):
-        files = _images(folder.rglob("*"))
-        if not files:
-            what = "no image in it" if folder.is_dir() else "no such directory"
-            raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
-        super().__init__(folder, files, None)
+    if files := _images(folder.rglob("*")):
+        return Files(folder, files)
+    what = "no image in it" if folder.is_dir() else "no such directory"
+    raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -126,58 +99,42 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 
 
 class Tars(Source):
-    """Images in tar files, which are never unpacked: ImageNet's own, or WebDataset shards.
+    """Images in tar files of one folder, which are never unpacked: ImageNet's own, or WebDataset shards.
 
     The class of an image is the number in the .cls or .json (``"label"``) file beside it, as WebDataset writes it; otherwise
     the name of its folder.
     """
 
-    def __init__(self, root: str, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path]):
         self.files = files
-        members = [(number, member) for number, file in enumerate(files) for member in _members(file)]
-        images = [(number, member) for number, member in members if _suffix(member.name) in IMG_EXTENSIONS]
+        members = {(number, member.name): member for number, file in enumerate(files) for member in _members(file)}
+        images = [key for key in members if Path(key[1]).suffix.lower() in IMG_EXTENSIONS]
         if not images:
-            raise UserError(f"data.root: {root}: there are no images in {files[0]}")
-        beside = {
-            (number, *_sample(member.name)): member
-            for number, member in members
-            if _suffix(member.name) in (".cls", ".json")
-        }
-        self.places = np.array([(number, member.offset_data, member.size) for number, member in images])
-        names = [f"{files[number].name}/{member.name}" for number, member in images]
-        given = [self._label(number, member, beside) for number, member in images]
-        one_folder = len(set(given)) == 1 and isinstance(given[0], str)  # not a class
-        super().__init__(
-            root, names, [member.size for _, member in images], None if None in given or one_folder else given
-        )
-
-    def name(self, index: int) -> str:
-        return f"{self.files[self.places[index, 0]].parent}/{self.names[index].decode(errors='replace')}"
+            raise UserError(f"data.root: there are no images in {files[0]}")
+        self.places = np.array([(key[0], members[key].offset_data, members[key].size) for key in images])
+        given = [self._label(number, name, members) for number, name in images]
+        if None in given or (len(set(given)) == 1 and isinstance(given[0], str)):  # a single folder is not a class
+            given = None
+        names = [f"{files[number].name}/{name}" for number, name in images]
+        super().__init__(str(files[0].parent), names, [members[key].size for key in images], given)
 
     def read(self, index: int) -> BinaryIO:
-        return self._content(*self.places[index])
+        return io.BytesIO(self._content(*self.places[index]))
 
-    def _content(self, number: int, offset: int, size: int) -> BinaryIO:
+    def _content(self, number: int, offset: int, size: int) -> bytes:
         with self.files[number].open("rb") as file:
             file.seek(offset)
-            return io.BytesIO(file.read(size))
+            return file.read(size)
 
-    def _label(self, number: int, image: tarfile.TarInfo, beside: dict) -> int | str | None:
-        key, _ = _sample(image.name)
+    def _label(self, number: int, name: str, members: dict[tuple[int, str], tarfile.TarInfo]) -> int | str | None:
+        folder, slash, file = name.rpartition("/")
+        sample = f"{folder}{slash}{file.partition('.')[0]}"
         for suffix in (".cls", ".json"):
-            member = beside.get((number, key, suffix))
-            if member is None:
-                continue
-            try:
-                content = json.loads(self._content(number, member.offset_data, member.size).read())
-            except ValueError:
-                content = None
-            label = content.get("label") if isinstance(content, dict) else content
-            if isinstance(label, int):
-                return label
-            if suffix == ".cls":
-                raise UserError(f"data.root: {self.files[number]}: {member.name} does not hold the number of a class")
-        return Path(image.name).parent.name or None
+            if member := members.get((number, sample + suffix)):
+                with explain(f"data.root: {self.files[number]}: {member.name} does not hold the number of a class"):
+                    content = json.loads(self._content(number, member.offset_data, member.size))
+                    return int(content["label"] if suffix == ".json" else content)
+        return Path(folder).name or None
 
 
 def _members(file: Path) -> list[tarfile.TarInfo]:
@@ -186,28 +143,7 @@ def _members(file: Path) -> list[tarfile.TarInfo]:
         tarfile.open(file, "r:") as tar,
     ):
         members = [member for member in tar if member.isreg()]
-        _require_end(tar)
+        tar.fileobj.seek(tar.offset)  # of the header that is none, which tarfile takes for the end
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
         return members
-
-
-def _require_end(tar: tarfile.TarFile) -> None:
-    """Raise unless a block of zeros or more follows the last member: ``tarfile`` takes a damaged header for the end."""
-    tar.fileobj.seek(tar.offset)
-    n_zeros = 0
-    while block := tar.fileobj.read(1 << 20):
-        if any(block):
-            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
-        n_zeros += len(block)
-    if n_zeros < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it is cut off")
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
-
-
-def _sample(name: str) -> tuple[str, str]:
-    """Split a file's name at its first dot into WebDataset's name of the sample and the rest."""
-    folder, _, file = name.rpartition("/")
-    key, dot, rest = file.partition(".")
-    return f"{folder}/{key}", (dot + rest).lower()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -22,10 +23,10 @@ class Split:
     Attributes:
         dataset: item i is (image, label); the image as the transform returns it.
         classes: the names of the model's outputs, in their order; None where labels are the numbers of outputs.
-        channels: of each image.
         fingerprint: SHA-256 of what identifies the images and labels.
-        in_memory: items cost next to nothing, so they are loaded without worker processes.
         n_classes: the number of outputs that a model needs.
+        channels: of each image.
+        in_memory: items cost next to nothing, so they are loaded without worker processes.
         among: the outputs that can be predicted; None for all.
         real_labels: all correct labels of each image, empty if unknown; None if images have only one label.
         normalise: turns a batch of the dataset's images into the model's input, on the device; None if not needed.
@@ -35,10 +36,10 @@ class Split:
 
     dataset: Dataset
     classes: tuple[str, ...] | None
-    channels: int
     fingerprint: str
-    in_memory: bool
     n_classes: int
+    channels: int = 3
+    in_memory: bool = False
     among: tuple[int, ...] | None = None
     real_labels: list[list[int]] | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
@@ -160,47 +161,34 @@ def load(
     Raises:
         UserError: the data set as a whole can no longer be read.
     """
-    n_workers = min(16, _n_cores()) if num_workers is None else num_workers
-    loader = DataLoader(
-        _Indexed(dataset), batch_sampler=batches, collate_fn=_collate, num_workers=n_workers, pin_memory=pin_memory
-    )
+    if num_workers is None:  # of the cores that a batch system allots, this process's share under torchrun
+        num_workers = min(16, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    loader = DataLoader(_Batches(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
-def _n_cores() -> int:
-    """Return the number of cores for this process: those that a batch system allots, divided by torchrun's processes."""
-    n_here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, n_here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+class _Batches(Dataset):
+    """The batches of a data set: item i is the i-th :class:`Batch`, or an error that concerns more than one image."""
 
-
-class _Indexed(Dataset):
-    """A data set whose items are (index, image, label), or the error that reading one raised."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, batches: Sequence[Sequence[int]]):
+        self.dataset, self.batches = dataset, batches
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.batches)
 
-    def __getitem__(self, index):
-        try:
-            image, label = self.dataset[index]
-        except UserError as error:  # returned, because an error from a worker process would arrive with a traceback
-            return error
-        return index, image, label
-
-
-def _collate(items: list) -> Batch | UserError:
-    """Return a batch of :class:`_Indexed`'s items, or the first error that concerns more than one image."""
-    failed = [item for item in items if isinstance(item, UserError)]
-    for error in failed:
-        if not isinstance(error, UnreadableError):
-            return error
-    readable = [item for item in items if not isinstance(item, UserError)]
-    ids, labels = (torch.tensor([item[part] for item in readable], dtype=torch.int64) for part in (0, 2))
-    # NumPy's stack, because the threads of PyTorch's wait for each other when other processes use the cores.
-    images = torch.from_numpy(np.stack([image for _, image, _ in readable])) if readable else None
-    return Batch(ids, images, labels, failed)
+    def __getitem__(self, number) -> Batch | UserError:
+        readable, failed = [], []
+        for index in self.batches[number]:
+            try:
+                readable.append((index, *self.dataset[index]))
+            except UnreadableError as error:
+                failed.append(error)
+            except UserError as error:  # returned, because an error from a worker process would arrive with a traceback
+                return error
+        ids, labels = (torch.tensor([item[part] for item in readable], dtype=torch.int64) for part in (0, 2))
+        # NumPy's stack, because the threads of PyTorch's wait for each other when other processes use the cores.
+        images = torch.from_numpy(np.stack([image for _, image, _ in readable])) if readable else None
+        return Batch(ids, images, labels, failed)
