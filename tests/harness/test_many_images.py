@@ -1,12 +1,13 @@
 """As many images as ImageNet's validation set has: memory stays flat, and each is counted once."""
 
+import contextlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import timm
 from conftest import ROOT
@@ -57,14 +58,8 @@ def done(results):
 
 def memory(pid):
     """Bytes that a process and those that load images for it hold for themselves."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return sum(own(one) for one in [pid, *children])
-
-
-def own(pid):
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
-    return 1024 * (kilobytes["Private_Dirty"] + kilobytes["Swap"])
+    process, used = psutil.Process(pid), 0
+    for one in [process, *process.children()]:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            used += one.memory_full_info().uss
+    return used
