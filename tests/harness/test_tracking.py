@@ -26,7 +26,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.methods import UNMERGED
 from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
-from dhtm.harness.tracking import Tracker, track_training
+from dhtm.harness.tracking import Tracker, WandbRun
 from dhtm.harness.training import trainer
 from dhtm.report.dashboard import save_dashboard
 from dhtm.report.regions import sample_regions
@@ -123,6 +123,12 @@ def logged(folder):
     return found
 
 
+def log_epochs(n_epochs=1, run_id="abc", **options):
+    with WandbRun(Tracker(**options), {}, id=run_id) as run:
+        for epoch in range(1, n_epochs + 1):
+            run.do(lambda run, epoch=epoch: run.log({"epoch": epoch}))
+
+
 def steps(rows, step="step"):
     return [row[step] for row in rows if "running/top1" in row]
 
@@ -132,7 +138,7 @@ def test_an_offline_run_holds_everything(tracked, tmp_path):
     found = logged(tmp_path)
     (run,), rows = found.runs, found.rows
     assert (run.run_id, run.run_group, run.job_type) == (metrics["run_id"], "table1", "evaluation")
-    assert run.display_name == "deit_micro dhtm k=10, digits"
+    assert run.display_name == "deit_micro · dhtm k=10 · digits"
     assert json.loads(next(item.value_json for item in run.config.update if item.key == "method"))["k"] == 10
     assert steps(rows) == STEPS
     running = [row for row in rows if "running/top1" in row]
@@ -189,8 +195,7 @@ def test_a_server_that_breaks_half_way_is_left_after_a_while(wandb_server, monke
     monkeypatch.setitem(tracking._SETTINGS, "finish_timeout", 1)
     wandb_server(broken_after=2)
     start = time.monotonic()
-    with track_training(Tracker(dir=tmp_path), {}, "a training", "abc") as report:
-        report({"epoch": 1})
+    log_epochs(dir=tmp_path)
     found = logged(tmp_path)  # ends W&B, as the end of the process does
     assert time.monotonic() - start < 30
     assert "W&B failed, nothing more is logged to this run" in caplog.text
@@ -204,17 +209,15 @@ def test_without_a_network_it_logs_offline(log_in, monkeypatch, caplog, tmp_path
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         log_in(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        for epoch in (1, 2):
-            with track_training(Tracker(dir=tmp_path), {}, "a training", f"run{epoch}") as report:
-                report({"epoch": epoch})
+        for run_id in ("first", "second"):
+            log_epochs(run_id=run_id, dir=tmp_path)
         found = logged(tmp_path)
     assert caplog.text.count("W&B cannot be reached, this process logs offline") == 1
-    assert [row["epoch"] for row in found.rows] == [1, 2]
+    assert [row["epoch"] for row in found.rows] == [1, 1]
 
 
 def test_without_a_login_it_logs_offline(caplog, tmp_path):
-    with track_training(Tracker(mode="online", dir=tmp_path), {}, "a training", "abc") as report:
-        report({"epoch": 1})
+    log_epochs(mode="online", dir=tmp_path)
     assert "no login to W&B: logged offline" in caplog.text
     assert [row["epoch"] for row in logged(tmp_path).rows] == [1]
 
@@ -275,24 +278,9 @@ def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
     assert json.loads(stored.read_text())["data"] == table.to_numpy().tolist()
 
 
-@pytest.mark.parametrize(
-    ("broken", "options"),
-    [
-        ("wandb.init", {}),
-        ("wandb.Run.log", {}),
-        (None, {"dir": "/proc/nowhere"}),
-    ],
-)
-def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path, broken, options):
-    """The training continues, and fails only with its own error."""
-    if broken:
-        monkeypatch.setattr(broken, lambda *a, **o: 1 / 0)
-    tracker = Tracker(**{"mode": "offline", "dir": tmp_path} | options)
-    own_error = pytest.raises(UserError, match="the loss is nan")
-    with own_error, track_training(tracker, {}, "a training", "abc") as report:
-        for epoch in (1, 2):
-            report({"epoch": epoch})
-        raise UserError("the loss is nan")
+def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr("wandb.Run.log", lambda *a, **o: 1 / 0)
+    log_epochs(2, mode="offline", dir=tmp_path)
     assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
 
 
@@ -308,7 +296,7 @@ def test_a_wandb_that_cannot_be_imported_and_pictures_that_fail_do_not_matter(tr
 
 
 def test_by_default_and_disabled_nothing_is_started(evaluated, monkeypatch):
-    monkeypatch.setattr(tracking, "_start", lambda *a: pytest.fail("W&B was started"))
+    monkeypatch.setattr("wandb.init", lambda **options: pytest.fail("W&B was started"))
     for options in ([], ["tracker=wandb", "tracker.mode=disabled"]):
         evaluated("data.limit=2", *options)
 

@@ -35,7 +35,7 @@ from dhtm.harness.runs.faithfulness import Observe, compare_with, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
 from dhtm.harness.runs.predict import predict_and_store
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
-from dhtm.harness.tracking import TrackedEvaluation, Tracker, track_evaluation
+from dhtm.harness.tracking import Tracker, WandbEvaluation
 from dhtm.vit import tokens_by_layer
 
 log = logging.getLogger(__name__)
@@ -104,10 +104,10 @@ class _Prepared:
     split: Split
     determinants: dict
 
-    def track(self, done: pd.DataFrame, ranks: Ranks) -> contextlib.AbstractContextManager[TrackedEvaluation]:
+    def track(self, done: pd.DataFrame, ranks: Ranks) -> WandbEvaluation:
         """Log the run to the tracker, if there is one; ``done`` are the predictions of earlier processes."""
         run_id, n_images = self.directory.path.name, len(self.split.dataset)
-        return track_evaluation(self.evaluation, run_id, self.trained, n_images, done, ranks)
+        return WandbEvaluation(self.evaluation, self.title, run_id, n_images, done, ranks)
 
 
 def evaluate(

@@ -36,7 +36,7 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 from dhtm.harness.models.weights import save_weights
 from dhtm.harness.runs.predict import predict
-from dhtm.harness.tracking import Tracker, track_training
+from dhtm.harness.tracking import Tracker, WandbRun
 from dhtm.harness.training.checkpoints import random_state, read_checkpoint, write_checkpoint
 from dhtm.vit import image_ids
 
@@ -155,7 +155,7 @@ def train(training: Training) -> dict:
 
     parallel = DistributedDataParallel(model) if ranks.world > 1 else model
     tracker = training.tracker if ranks.first else None
-    with track_training(tracker, training.settings(), name, log_id) as report:
+    with WandbRun(tracker, training.settings(), id=log_id, name=name, job_type="training") as run:
         for epoch in range(len(history) + 1, training.epochs + 1):
             loader = _loader(training, images.dataset_in(epoch), epoch, micro_batch, ranks)
             start = time.perf_counter()
@@ -179,7 +179,7 @@ def train(training: Training) -> dict:
                 )  # fmt: skip
                 _save_epoch(training, model, history, folder)
                 write_checkpoint(folder / "last.pt", parts, history, log_id, random_states, training.determinants())
-                report(row)
+                run.do(lambda run, row=row: run.log(row))
             ranks.gather(None)  # the others wait until it is saved
     return history[-1]
 
