@@ -22,7 +22,6 @@ from dhtm.harness import config as door
 from dhtm.harness.core.command import command
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.runs import evaluate as evaluation
-from dhtm.harness.runs import predict as prediction
 from dhtm.harness.runs.evaluate import evaluate
 
 # The unmerged model, because all other runs carry it out first.
@@ -69,23 +68,23 @@ def child(run, slow, carry_out=evaluate):
     def work():
         torch.set_num_threads(1)  # OpenMP's others were not forked
         torch.cuda.is_available = lambda: False  # nor would CUDA work
-        prediction.predict = slowly
+        evaluation.predict = slowly
         carry_out(run)
 
-    predict = prediction.predict
+    predict = evaluation.predict
     marks.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process, lambda: marks.stat().st_size if marks.exists() else 0
 
 
-def killed_until_done(composed, results, n_kills, seed):
+def killed_until_done(composed, results, n_kills):
     """Kill runs at random moments, from the first batch to after the last; then let one finish.
 
     Returns:
         How many shards there were after each kill.
     """
-    moments, run = random.Random(seed), door.evaluation(composed(*RUN, f"results_dir={results}"))
+    moments, run = random.Random(0), door.evaluation(composed(*RUN, f"results_dir={results}"))
     stored = []
     while len(stored) < n_kills:
         process, n_batches = child(run, slow=0.02)
@@ -102,27 +101,18 @@ def killed_until_done(composed, results, n_kills, seed):
     return stored
 
 
-def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(run, composed, tmp_path):
+@pytest.mark.parametrize("n_kills", [4, pytest.param(200, marks=pytest.mark.stress)])
+def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(run, composed, tmp_path, n_kills):
     expected, _ = run()
-    stored = killed_until_done(composed, tmp_path / "killed", 4, seed=0)
+    stored = killed_until_done(composed, tmp_path / "killed", n_kills)
     assert max(stored) > 0, "some were killed half way"
     for results in tmp_path.glob("killed*"):
         pd.testing.assert_frame_equal(read(results), expected)
 
 
-@pytest.mark.stress
-def test_200_kills(run, composed, tmp_path):
-    expected, _ = run()
-    for seed in range(10):
-        (tmp_path / str(seed)).mkdir()
-        killed_until_done(composed, tmp_path / str(seed) / "killed", 20, seed)
-        for results in (tmp_path / str(seed)).glob("killed*"):
-            pd.testing.assert_frame_equal(read(results), expected)
-
-
 def interrupt_the_next(monkeypatch):
     """The next run is interrupted after five batches. Returns the images that it and later ones predict, a list each."""
-    predict, asked = prediction.predict, []
+    predict, asked = evaluation.predict, []
 
     def interrupted(model, split, indices, *arguments):
         asked.append(list(indices))
@@ -130,7 +120,7 @@ def interrupt_the_next(monkeypatch):
         if len(asked) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prediction, "predict", interrupted)
+    monkeypatch.setattr(evaluation, "predict", interrupted)
     return asked
 
 
@@ -197,27 +187,15 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
 @pytest.fixture
 def carried_out(tmp_path, monkeypatch):
     """A file that grows by a byte for each run that this process or one forked from it carries out."""
-    marks, carry_out = tmp_path / "carried out", evaluation.predict_and_store
+    marks, carry_out = tmp_path / "carried out", evaluation.store_predictions
 
     def counted(*arguments, **options):
         with marks.open("a") as file:
             file.write("x")
         return carry_out(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "predict_and_store", counted)
+    monkeypatch.setattr(evaluation, "store_predictions", counted)
     return marks
-
-
-def test_two_processes_asked_for_the_same_run_carry_it_out_once(run, composed, tmp_path, carried_out):
-    expected, _ = run()
-    carried_out.unlink()  # it counts from here
-    once = door.evaluation(composed(*RUN, f"results_dir={tmp_path}/runs"))
-    both = [child(once, slow=0.05)[0] for _ in range(2)]
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
-    assert carried_out.read_text() == "x"
-    pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
 
 
 def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, carried_out):
@@ -233,7 +211,7 @@ def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_p
 def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
     expected, metrics = run()
     assert metrics["batch_size"] == 4
-    predict = prediction.predict
+    predict = evaluation.predict
 
     def small_device(model, split, indices, batch_size, *arguments):
         for part in predict(model, split, indices, batch_size, *arguments):
@@ -241,7 +219,7 @@ def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
                 raise torch.OutOfMemoryError
             yield part
 
-    monkeypatch.setattr(prediction, "predict", small_device)
+    monkeypatch.setattr(evaluation, "predict", small_device)
     least = 3
     rows, metrics = run("batch_size=16")
     pd.testing.assert_frame_equal(rows, expected)
@@ -272,13 +250,13 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
 
 def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monkeypatch, caplog):
     assert run()[1]["first_nonfinite"] is None
-    predict = prediction.predict
+    predict = evaluation.predict
 
     def broken(*arguments):
         for part in predict(*arguments):
             yield part.assign(nonfinite=part["index"].isin([17, 30]))
 
-    monkeypatch.setattr(prediction, "predict", broken)
+    monkeypatch.setattr(evaluation, "predict", broken)
     _, metrics = run()
     assert (metrics["n_nonfinite"], metrics["first_nonfinite"]) == (2, 17)
     assert "2 images have logits that are not finite, the first is image 17" in caplog.text
@@ -301,23 +279,10 @@ def test_ranks_share_a_run_image_by_image(ranks, composed, tmp_path):
         assert "".join(result.stdout for result in results).count(run_id) == 1, "one rank tells"
 
 
-def over_ranks(world, *overrides):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return [*torchrun, str(ROOT / "scripts/evaluate.py"), "-m", *RUN, *overrides]
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_any_number_of_ranks(run, tmp_path, world, batch_size):
-    ranks = over_ranks(world, f"results_dir={tmp_path}/runs", f"batch_size={batch_size}")
-    subprocess.run(ranks, cwd=ROOT, capture_output=True, timeout=600, check=True)
-    pd.testing.assert_frame_equal(read(tmp_path / "runs"), run()[0])
-
-
 @pytest.mark.stress
 def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path):
-    ranks = over_ranks(2, "data.limit=2000", f"results_dir={tmp_path}/runs")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ranks = [*torchrun, str(ROOT / "scripts/evaluate.py"), *RUN, "data.limit=2000", f"results_dir={tmp_path}/runs"]
     process = subprocess.Popen(ranks, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout

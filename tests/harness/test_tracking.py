@@ -24,7 +24,7 @@ from wandb_server import WandbServer
 from dhtm.harness import config, tracking
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.methods import UNMERGED
-from dhtm.harness.runs import predict as prediction
+from dhtm.harness.runs import evaluate as evaluation
 from dhtm.harness.runs.evaluate import evaluate
 from dhtm.harness.tracking import Tracker, WandbRun
 from dhtm.harness.training import trainer
@@ -162,9 +162,9 @@ def test_an_offline_run_holds_everything(tracked, tmp_path):
 
 def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked, wandb_server, tmp_path, monkeypatch):
     evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
-    predict = prediction.predict
+    predict = evaluation.predict
     with monkeypatch.context() as patched:
-        patched.setattr(prediction, "predict", lambda *a, **o: itertools.islice(predict(*a, **o), 5))
+        patched.setattr(evaluation, "predict", lambda *a: itertools.islice(predict(*a), 5))
         with pytest.raises(UserError, match="predictions of other processes are missing"):
             evaluate(tracked())
     time.sleep(1)  # W&B names folders by the second

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ from dhtm.harness.runs.dense import N_PROBE, observe_patches, segmentation
 from dhtm.harness.runs.directory import FAILED, RunDirectory, outputs
 from dhtm.harness.runs.faithfulness import Observe, compare_with, keep
 from dhtm.harness.runs.metrics import accuracy, faithfulness, real_accuracy
-from dhtm.harness.runs.predict import predict_and_store
+from dhtm.harness.runs.predict import predict, store_predictions
 from dhtm.harness.runs.provenance import VERSION, code_version, git_commit, run_id, versions
 from dhtm.harness.tracking import Tracker, WandbEvaluation
 from dhtm.vit import tokens_by_layer
@@ -256,11 +256,16 @@ def _predict_missing(
         failed[unreadable.index] = unreadable
 
     start = time.perf_counter()
-    batch_size = predict_and_store(
-        prepared.directory, evaluation.store_every_s, progress, prepared.model, split, missing[ranks.rank :: ranks.world],
-        evaluation.batch_size or pick_batch_size(ranks.device), device=ranks.device, dtype=DTYPES[evaluation.dtype],
-        title=prepared.title if ranks.first else None, num_workers=evaluation.num_workers, on_unreadable=on_unreadable,
-        observe=observe,
+
+    def predict_these(indices: Sequence[int], batch_size: int) -> Iterator[pd.DataFrame]:
+        return predict(
+            prepared.model, split, indices, batch_size, ranks.device, DTYPES[evaluation.dtype],
+            prepared.title if ranks.first else None, evaluation.num_workers, on_unreadable, observe,
+        )  # fmt: skip
+
+    batch_size = store_predictions(
+        predict_these, missing[ranks.rank :: ranks.world], evaluation.batch_size or pick_batch_size(ranks.device),
+        prepared.directory, evaluation.store_every_s, progress,
     )  # fmt: skip
     everyone = ranks.gather((batch_size, failed))
     seconds = time.perf_counter() - start

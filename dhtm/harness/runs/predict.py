@@ -80,29 +80,22 @@ def predict(
             bar.update(len(ids))
 
 
-def predict_and_store(
+def store_predictions(
+    predict_these: Callable[[Sequence[int], int], Iterator[pd.DataFrame]],
+    indices: Sequence[int],
+    batch_size: int,
     directory: RunDirectory,
     every_s: float,
     progress: Callable[[pd.DataFrame], None],
-    model: nn.Module,
-    split: Split,
-    indices: Sequence[int],
-    batch_size: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    title: str | None,
-    num_workers: int | None,
-    on_unreadable: Callable[[UnreadableError], None],
-    observe: Observe | None,
 ) -> int:
     """Predict images and store the predictions every ``every_s`` seconds and at the end, even after an error or a signal.
 
     If a GPU's memory runs out, the rest is predicted in batches of half the size.
 
     Args:
+        predict_these: calls :func:`predict` for some of the images and a batch size.
+        indices: of the images, in increasing order.
         progress: called with every batch's predictions.
-        model, split, indices, batch_size and the rest: as for :func:`predict`.
 
     Returns:
         The batch size that fitted into memory.
@@ -110,36 +103,32 @@ def predict_and_store(
     Raises:
         UserError: not even one image fits into memory.
     """
-    fresh, stored, last_stored = [], set(), time.monotonic()
+    fresh, last, last_stored = [], -1, time.monotonic()
 
     def store():
-        nonlocal fresh, last_stored
+        nonlocal last_stored
         if fresh:
-            frame = pd.concat(fresh, ignore_index=True)
-            directory.append(frame)
-            stored.update(frame["index"])
-        fresh, last_stored = [], time.monotonic()
+            directory.append(pd.concat(fresh, ignore_index=True))
+        fresh.clear()
+        last_stored = time.monotonic()
 
     while indices:
         try:
-            options = (device, dtype, title, num_workers, on_unreadable, observe)
-            for part in predict(model, split, indices, batch_size, *options):
+            for part in predict_these(indices, batch_size):
                 fresh.append(part)
+                last = part["index"].iloc[-1]
                 progress(part)
                 if time.monotonic() - last_stored >= every_s:
                     store()
-            store()
             return batch_size
         except torch.OutOfMemoryError:
             pass  # handled outside this block, which keeps the tensors of the failed forward pass alive
-        except BaseException:  # a signal, Ctrl-C, a data set that vanishes: the same command resumes from here
+        finally:  # also after a signal, Ctrl-C, or the loss of the data: the same command resumes from here
             store()
-            raise
-        store()
         if batch_size == 1:
             raise UserError("out of memory with one image at a time; choose another device=")
         torch.cuda.empty_cache()
         batch_size //= 2
-        indices = [index for index in indices if index not in stored]
+        indices = [index for index in indices if index > last]
         log.warning("out of memory: resuming with batch_size=%d", batch_size)
     return batch_size
