@@ -246,7 +246,7 @@ def test_no_host_variable_command_line_or_home_is_logged(tmp_path):
 def test_a_training_logs_its_epochs_and_continues_its_wandb_run(composed, tmp_path, monkeypatch):
     options = ["recipe=embedded", "data.limit=16", "batch_size=8", "epochs=2", "num_workers=0", "device=cpu"]
     wandb_options = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", f"output={tmp_path}/out"]
-    training, top1 = config.training(composed(*options, *wandb_options, config_name="train")), trainer._top1
+    training, top1 = config.training(composed(*options, *wandb_options, config_name="train")), trainer._Trainer.top1
 
     epochs = itertools.count(1)
 
@@ -256,7 +256,7 @@ def test_a_training_logs_its_epochs_and_continues_its_wandb_run(composed, tmp_pa
         return top1(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "_top1", stopped)
+        patched.setattr(trainer._Trainer, "top1", stopped)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(training)
     time.sleep(1)  # W&B names folders by the second

@@ -12,12 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from processes import ROOT, start_script, wait_for
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
-from torchvision.transforms.functional import to_tensor
 
 from dhtm.harness import config
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models.backbones import EMBEDDED_WEIGHTS, Backbone
 from dhtm.harness.training import trainer
 
@@ -89,20 +86,6 @@ def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run
         UserError, match=r"last.pt: started with epochs=1, not epochs=2; set another output=DIR, or force=true"
     ):
         run("epochs=2")
-
-
-def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
-    """Loading processes that live on keep their copy of a data set, which must not need to be told the epoch."""
-
-    def images(loader):
-        return torch.cat([images for images, _ in loader])
-
-    split = Digits(limit=4).open("train", to_tensor)
-    loaders = [DataLoader(split.dataset_in(epoch), num_workers=1, persistent_workers=True) for epoch in (1, 2)]
-    first, second = map(images, loaders)
-    assert not torch.equal(first, second)
-    assert torch.equal(images(loaders[0]), first), "also after the next epoch was loaded"
-    assert torch.equal(images(DataLoader(Digits(limit=4).open("train", to_tensor).dataset_in(2))), second)
 
 
 def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluated, tmp_path):
@@ -210,8 +193,6 @@ def test_running_out_of_memory_keeps_the_last_epoch_and_the_remedy_resumes(run, 
 REFUSED = {
     "batch_size=100": "the training split has only 48 images",
     "batch_size=18 accumulate=5": "batch_size=18: it must be a multiple of accumulate=5 times 1 ranks",
-    "amp=int8": "Input should be 'bfloat16' or 'float16'",
-    "method.keep_rate=1.5": "it must be above 0 and at most 1",
     "warmup_epochs=4": "more than epochs=3",
     "optimiser=x": "timm makes no such optimiser",
     "auto_augment=foo augment=true": "timm does not support this augmentation",
@@ -222,14 +203,13 @@ REFUSED = {
 def test_what_cannot_end_well_is_refused_at_once(run, overrides):
     with pytest.raises(UserError, match=REFUSED[overrides]) as error:
         run(*overrides.split())
-    assert overrides.split("=")[0].removeprefix("method.") in str(error.value)
+    assert overrides.split("=")[0] in str(error.value)
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
-def test_trainings_can_be_launched_by_submitit(launcher):
+def test_trainings_can_be_launched_by_submitit():
     """All that the launcher's config refers to exists in a training's."""
     OmegaConf.register_new_resolver("n_gpus", lambda: 1, replace=True)
-    options = [f"hydra/launcher={launcher}", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
+    options = ["hydra/launcher=submitit_slurm", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         hydra = compose("train", options, return_hydra_config=True).hydra
     assert OmegaConf.to_container(hydra.launcher, resolve=True)["submitit_folder"].startswith("/elsewhere/")

@@ -1,6 +1,5 @@
 """Training a backbone patched with a method, as for the "w/ train" rows of Table 2."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -24,7 +23,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
@@ -37,7 +36,6 @@ from dhtm.harness.models.methods import Method
 from dhtm.harness.models.weights import save_weights
 from dhtm.harness.runs.predict import predict
 from dhtm.harness.tracking import Tracker, WandbRun
-from dhtm.harness.training.checkpoints import random_state, read_checkpoint, write_checkpoint
 from dhtm.vit import image_ids
 
 log = logging.getLogger(__name__)
@@ -90,10 +88,6 @@ class Training:
         if self.warmup_epochs > self.epochs:
             raise UserError(f"warmup_epochs={self.warmup_epochs}: more than epochs={self.epochs}; set fewer")
 
-    @property
-    def mixes(self) -> bool:
-        return self.augment and (self.mixup > 0 or self.cutmix > 0)
-
     def folder(self) -> Path:
         """Return the folder of the training's files. Evaluations find the weights there unless ``output`` is set."""
         return self.output or self.checkpoints_dir / self.backbone.name / self.method.place
@@ -119,136 +113,177 @@ def train(training: Training) -> dict:
     Raises:
         UserError: something that the settings name is not available, or the loss is not finite.
     """
-    ranks, folder = Ranks(training.device), training.folder()
-    name = f"{training.backbone.name} with {training.method.place}"
-    require_writable(folder, f"output={folder}")
-    micro_batch = _micro_batch(training, ranks.world)
-    model = _model(training).to(ranks.device)
-    images, validation = _open_splits(training, model)
-    n_updates = len(images.dataset) // training.batch_size
-    if n_updates == 0:
-        raise UserError(f"batch_size={training.batch_size}: the training split has only {len(images.dataset)} images")
-
-    lr = training.base_lr * training.batch_size / 1024
-    with explain(f"optimiser={training.optimiser}: timm makes no such optimiser"):
-        optimiser = create_optimizer_v2(model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay)
-    schedule, _ = create_scheduler_v2(
-        optimiser, "cosine", training.epochs, warmup_epochs=training.warmup_epochs, warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr, step_on_epochs=False, updates_per_epoch=n_updates,
-    )  # fmt: skip
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=training.amp == "float16")
-    parts = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
-    random_seed(training.seed, ranks.rank)
-    history, log_id = [], secrets.token_hex(4)
-    if (folder / "last.pt").exists() and not training.force:
-        history, log_id = read_checkpoint(folder / "last.pt", parts, training.determinants(), ranks)
-    found = ranks.gather(len(history))
-    if len(set(found)) > 1:
-        raise UserError(
-            f"{folder}: the processes would resume after epochs {found}; set output=DIR on a disk that all machines share"
-        )
+    trainer = _Trainer(training)
+    trainer.resume()
+    history, ranks = trainer.history, trainer.ranks
     if len(history) >= training.epochs:
-        log.info("%s: already trained, %s", name, folder)
+        log.info("%s: already trained, %s", trainer.name, trainer.folder)
         return history[-1]
     if history:
-        log.info("%s: resuming after epoch %d of %d", name, len(history), training.epochs)
-
-    parallel = DistributedDataParallel(model) if ranks.world > 1 else model
+        log.info("%s: resuming after epoch %d of %d", trainer.name, len(history), training.epochs)
     tracker = training.tracker if ranks.first else None
-    with WandbRun(tracker, training.settings(), id=log_id, name=name, job_type="training") as run:
+    options = {"id": trainer.log_id, "name": trainer.name, "job_type": "training"}
+    with WandbRun(tracker, training.settings(), **options) as run:
         for epoch in range(len(history) + 1, training.epochs + 1):
-            loader = _loader(training, images.dataset_in(epoch), epoch, micro_batch, ranks)
+            # The generators depend on the epoch alone, so a resumed training draws the same numbers.
+            random_seed(1000 * training.seed + epoch * ranks.world, ranks.rank)
             start = time.perf_counter()
-            loss = _one_epoch(
-                training, parallel, loader, parts, (epoch - 1) * n_updates, n_updates, f"{name}, {epoch}", ranks
-            )
-            seconds = time.perf_counter() - start
-            row = {
-                "epoch": epoch,
-                "lr": optimiser.param_groups[0]["lr"],
-                "loss": loss,
-                "top1": _top1(training, model, validation, micro_batch, ranks),
-                "images_per_s": n_updates * training.batch_size / seconds,
-            }
+            loss = trainer.train_epoch(epoch)
+            images_per_s = trainer.n_updates * training.batch_size / (time.perf_counter() - start)
+            lr = trainer.optimiser.param_groups[0]["lr"]
+            row = {"epoch": epoch, "lr": lr, "loss": loss, "top1": trainer.top1(), "images_per_s": images_per_s}
             history.append(row)
-            random_states = ranks.gather(random_state(ranks.device))
             if ranks.first:
                 log.info(
                     "%s, epoch %d of %d: loss %.4f, top-1 %.2f%%, %.0f images/s",
-                    name, epoch, training.epochs, loss, row["top1"], row["images_per_s"],
+                    trainer.name, epoch, training.epochs, loss, row["top1"], row["images_per_s"],
                 )  # fmt: skip
-                _save_epoch(training, model, history, folder)
-                write_checkpoint(folder / "last.pt", parts, history, log_id, random_states, training.determinants())
+                trainer.save()
                 run.do(lambda run, row=row: run.log(row))
             ranks.gather(None)  # the others wait until it is saved
     return history[-1]
 
 
-def _top1(training: Training, model: VisionTransformer, validation: Split, micro_batch: int, ranks: Ranks) -> float:
-    """Return top-1 on the validation split in percent, predicted as in evaluations; the ranks share the images."""
-    predictions = predict(
-        model, validation, range(ranks.rank, len(validation.dataset), ranks.world),
-        min(micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
-        "validation" if ranks.first else None, training.num_workers,
-    )  # fmt: skip
-    n_correct = sum(ranks.gather(sum(int(part.correct.sum()) for part in predictions)))
-    return 100 * n_correct / len(validation.dataset)
+class _Trainer:
+    """A training with everything it needs loaded."""
 
+    def __init__(self, training: Training):
+        self.training, self.ranks, self.folder = training, Ranks(training.device), training.folder()
+        self.name = f"{training.backbone.name} with {training.method.place}"
+        require_writable(self.folder, f"output={self.folder}")
+        n_parts = self.ranks.world * training.accumulate
+        self.micro_batch, rest = divmod(training.batch_size, n_parts)  # what one rank takes at once
+        if rest or not self.micro_batch:
+            raise UserError(
+                f"batch_size={training.batch_size}: it must be a multiple of accumulate={training.accumulate} times "
+                f"{self.ranks.world} ranks"
+            )
+        self.model = _model(training).to(self.ranks.device)
+        self.images, self.validation = _open_splits(training, self.model)
+        self.n_updates = len(self.images.dataset) // training.batch_size
+        if self.n_updates == 0:
+            raise UserError(
+                f"batch_size={training.batch_size}: the training split has only {len(self.images.dataset)} images"
+            )
+        lr = training.base_lr * training.batch_size / 1024
+        with explain(f"optimiser={training.optimiser}: timm makes no such optimiser"):
+            self.optimiser = create_optimizer_v2(
+                self.model, opt=training.optimiser, lr=lr, weight_decay=training.weight_decay
+            )
+        self.schedule, _ = create_scheduler_v2(
+            self.optimiser, "cosine", training.epochs, warmup_epochs=training.warmup_epochs, warmup_lr=training.warmup_lr,
+            min_lr=training.min_lr, step_on_epochs=False, updates_per_epoch=self.n_updates,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=training.amp == "float16")
+        self.mixup = _mixup(training, self.model.num_classes)
+        self.parallel = DistributedDataParallel(self.model) if self.ranks.world > 1 else self.model
+        self.history, self.log_id = [], secrets.token_hex(4)  # one row per epoch; the training's id in a tracker
 
-def _one_epoch(
-    training: Training,
-    model: nn.Module,
-    loader: Iterator[Batch],
-    parts: dict[str, Any],
-    updates_before: int,
-    n_updates: int,
-    title: str,
-    ranks: Ranks,
-) -> float:
-    """Make one pass over the training split; return the mean loss over all ranks."""
-    model.train()
-    mixup = _mixup(training, parts["model"].num_classes)
-    losses = []
-    with tqdm(total=n_updates, desc=title, unit=" updates", disable=None if ranks.first else True) as bar:
-        for step, batch in enumerate(loader):
-            if batch.failed:
-                raise batch.failed[0]
-            update, accumulated = divmod(step, training.accumulate)
-            if update == n_updates:  # the rest of the split is less than a batch
-                break
-            complete = accumulated + 1 == training.accumulate
-            ids, images, labels, _ = batch
-            images, labels = images.to(ranks.device, non_blocking=True), labels.to(ranks.device, non_blocking=True)
-            images, targets = (images, labels) if mixup is None else mixup(images, labels)
-            smoothing = training.label_smoothing if mixup is None else 0.0  # mixup smooths its targets itself
-            alone = contextlib.nullcontext() if complete or ranks.world == 1 else model.no_sync()
-            full = explain("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
-            with alone, full, image_ids(parts["model"], ids):
-                with torch.autocast(ranks.device.type, DTYPES.get(training.amp), enabled=training.amp is not None):
-                    loss = cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
-                parts["scaler"].scale(loss / training.accumulate).backward()
-            losses.append(loss.item())
-            if not np.isfinite(losses[-1]):
-                raise UserError(
-                    f"the loss is {losses[-1]} in update {updates_before + update + 1}: stopped, the checkpoint of the last "
-                    f"whole epoch is kept; try a smaller base_lr={training.base_lr}, or amp=bfloat16 instead of float16, "
-                    "with force=true"
-                )
-            if complete:
-                _update(training, parts, updates_before + update)
-                bar.update()
-                bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
-    return float(np.mean(ranks.gather(float(np.mean(losses)))))
+    def _parts(self) -> dict[str, Any]:
+        """Return everything that has a state."""
+        return {name: getattr(self, name) for name in ("model", "optimiser", "schedule", "scaler")}
 
+    def resume(self) -> None:
+        """Restore everything from a checkpoint, if there is one.
 
-def _update(training: Training, parts: dict[str, Any], number: int) -> None:
-    parts["schedule"].step_update(number)
-    parts["scaler"].unscale_(parts["optimiser"])
-    if training.clip_grad is not None:
-        nn.utils.clip_grad_norm_(parts["model"].parameters(), training.clip_grad)
-    parts["scaler"].step(parts["optimiser"])
-    parts["scaler"].update()
-    parts["optimiser"].zero_grad()
+        Raises:
+            UserError: the checkpoint is damaged, or from a training with other settings.
+        """
+        file = self.folder / "last.pt"
+        if file.exists() and not self.training.force:
+            with explain(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                for key, value in self.training.determinants().items():
+                    if state["config"].get(key) != value:
+                        raise UserError(
+                            f"{file}: started with {key}={state['config'].get(key)}, not {key}={value}; set another "
+                            "output=DIR, or force=true to start again"
+                        )
+                for name, part in self._parts().items():
+                    part.load_state_dict(state[name])
+                self.history, self.log_id = state["history"], state["log_id"]
+        found = self.ranks.gather(len(self.history))
+        if len(set(found)) > 1:
+            raise UserError(
+                f"{self.folder}: the processes would resume after epochs {found}; set output=DIR on a disk that all machines "
+                "share"
+            )
+
+    def train_epoch(self, epoch: int) -> float:
+        """Make one pass over the training split; return the mean loss over all ranks."""
+        training, device, losses = self.training, self.ranks.device, []
+        self.parallel.train()
+        smoothing = training.label_smoothing if self.mixup is None else 0.0  # mixup smooths its targets itself
+        disable = None if self.ranks.first else True
+        with tqdm(total=self.n_updates, desc=f"{self.name}, {epoch}", unit=" updates", disable=disable) as bar:
+            for step, batch in enumerate(self._load(epoch)):
+                if batch.failed:
+                    raise batch.failed[0]
+                update, accumulated = divmod(step, training.accumulate)
+                if update == self.n_updates:  # the rest of the split is less than a batch
+                    break
+                ids, images, targets, _ = batch
+                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                if self.mixup is not None:
+                    images, targets = self.mixup(images, targets)
+                full = explain("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
+                with full, image_ids(self.model, ids):
+                    with torch.autocast(device.type, DTYPES.get(training.amp), enabled=training.amp is not None):
+                        loss = cross_entropy(self.parallel(images).float(), targets, label_smoothing=smoothing)
+                    self.scaler.scale(loss / training.accumulate).backward()
+                losses.append(loss.item())
+                number = (epoch - 1) * self.n_updates + update
+                if not np.isfinite(losses[-1]):
+                    raise UserError(
+                        f"the loss is {losses[-1]} in update {number + 1}: stopped, the checkpoint of the last whole epoch is "
+                        f"kept; try a smaller base_lr={training.base_lr}, or amp=bfloat16 instead of float16, with force=true"
+                    )
+                if accumulated + 1 == training.accumulate:
+                    self._update(number)
+                    bar.update()
+                    bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+        return float(np.mean(self.ranks.gather(float(np.mean(losses)))))
+
+    def _load(self, epoch: int) -> Iterator[Batch]:
+        dataset = self.images.dataset_in(epoch)
+        sampler = DistributedSampler(
+            dataset, self.ranks.world, self.ranks.rank, seed=self.training.seed, drop_last=True
+        )
+        sampler.set_epoch(epoch)
+        batches = list(BatchSampler(sampler, self.micro_batch, drop_last=True))
+        return load(dataset, batches, self.training.num_workers, pin_memory=self.ranks.device.type == "cuda")
+
+    def _update(self, number: int) -> None:
+        self.schedule.step_update(number)
+        self.scaler.unscale_(self.optimiser)
+        if self.training.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad()
+
+    def top1(self) -> float:
+        """Return top-1 on the validation split in percent, predicted as in evaluations; the ranks share the images."""
+        ranks, n_images = self.ranks, len(self.validation.dataset)
+        predictions = predict(
+            self.model, self.validation, range(ranks.rank, n_images, ranks.world),
+            min(self.micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
+            "validation" if ranks.first else None, self.training.num_workers,
+        )  # fmt: skip
+        return 100 * sum(ranks.gather(sum(int(part.correct.sum()) for part in predictions))) / n_images
+
+    def save(self) -> None:
+        """Write the weights of the last and of the best epoch, the history and the checkpoint."""
+        training, history = self.training, self.history
+        how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
+        arguments = self.model, training.backbone, training.method, DTYPES[training.save_dtype], how
+        save_weights(*arguments, self.folder / "last.safetensors")
+        if history[-1]["top1"] >= max(row["top1"] for row in history):
+            save_weights(*arguments, self.folder / "best.safetensors")
+        write_atomically(self.folder / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"history": history, "log_id": self.log_id, "config": training.determinants()}
+        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
 
 
 def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, Split]:
@@ -270,17 +305,6 @@ def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, S
     return images, validation
 
 
-def _micro_batch(training: Training, world: int) -> int:
-    """Return how many images one rank takes at once."""
-    micro_batch, rest = divmod(training.batch_size, world * training.accumulate)
-    if rest or not micro_batch or (micro_batch % 2 and training.mixes):
-        raise UserError(
-            f"batch_size={training.batch_size}: it must be a multiple of accumulate={training.accumulate} times {world} ranks"
-            + (", an even one for mixup" if training.mixes else "")
-        )
-    return micro_batch
-
-
 def _model(training: Training) -> VisionTransformer:
     backbone = training.backbone
     trained = backbone.load() if training.init == "pretrained" else None
@@ -293,24 +317,7 @@ def _model(training: Training) -> VisionTransformer:
 
 
 def _mixup(training: Training, n_classes: int) -> Mixup | None:
-    if not training.mixes:
+    if not training.augment or training.mixup == training.cutmix == 0:
         return None
     options = {"label_smoothing": training.label_smoothing, "num_classes": n_classes}
     return Mixup(training.mixup, training.cutmix, prob=training.mixup_prob, **options)
-
-
-def _loader(training: Training, dataset: Dataset, epoch: int, micro_batch: int, ranks: Ranks) -> Iterator[Batch]:
-    sampler = DistributedSampler(dataset, ranks.world, ranks.rank, seed=training.seed, drop_last=True)
-    sampler.set_epoch(epoch)
-    batches = list(BatchSampler(sampler, micro_batch, drop_last=True))
-    return load(dataset, batches, training.num_workers, pin_memory=ranks.device.type == "cuda")
-
-
-def _save_epoch(training: Training, model: VisionTransformer, history: list[dict], folder: Path) -> None:
-    """Write the weights of the last and of the best epoch, and the history."""
-    how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
-    arguments = model, training.backbone, training.method, DTYPES[training.save_dtype], how
-    save_weights(*arguments, folder / "last.safetensors")
-    if history[-1]["top1"] >= max(row["top1"] for row in history):
-        save_weights(*arguments, folder / "best.safetensors")
-    write_atomically(folder / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
