@@ -1,5 +1,6 @@
 """Choose the setting of a method's knob within a bound on KL, agreement or latency, on images without labels."""
 
+import bisect
 import dataclasses
 import functools
 import inspect
@@ -126,15 +127,12 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     of_number = with_number(method) if method.knob == "threshold" else method
     images = None if of_number is method else _images(choice, "choose", backbone.load())
 
-    def solve_for(reduction_pct: float) -> Method | None:
+    def at(reduction_pct: float) -> Method | None:
         try:
-            return solve(backbone, of_number, Target(reduction_pct=reduction_pct))[0]
+            found, _ = solve(backbone, of_number, Target(reduction_pct=reduction_pct))
         except UnavailableError:
             return None
-
-    def at(reduction_pct: float) -> Method | None:
-        found = solve_for(reduction_pct)
-        return found if found is None or of_number is method else by_threshold(found)
+        return found if of_number is method else by_threshold(found)
 
     @functools.cache
     def by_threshold(found: Method) -> Method:
@@ -154,56 +152,36 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
             return row["latency_ms"] <= limit
         return row["kl_high"] > limit if key == "max_kl" else row["agreement_low"] < limit
 
-    points = _reachable(lambda reduction_pct: solve_for(reduction_pct) is not None)
-    if points[-1] == 0:
+    if at(STEP) is None:
         solve(backbone, of_number, Target(reduction_pct=STEP))  # the error names the range
-    before, after = boundary(saves_enough, at, points)
+    before, after = boundary(saves_enough, at)
     return list(rows.values()), after if key == "max_latency_ms" else before
 
 
-def _reachable(reaches: Callable[[float], bool]) -> list[float]:
-    """Return 0, the multiples of STEP that a method reaches, and its greatest reduction, in percent."""
-    points = [0.0, *(float(point) for point in range(STEP, 100, STEP) if reaches(point))]
-    low, high = points[-1], points[-1] + STEP
-    while high - low > FINEST:
-        middle = (low + high) / 2
-        low, high = (middle, high) if reaches(middle) else (low, middle)
-    return points if low == points[-1] else [*points, low]
-
-
-def boundary(
-    holds: Callable[[T], bool], at: Callable[[float], T | None], points: list[float]
-) -> tuple[T | None, T | None]:
+def boundary(holds: Callable[[T], bool], at: Callable[[float], T | None]) -> tuple[T | None, T | None]:
     """Find the two neighbouring settings between which a condition begins to hold.
 
     Args:
-        holds: the condition: false for settings that save little, true for settings that save much.
-        at: returns the setting whose saving is nearest to a percentage; None if that is out of reach.
-        points: increasing percentages; the first is only the lower end of the search, all others are tried.
+        holds: the condition: false for settings that save little, true for settings that save much. It is asked for the
+            settings at all multiples of STEP, and then between two of them.
+        at: returns the setting whose saving is nearest to a percentage; None if that is more than the method can save.
 
     Returns:
-        The last setting for which it does not hold and the first for which it does; None where there is no such setting.
+        The last setting for which it does not hold, and the first for which it does. None where there is no such setting; the
+        setting that saves nothing does not count.
     """
-    settings = [at(point) for point in points[1:]]
-    held = [holds(setting) for setting in settings]
-    first = held.index(True) if True in held else len(held)
-    before = settings[first - 1] if first else None
-    if first == len(held):
-        return before, None
-    after, end = settings[first], at(points[0])
-    low, high = points[first], points[first + 1]
-    while high - low > FINEST:
-        middle = (low + high) / 2
-        setting = at(middle)
-        if setting in (before, end, None):
-            low = middle
-        elif setting == after:
-            high = middle
-        elif holds(setting):
-            after, high = setting, middle
-        else:
-            before, low = setting, middle
-    return before, after
+    nothing = at(0)
+
+    def is_beyond(percent: float) -> bool:
+        setting = at(percent)
+        return setting is None or (setting != nothing and holds(setting))
+
+    first = [*map(is_beyond, range(STEP, 100, STEP)), True].index(True) * STEP
+    n = max(1, round(STEP / FINEST))
+    percents = [min(first + STEP * i / n, 100 - FINEST) for i in range(n + 1)]
+    i = bisect.bisect_left(percents, True, lo=1, hi=n, key=is_beyond)
+    before = at(percents[i - 1])
+    return None if before == nothing else before, at(percents[i])
 
 
 def _evaluate_setting(choice: Choice, name: str, method: Method, part: str) -> dict:
