@@ -160,7 +160,7 @@ def test_an_offline_run_holds_everything(tracked, tmp_path):
     assert found.exit_codes == [0]
 
 
-def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked, wandb_server, tmp_path, monkeypatch):
+def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked, tmp_path, monkeypatch):
     evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
     predict = evaluation.predict
     with monkeypatch.context() as patched:
@@ -176,11 +176,6 @@ def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked
     assert found.exit_codes == [1, 0, 0]
     assert steps(found.rows) == STEPS
     assert found.summary["top1"] == metrics["top1"]
-    server, parts = wandb_server(), sorted(map(str, tmp_path.glob("wandb/offline-run-*")))
-    command = [sys.executable, "-m", "wandb", "sync", *parts]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=True)
-    assert steps(map(json.loads, server.lines["wandb-history.jsonl"]), "_step") == STEPS
-    assert json.loads(server.lines["wandb-summary.json"][-1])["top1"] == metrics["top1"]
 
 
 def test_online_rows_summary_and_pictures_reach_the_server(tracked, wandb_server):

@@ -60,7 +60,7 @@ def equal(one, other, **tolerance):
 
 
 def test_a_training_killed_in_its_second_epoch_resumes_bit_for_bit(tmp_path, script):
-    """With random crops, erasing, mixup and drop path, which all draw from generators that must be restored."""
+    """With random crops, erasing, mixup and drop path, which all draw from generators that depend on the epoch."""
     training = [
         "train", *SHORT, "augment=true", "mixup=0.2", "drop_path=0.2", "auto_augment=null", "random_erasing=0.5",
         "color_jitter=0.4", "num_workers=1",

@@ -1,6 +1,7 @@
 """Equal cost: the setting of a method's knob (k, r or keep rate) whose FLOPs come nearest to a target."""
 
 import bisect
+import copy
 import dataclasses
 import functools
 import math
@@ -76,7 +77,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    unmerged = at(0).put_into(backbone.bare(), backbone.name)  # raises an error if the method does not fit the backbone
+    unmerged = _patch_copy(backbone, at(0))  # raises an error if the method does not fit the backbone
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible. Each costs less than the one before, until the method can merge no more.
@@ -143,13 +144,20 @@ def baseline_flops(backbone: Backbone) -> int:
 @functools.lru_cache(maxsize=4096)  # a sweep over targets asks for the same counts again and again
 def flops(backbone: Backbone, method: Method) -> FlopCount:
     """Count the FLOPs of a backbone with a method; they do not depend on weights or images."""
-    return count_flops(method.put_into(backbone.bare(), backbone.name))
+    return count_flops(_patch_copy(backbone, method))
 
 
 @functools.lru_cache(maxsize=4096)
 def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
     """Return the number of tokens after each layer; None if the setting is impossible."""
     try:
-        return tuple(tokens_by_layer(method.put_into(backbone.bare(), backbone.name)))
+        return tuple(tokens_by_layer(_patch_copy(backbone, method)))
     except UserError:
         return None
+
+
+def _patch_copy(backbone: Backbone, method: Method) -> VisionTransformer:
+    """Return a patched copy of the bare backbone that shares its parameters, whose values do not matter for its cost."""
+    bare = backbone.bare()
+    shared = {id(parameter): parameter for parameter in bare.parameters()}
+    return method.patch(copy.deepcopy(bare, shared), backbone.name)

@@ -82,12 +82,16 @@ class Method:
         return " ".join(f"{name}={value}" for name, value in self.knobs.items() if value != defaults.get(name))
 
     def put_into(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
-        """Patch a copy of a model with the method.
+        """Patch a copy of a model with the method; raises the errors of :meth:`patch`."""
+        return self.patch(copy.deepcopy(model), backbone_name)
+
+    def patch(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:
+        """Patch a model with the method.
 
         Raises:
             UserError: the model cannot be patched with it.
         """
-        model, reducer = copy.deepcopy(model), self.reducer()
+        reducer = self.reducer()
         try:
             return patch(model, reducer)
         except (ValueError, TypeError) as error:

@@ -36,8 +36,9 @@ def load_model(
         UserError: the weights cannot be read, belong to something else, or are needed and not given.
     """
     file = _find(backbone, method, checkpoints_dir, allow_untrained)
-    torch.manual_seed(seed)
-    model = method.put_into(backbone.load() if file is None else backbone.bare(), backbone.name)
+    unpatched = backbone.load() if file is None else backbone.bare()
+    torch.manual_seed(seed)  # after loading, which may draw numbers
+    model = method.put_into(unpatched, backbone.name)
     if file is None:
         if any(True for _ in model.reducer.parameters()) and not allow_untrained:
             raise UserError(
