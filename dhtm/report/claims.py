@@ -1,7 +1,7 @@
 """The paper's claims about DHTM, and what its printed accuracies allow one to conclude."""
 
-import dataclasses
 import math
+from bisect import bisect_left
 
 import pandas as pd
 
@@ -13,40 +13,31 @@ from dhtm.report.tables import number
 N_IMAGENET = 50_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """What a published difference in top-1 can mean if only the two accuracies are known.
+def claim(first: float, second: float, n_images: int) -> dict[str, float | str]:
+    """Work out whether a published difference in top-1 can be beyond chance in the exact McNemar test.
 
     Two models disagree on an image if one is right and the other wrong. The more often they disagree, the more easily a net
     difference arises by chance. All shares are in percent of the images.
 
-    Attributes:
+    Args:
+        first, second: top-1 in percent.
+        n_images: the number of images that they were measured on.
+
+    Returns:
         most_disagreement_pct: the largest share on which the two may disagree for p < 0.05; NaN if none is small enough.
         independent_disagreement_pct: the share on which they disagree if they err independently of each other.
         greatest_disagreement_pct: the largest share on which two models of these accuracies can disagree.
         beyond_chance: what follows from these, in words.
     """
-
-    most_disagreement_pct: float
-    independent_disagreement_pct: float
-    greatest_disagreement_pct: float
-    beyond_chance: str
-
-
-def claim(first: float, second: float, n_images: int) -> Claim:
-    """Work out whether a published difference can be beyond chance in the exact McNemar test.
-
-    Args:
-        first, second: top-1 in percent.
-        n_images: the number of images that they were measured on.
-    """
     right, other = (round(top1 / 100 * n_images) for top1 in (first, second))
     p, q = right / n_images, other / n_images
-    greatest = min(right + other, 2 * n_images - right - other)
-    most = _most_disagreement(abs(right - other), greatest)
-    most_pct = math.nan if most is None else 100 * most / n_images
-    independent_pct = 100 * (p * (1 - q) + q * (1 - p))
-    if most is None:
+    net, greatest = abs(right - other), min(right + other, 2 * n_images - right - other)
+    # By the number of images on which only the worse model is right; p grows with it.
+    possible = range((greatest - net) // 2 + 1)
+    n_small = bisect_left(possible, LEVEL, key=lambda worse: mcnemar(net + worse, worse))
+    most = net + 2 * (n_small - 1) if n_small else math.nan
+    most_pct, independent_pct = 100 * most / n_images, 100 * (p * (1 - q) + q * (1 - p))
+    if not n_small:
         words = "within chance however seldom the two disagree"
     elif greatest <= most:
         words = "beyond chance however often the two disagree"
@@ -54,21 +45,12 @@ def claim(first: float, second: float, n_images: int) -> Claim:
         words = "beyond chance even if the two err independently"
     else:
         words = f"beyond chance only if the two disagree on at most {most_pct:.1f}% of the images"
-    return Claim(most_pct, independent_pct, 100 * greatest / n_images, words)
-
-
-def _most_disagreement(net: int, greatest: int) -> int | None:
-    """Return the largest number of disagreements with p < 0.05; p grows with their number."""
-    if mcnemar(net, 0) >= LEVEL:
-        return None
-    low, high = 0, (greatest - net) // 2  # bounds of the number of images on which only the worse model is right
-    while low < high:
-        middle = (low + high + 1) // 2
-        if mcnemar(net + middle, middle) < LEVEL:
-            low = middle
-        else:
-            high = middle - 1
-    return net + 2 * low
+    return {
+        "most_disagreement_pct": most_pct,
+        "independent_disagreement_pct": independent_pct,
+        "greatest_disagreement_pct": 100 * greatest / n_images,
+        "beyond_chance": words,
+    }
 
 
 def paper_claims() -> pd.DataFrame:
@@ -89,7 +71,7 @@ def paper_claims() -> pd.DataFrame:
                 "claim": f"{row.points:.2f}" if row.relation == "exactly" else f"{row.relation} {row.points:g}",
                 "published_difference": difference,
                 "as_claimed": holds.get(row.relation, difference == row.points),
-                **vars(claim(dhtm, other, N_IMAGENET)),
+                **claim(dhtm, other, N_IMAGENET),
             }
         )
     return pd.DataFrame(rows)

@@ -17,15 +17,20 @@ _COLUMNS = [
     "device", "seed", "weights_sha256", "data_fingerprint", "code_version", "library_version", "finished", "plain",
     "knobs", "miou", "miou_low", "miou_high",
 ]  # fmt: skip
-_INTERVALS = {"top1_ci95": "ci", "kl_ci95": "kl", "agreement_ci95": "agreement", "miou_ci95": "miou"}
+# The columns of lists in metrics.json, and the columns for their elements.
+_LISTS = {
+    "top1_ci95": ["ci_low", "ci_high"],
+    "kl_ci95": ["kl_low", "kl_high"],
+    "agreement_ci95": ["agreement_low", "agreement_high"],
+    "miou_ci95": ["miou_low", "miou_high"],
+    "flops_g_quartiles": ["flops_g_min", "flops_g_q1", "flops_g_median", "flops_g_q3", "flops_g_max"],
+}
 # Runs of one method over k must agree in these.
 _SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
 # Runs of several methods must agree in these to be compared image by image.
 _SAME_IMAGES = ["dtype", "n_images", "split", "data_fingerprint", "library_version"]
 # Off-the-shelf runs of several options must agree in these to be compared image by image.
-SAME_WEIGHTS = [
-    "backbone", "data", "split", "dtype", "n_images", "weights_sha256", "data_fingerprint", "library_version",
-]  # fmt: skip
+SAME_WEIGHTS = ["backbone", "data", "weights_sha256", *_SAME_IMAGES]
 
 Pair = tuple[str, str]  # a backbone and a data set
 
@@ -41,18 +46,14 @@ def load_runs(results_dir: Path) -> pd.DataFrame:
     runs = finished_runs(results_dir)
     if runs.empty:
         return pd.DataFrame(columns=_COLUMNS)
-    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "miou", *_INTERVALS])))
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *FAITHFULNESS, "miou", *_LISTS])))
     runs["targets"] = [",".join(f"{target:g}" for target in targets) for targets in runs.targets_reduction_pct]
     runs["k"] = pd.Series([knobs.get("k") for knobs in runs.knobs], dtype=float)
     values = [knobs.get(knob) for knobs, knob in zip(runs.knobs, runs.knob, strict=True)]
     runs["value"] = pd.Series([None if isinstance(value, list) else value for value in values], dtype=float)
-    for interval, name in _INTERVALS.items():
-        # None: the images have no labels, or the run has no reference; NaN: the run is of an earlier version.
-        ends = [found if isinstance(found, list) else (math.nan, math.nan) for found in runs[interval]]
-        runs[f"{name}_low"], runs[f"{name}_high"] = zip(*ends, strict=True)
-    quartiles = runs.get("flops_g_quartiles", [None] * len(runs))
-    spread = [found if isinstance(found, list) else [math.nan] * 5 for found in quartiles]
-    _, runs["flops_g_q1"], _, runs["flops_g_q3"], runs["flops_g_max"] = zip(*spread, strict=True)
+    for column, names in _LISTS.items():
+        # Not a list: the images have no labels, the run has no reference, or it is of an earlier version.
+        runs[names] = [found if isinstance(found, list) else [math.nan] * len(names) for found in runs[column]]
     runs = runs.astype(dict.fromkeys(["top1", "top5", *FAITHFULNESS], float))
     changed = [
         changed_options(run.method, run.knobs, run.knob, run.trained or run.untrained) for run in runs.itertuples()
@@ -90,7 +91,7 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
         & ((plain.targets == "") | plain.k.isin(read_published("table1").k))
     ].astype({"k": int})
     series = [_newest(frame, ["k"]) for _, frame in chosen.groupby(_SAME_MODEL, dropna=False)]
-    return (_best(series) if series else chosen).set_index("k").sort_index()
+    return _best(series, chosen).set_index("k").sort_index()
 
 
 def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None = None) -> pd.DataFrame:
@@ -104,11 +105,10 @@ def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None
     plain = _plain_runs(runs, backbone, data)
     is_unmerged = (plain.method == "unmerged") | ((plain.method == "dhtm") & (plain.k == 0))
     unmerged = plain[is_unmerged].assign(method="unmerged", layers="all", target=float("nan"))
-    solved = plain[~is_unmerged].assign(target=plain.targets.str.split(",")).explode("target")
-    solved = solved.assign(target=pd.to_numeric(solved.target)).dropna(subset="target")
+    solved = by_target(plain[~is_unmerged])
     together = pd.concat([solved if target is None else solved[solved.target == target], unmerged], ignore_index=True)
     sets = [_on_same_weights(frame) for _, frame in together.groupby(_SAME_IMAGES, dropna=False)]
-    return _best([frame for frame in sets if frame.target.notna().any()] or sets) if sets else together
+    return _best([frame for frame in sets if frame.target.notna().any()] or sets, together)
 
 
 def of_series(runs: pd.DataFrame, series: Series, untrained: bool = False) -> pd.DataFrame:
@@ -117,10 +117,10 @@ def of_series(runs: pd.DataFrame, series: Series, untrained: bool = False) -> pd
     return runs[(runs.method == series.method) & (runs.layers == series.layers) & matches]
 
 
-def solved_for(runs: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Select the runs whose knob was solved for a FLOPs reduction in percent."""
-    targets = runs.targets.astype("string").fillna("").str.split(",")
-    return runs[targets.map(lambda listed: target in map(float, filter(None, listed))).astype(bool)]
+def by_target(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each run and each FLOPs reduction in percent it was solved for, in the column ``target``."""
+    rows = runs.assign(target=runs.targets.astype("string").str.split(",")).explode("target")
+    return rows.assign(target=pd.to_numeric(rows.target).astype(float)).dropna(subset="target")
 
 
 def _plain_runs(runs: pd.DataFrame, backbone: str, data: str) -> pd.DataFrame:
@@ -143,8 +143,8 @@ def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
     return newest.drop_duplicates(series, keep="last")
 
 
-def _best(sets: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return the set to show.
+def _best(sets: list[pd.DataFrame], otherwise: pd.DataFrame) -> pd.DataFrame:
+    """Return the set to show, or ``otherwise`` if there is none.
 
     It prefers images that are not for training, then float32 to other dtypes, then more images, more runs, and newer runs.
     """
@@ -153,4 +153,4 @@ def _best(sets: list[pd.DataFrame]) -> pd.DataFrame:
         first = frame.iloc[0]
         return first.split != "train", first["dtype"] == "float32", first.n_images, len(frame), frame.finished.max()
 
-    return max(sets, key=rank)
+    return max(sets, key=rank, default=otherwise)

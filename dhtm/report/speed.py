@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import GREY, METHODS, Series, entry_of, title_of
-from dhtm.report.runs import of_series, solved_for
+from dhtm.report.runs import by_target, of_series
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, number, with_interval
 
@@ -19,13 +19,13 @@ def speed_table(frame: pd.DataFrame, caption: str) -> Table:
         "Merge is the reduction's share of the forward pass. Peak is the memory beside weights and images.",
     ]
     targets = frame.target.dropna().unique()
-    if len(targets) < 2:
-        return Table(frame, [(caption, _speed_cells(frame))], notes)
-    parts = [
-        (f"{caption}, {target:g}% fewer FLOPs", _speed_cells(frame[frame.target.isna() | (frame.target == target)]))
-        for target in targets
-    ]
-    return Table(frame, parts, notes)
+    parts = {caption: frame}
+    if len(targets) > 1:
+        parts = {
+            f"{caption}, {target:g}% fewer FLOPs": frame[frame.target.isna() | (frame.target == target)]
+            for target in targets
+        }
+    return Table(frame, [(shown, _speed_cells(part)) for shown, part in parts.items()], notes)
 
 
 def _speed_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -109,14 +109,12 @@ def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
 
 def _with_runs(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Add the top-1 and the KL of the runs at the same reduction, with their intervals."""
-    found = []
+    found, solved = [], by_target(runs)
     for row in frame.itertuples():
-        if row.method == "unmerged":
-            ours = runs[runs.method == "unmerged"]
-        else:
-            ours = of_series(
-                solved_for(runs, row.target), Series(row.method, row.method, row.layers, row.trained is True)
-            )
+        ours = of_series(
+            solved[solved.target == row.target], Series(row.method, row.method, row.layers, row.trained is True)
+        )
+        ours = runs[runs.method == "unmerged"] if row.method == "unmerged" else ours
         if not ours.empty:
             taken = ["top1", "ci_low", "ci_high", "kl", "kl_low", "kl_high"]
             found.append({"method": row.method, "speedup": row.speedup, **ours.iloc[-1][taken]})

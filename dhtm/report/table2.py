@@ -1,6 +1,6 @@
 """Table 2: DHTM against other methods at equal FLOPs, with paired tests; and the paper's claims about it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import pandas as pd
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.claims import N_IMAGENET, claim_cells, paper_claims
 from dhtm.report.registry import METHODS, SERIES, entry_of
-from dhtm.report.runs import Pair, at_target, of_series, pairs, read_published, solved_for
+from dhtm.report.runs import Pair, at_target, by_target, of_series, pairs, read_published
 from dhtm.report.statistics import compare, holm
 from dhtm.report.tables import (
     FAITHFULNESS,
     Table,
     caption_of,
     faithfulness_cells,
+    flips_cell,
     flops_cell,
     number,
     p_cell,
@@ -83,23 +84,25 @@ NOTES = [
 def table2(runs: pd.DataFrame, results_dir: Path) -> Table:
     """Make Table 2 from the finished runs, whose predictions are in results_dir; a dash where there is no run."""
     first = [(backbone, "imagenet", TARGET) for backbone in read_published("table2").backbone.unique()]
-    others = [(*pair, target) for target in (TARGET, *MORE_TARGETS) for pair in pairs(solved_for(runs, target))]
+    solved = by_target(runs)
+    others = [(*pair, target) for target in (TARGET, *MORE_TARGETS) for pair in pairs(solved[solved.target == target])]
     sets = dict.fromkeys([*first, *others])
     data = pd.concat([_results(runs, results_dir, (b, d), target) for b, d, target in sets], ignore_index=True)
     data["p_holm"], data["kl_p_holm"] = holm(data.p), holm(data.kl_p)
-    shown = []
-    for part, frame in data.groupby(["backbone", "data", "target"], sort=False):
-        shown.append(_accuracy(*part, frame))
-        if frame.kl.notna().any():
-            shown.append(_faithfulness(*part, frame[frame.kl.notna() & (frame.method != "unmerged")]))
+    parts = []
+    for (backbone, name, target), frame in data.groupby(["backbone", "data", "target"], sort=False):
+        caption = caption_of(backbone, name, frame.n_images, f"{target}% fewer FLOPs")
+        parts.append((caption, _part(frame, _accuracy)))
+        merged = frame[frame.kl.notna() & (frame.method != "unmerged")]
+        if len(merged):
+            parts.append((f"{caption}, against the unmerged model's outputs", _part(merged, _faithfulness)))
     claims = paper_claims()
-    shown.append(
-        (f"The paper's claims for DHTM, and what {N_IMAGENET:,} images can say about them", claim_cells(claims))
-    )
+    about = f"The paper's claims for DHTM, and what {N_IMAGENET:,} images can say about them"
+    parts.append((about, claim_cells(claims)))
     inside = claims.table == "table2"  # one more claim is about Figure 4
     added = claims[inside].drop(columns=["published_top1", "table"]).assign(target=TARGET)
     data = data.merge(added, "left", ["backbone", "data", "target", "method"])
-    return Table(pd.concat([data, claims[~inside].drop(columns="table")], ignore_index=True), shown, NOTES)
+    return Table(pd.concat([data, claims[~inside].drop(columns="table")], ignore_index=True), parts, NOTES)
 
 
 def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> pd.DataFrame:
@@ -115,24 +118,17 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
     first = None if reference is None else predictions(results_dir / _run(ours, reference).run_id)
     rows = []
     for name, group, run in _rows(ours, backbone):
-        row = {
-            "backbone": backbone,
-            "data": data,
-            "target": target,
-            "group": group,
-            "method": name,
-            "reference": reference,
-        }
+        if run is None and target != TARGET:
+            continue
+        row = {"group": group, "method": name}
         row |= {"published_top1": paper.top1.get(name), "published_flops_g": paper.flops_g.get(name)}
-        if run is not None:
-            row |= run[_OURS].to_dict()
+        row |= {} if run is None else run[_OURS].to_dict()
         if run is not None and reference is not None and name != reference:
-            found = compare(first, predictions(results_dir / run.run_id))
-            only = {"first_only": "reference_only", "second_only": "other_only"}
-            row |= {only.get(column, column): value for column, value in found.items()}
-        if run is not None or target == TARGET:
-            rows.append(row)
-    return pd.DataFrame(rows, columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
+            row |= compare(first, predictions(results_dir / run.run_id))
+        rows.append(row)
+    results = pd.DataFrame(rows).rename(columns={"first_only": "reference_only", "second_only": "other_only"})
+    results = results.assign(backbone=backbone, data=data, target=target, reference=reference)
+    return results.reindex(columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
 
 
 def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series | None]]:
@@ -147,8 +143,7 @@ def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series |
     shown = {run.run_id for _, _, run in rows if run is not None}
     others = []
     for _, run in ours[(ours.method != "unmerged") & ~ours.run_id.isin(shown)].iterrows():
-        known = f"{entry_of(run.method).label}, layers {run.layers}"
-        name = known if run.method in METHODS else run.method
+        name = f"{entry_of(run.method).label}, layers {run.layers}" if run.method in METHODS else run.method
         others.append((name, "others, w/ train" if run.trained else "others, w/o train", run))
     return rows + sorted(others, key=lambda row: row[1])
 
@@ -159,44 +154,35 @@ def _run(ours: pd.DataFrame, name: str) -> pd.Series | None:
     return None if found.empty else found.sort_values("trained").iloc[-1]
 
 
-def _accuracy(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """Return caption and cells of one backbone on one data set."""
-    rows = []
-    for row, cells in _entries(frame):
-        if frame.published_top1.notna().any():
-            cells["top-1 % published"] = number(row.published_top1, 2)
-            cells["GFLOPs published"] = number(row.published_flops_g, 2)
-        cells["top-1 % ours"] = with_interval(row.top1, row.ci_low, row.ci_high)
-        cells["GFLOPs"] = flops_cell(row)
-        cells["reduction %"] = number(row.flops_reduction_pct, 1)
-        interval = (row.difference, row.difference_low, row.difference_high)
-        cells[f"{row.reference or 'DHTM'} − this, points"] = with_interval(*interval, signed=True)
-        cells["p"] = p_cell(row.p, row.p_holm)
-        rows.append(cells | {"run": row.run_id})
-    return caption_of(backbone, data, frame.n_images, f"{target}% fewer FLOPs"), pd.DataFrame(rows)
+def _part(frame: pd.DataFrame, cells: Callable[[Any], dict[str, str]]) -> pd.DataFrame:
+    """Return the training, once per group, the method and the cells of each row."""
+    training = frame.group.where(frame.group != frame.group.shift(), "")
+    method = frame.method + frame.untrained.eq(True).map({True: " (untrained)", False: ""})
+    shown = pd.DataFrame([cells(row) for row in frame.itertuples()], frame.index)
+    if frame.published_top1.isna().all():
+        shown = shown.drop(columns=["top-1 % published", "GFLOPs published"], errors="ignore")
+    return pd.concat([training.rename("training"), method.rename("method"), shown.assign(run=frame.run_id)], axis=1)
 
 
-def _faithfulness(backbone: str, data: str, target: int, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """Return caption and cells of KL and agreement, for the methods off the shelf."""
-    rows = []
-    for row, cells in _entries(frame):
-        cells |= faithfulness_cells(row)
-        cells["flips won / lost"] = f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
-        cells["reduction %"] = number(row.flops_reduction_pct, 1)
-        interval = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-        cells[f"{row.reference} − this, nats"] = with_interval(*interval, two_digits(row.kl_difference), signed=True)
-        cells["p"] = p_cell(row.kl_p, row.kl_p_holm)
-        rows.append(cells | {"run": row.run_id})
-    caption = caption_of(
-        backbone, data, frame.n_images, f"{target}% fewer FLOPs", "against the unmerged model's outputs"
-    )
-    return caption, pd.DataFrame(rows)
+def _accuracy(row: Any) -> dict[str, str]:
+    interval = (row.difference, row.difference_low, row.difference_high)
+    return {
+        "top-1 % published": number(row.published_top1, 2),
+        "GFLOPs published": number(row.published_flops_g, 2),
+        "top-1 % ours": with_interval(row.top1, row.ci_low, row.ci_high),
+        "GFLOPs": flops_cell(row),
+        "reduction %": number(row.flops_reduction_pct, 1),
+        f"{row.reference or 'DHTM'} − this, points": with_interval(*interval, signed=True),
+        "p": p_cell(row.p, row.p_holm),
+    }
 
 
-def _entries(frame: pd.DataFrame) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield each row and its first cells: the training, once per group, and the method."""
-    group = None
-    for row in frame.itertuples():
-        name = row.method + (" (untrained)" if pd.notna(row.untrained) and row.untrained else "")
-        yield row, {"training": row.group if row.group != group else "", "method": name}
-        group = row.group
+def _faithfulness(row: Any) -> dict[str, str]:
+    interval = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
+    return {
+        **faithfulness_cells(row),
+        "flips won / lost": flips_cell(row),
+        "reduction %": number(row.flops_reduction_pct, 1),
+        f"{row.reference} − this, nats": with_interval(*interval, two_digits(row.kl_difference), signed=True),
+        "p": p_cell(row.kl_p, row.kl_p_holm),
+    }

@@ -104,6 +104,11 @@ def faithfulness_cells(row: Any) -> dict[str, str]:
     }
 
 
+def flips_cell(row: Any) -> str:
+    """Return the cell of the images that only the merged or only the unmerged model has right."""
+    return f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
+
+
 def flops_cell(row: Any) -> str:
     """Return the cell of a run's GFLOPs; where images differ, the mean with quartiles and maximum."""
     decimals = 4 if row.flops_g < 1 else 3

@@ -25,7 +25,8 @@ def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None
         "top1_ci95": [89.0, 91.0], "top5": 99.0, "flops_g": 0.17 - k / 1000, "flops_baseline_g": 0.17,
         "flops_reduction_pct": 100 * k / 170, "merge_flops_g": 0.0, "params_m": 0.6, "tokens_by_layer": [196, 156],
         "dtype": "float32", "device": "cpu", "seed": 0, "weights_sha256": "0" * 64, "data_fingerprint": "1" * 64,
-        "code_version": "2" * 64, "library_version": "5" * 64, "finished": f"2026-01-01T00:{number % 60:02d}:00+00:00",
+        "code_version": "2" * 64, "library_version": "5" * 64, "versions": {},
+        "finished": f"2026-01-01T00:{number % 60:02d}:00+00:00",
     }  # fmt: skip
     path = folder / metrics["run_id"]
     path.mkdir(parents=True)

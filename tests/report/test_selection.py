@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from made_up import KS, write_run, write_solved_run
 
-from dhtm.report.runs import at_target, load_runs, over_k, solved_for
+from dhtm.report.runs import at_target, by_target, load_runs, over_k
 
 MICRO = ("deit_micro", "digits")
 
@@ -19,25 +19,23 @@ def test_what_a_solved_run_says_about_itself(tmp_path):
     assert learned.knob.tolist() == ["k", "keep_rate", "keep_rate"] and pd.isna(runs.knob["unmerged"])
     assert learned.value.tolist() == [30, 0.7, 0.7]
     assert runs.targets.to_dict() == {"dhtm": "", "dpc_knn": "12.5", "sinkhorn": "30,31", "unmerged": ""}
-    assert runs.index[runs.trained].tolist() == ["dpc_knn"] and runs.index[runs.untrained].tolist() == ["sinkhorn"]
-    assert runs.k["dhtm"] == 30 and pd.isna(runs.k["sinkhorn"])
-    assert solved_for(runs, 30).index.tolist() == solved_for(runs, 31).index.tolist() == ["sinkhorn"]
+    solved = by_target(runs)
+    assert list(zip(solved.index, solved.target, strict=True)) == [
+        ("dpc_knn", 12.5),
+        ("sinkhorn", 30),
+        ("sinkhorn", 31),
+    ]
 
 
 @pytest.mark.parametrize(
     ("method", "trained", "knobs", "plain"),
     [
-        ("tome", False, {}, True),
         ("tome", True, {"inflect": -1.0}, False),
-        ("tome", False, {"proportional_attention": False}, False),
-        ("dhtm", False, {"proportional_attention": True}, False),
         ("dhtm", False, {"k": 7, "backend": "torch"}, True),
         ("dpc_knn", True, {}, True),
-        ("dpc_knn", False, {"weighted": True}, False),
         ("dpc_knn", True, {"weighted": False}, False),
         ("token_mergence", True, {"scales": [2, 4]}, True),
         ("token_mergence", True, {"scales": [2]}, False),
-        ("sinkhorn", True, {"epsilon": 1.0, "iterations": 3}, True),
         ("own", False, {"proportional_attention": True}, True),
     ],
 )
@@ -46,33 +44,27 @@ def test_the_papers_options_of_each_method(tmp_path, method, trained, knobs, pla
     assert load_runs(tmp_path).plain.tolist() == [plain]
 
 
-def test_only_runs_under_the_papers_options_are_shown(tmp_path):
-    write_run(tmp_path, 1, k=40, top1=90.0)
-    write_run(tmp_path, 2, k=40, top1=1.0, knobs={"linkage": "size"})
-    write_run(tmp_path, 3, k=40, top1=2.0, layers=[4, 7, 10])
-    write_run(tmp_path, 4, k=40, top1=3.0, n_images=100)
-    write_run(tmp_path, 5, k=40, top1=4.0, dtype="bfloat16")
-    (tmp_path / "0000000000000006").mkdir()  # an unfinished run
-    assert over_k(load_runs(tmp_path), *MICRO, "dhtm").top1.to_dict() == {40: 90.0}
-
-
-def test_a_series_over_k_is_of_one_model_and_one_code(tmp_path):
+def test_a_series_over_k_has_the_papers_options_one_model_and_one_code(tmp_path):
     for number, k in enumerate(KS):
         write_run(tmp_path, number, k=k, top1=90.0)
         write_run(tmp_path, 20 + number, k=k, top1=91.0, code_version="3" * 64)
-    write_run(tmp_path, 50, k=40, top1=1.0, weights_sha256="4" * 64)
-    write_run(tmp_path, 51, k=25, top1=2.0, n_images=10)
+    changes = [
+        {"k": 25, "n_images": 10}, {"knobs": {"linkage": "size"}}, {"layers": [4, 7, 10]}, {"n_images": 100},
+        {"dtype": "bfloat16"}, {"weights_sha256": "4" * 64},
+    ]  # fmt: skip
+    for number, changed in enumerate(changes, start=50):
+        write_run(tmp_path, number, **{"k": 40, "top1": 1.0} | changed)
+    (tmp_path / "0000000000000099").mkdir()  # an unfinished run
     series = over_k(load_runs(tmp_path), *MICRO, "dhtm")
     assert series.top1.to_dict() == dict.fromkeys(KS, 91.0), "the newest of the complete ones"
 
 
 def test_a_solved_k_is_in_the_series_only_if_it_is_the_papers(tmp_path):
-    for number, k in enumerate((10, 20, 30)):
-        write_run(tmp_path, number, k=k)
+    write_run(tmp_path, 1, k=10)
     write_solved_run(tmp_path, 10, "dhtm")  # k = 40
     write_solved_run(tmp_path, 11, "dhtm", 25.0, knobs={"k": 33})
     write_solved_run(tmp_path, 12, "dhtm", trained=True)
-    assert over_k(load_runs(tmp_path), *MICRO, "dhtm").index.tolist() == [10, 20, 30, 40]
+    assert over_k(load_runs(tmp_path), *MICRO, "dhtm").index.tolist() == [10, 40]
 
 
 def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
@@ -93,6 +85,9 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
     write_solved_run(tmp_path, 15, "dhtm", weights_sha256="5" * 64)
     write_solved_run(tmp_path, 16, "tome", knobs={"proportional_attention": False})
     write_solved_run(tmp_path, 17, "dhtm", backbone="deit_tiny")
+    for number, method in enumerate(("dhtm", "tome", "lotm"), start=18):
+        write_solved_run(tmp_path, number, method, n_images=500)  # newer, but fewer images
+    write_solved_run(tmp_path, 21, "unmerged", n_images=50_000)  # can be compared with nothing
     chosen = at_target(load_runs(tmp_path), *MICRO, 30)
     found = {(run.method, run.layers, run.trained): int(run.run_id, 16) for run in chosen.itertuples()}
     assert found == {
@@ -105,13 +100,4 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
         ("unmerged", "all", False): 9,
     }
     every = at_target(load_runs(tmp_path), *MICRO)
-    assert len(every) == len(chosen) + 1
-    assert set(every.target.dropna()) == {30, 40}
-
-
-def test_more_images_go_before_more_methods_and_newer_runs(tmp_path):
-    write_solved_run(tmp_path, 1, "dhtm")
-    for number, method in enumerate(("dhtm", "tome", "lotm"), start=2):
-        write_solved_run(tmp_path, number, method, n_images=500)
-    write_solved_run(tmp_path, 5, "unmerged", n_images=50_000)  # can be compared with nothing
-    assert at_target(load_runs(tmp_path), *MICRO, 30).run_id.tolist() == [f"{1:016x}"]
+    assert len(every) == len(chosen) + 1 and set(every.target.dropna()) == {30, 40}

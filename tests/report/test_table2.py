@@ -40,8 +40,7 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
     assert table.data[["top1", "flops_g", "difference", "p"]].isna().all(axis=None)
     cells = cells_of(table, "DeiT-Small")
     printed = read_published("table2").query("backbone == 'deit_small'").set_index("method")
-    for name, top1 in printed.top1.items():
-        assert cells.loc[name, "top-1 % published"] == f"{top1:.2f}"
+    assert cells.loc[printed.index, "top-1 % published"].tolist() == [f"{top1:.2f}" for top1 in printed.top1]
     assert (cells[["top-1 % ours", "GFLOPs", "reduction %", "DHTM − this, points", "p"]] == "–").all(axis=None)
     assert (cells.loc[list(ADDED), "top-1 % published"] == "–").all()
     assert [name for name in cells.index if name in printed.index] == printed.index.tolist(), "the paper's order"
@@ -52,15 +51,13 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
 
 def test_methods_are_compared_under_one_version_of_the_library(tmp_path):
     """A method that ran again after a change of what all methods share is not put beside the others' older runs."""
-    changed = {"library_version": "6" * 64}
     runs = [(method, RIGHT, {}) for method in ("dhtm", "tome", "lotm")]
-    rows = rows_of(made(tmp_path, *runs, ("dhtm", wrong(0, 600), changed)))
+    rows = rows_of(made(tmp_path, *runs, ("dhtm", wrong(0, 600), {"library_version": "6" * 64})))
     assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [100, 100, 100]
-    rows = rows_of(made(tmp_path, ("tome", RIGHT, changed), ("lotm", RIGHT, changed)))
-    assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [50, 100, 100], "of the complete ones the newest"
 
 
 def test_methods_are_compared_image_by_image(tmp_path):
+    tiny = {"backbone": "deit_tiny", "data": "imagenet"}
     table = made(
         tmp_path,
         ("dhtm", wrong(0, 100), {}),
@@ -68,31 +65,26 @@ def test_methods_are_compared_image_by_image(tmp_path):
         ("unmerged", wrong(0, 96), {}),
         ("k_medoids", wrong(0, 180), {"trained": True}),
         ("k_medoids", wrong(0, 400), {}),
+        ("dhtm", RIGHT, {"layers": [4, 7, 10]}),
+        ("own", RIGHT, {}),
+        ("dhtm", wrong(0, 250), tiny),
+        ("tome", wrong(0, 300), tiny),
     )
     rows = rows_of(table)
     lotm = rows.loc["LoTM"]
     assert (lotm.reference_only, lotm.other_only) == (100, 70)
-    assert lotm.difference == pytest.approx(100 * 30 / 1200)
-    assert lotm.difference_low < lotm.difference < lotm.difference_high
-    assert lotm.p == pytest.approx(mcnemar(100, 70))
+    assert lotm.difference == pytest.approx(100 * 30 / 1200) and lotm.p == pytest.approx(mcnemar(100, 70))
     assert rows.difference.isna()[["DHTM", "ToMe OTS", "DPC-KNN"]].all()
     assert rows.top1[["K-Medoids", "K-Medoids OTS"]].tolist() == pytest.approx([85, 200 / 3])
-    assert rows.published_top1.isna().all()
+    assert rows.group["DHTM, layers 4,7,10"] == rows.group["own"] == "others, w/o train"
     cells = cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 30% fewer FLOPs")
-    assert cells.index.tolist()[0] == "unmerged" and cells.index.tolist()[-3:] == ["DHTM", "DHTM+", "DHTM+ threshold"]
     assert cells.loc["LoTM", "DHTM − this, points"].startswith("+2.50 [")
-    assert cells.loc["LoTM", "p"] == "0.0258", "not below 0.05 after Holm's correction"
     assert cells.loc["unmerged", "DHTM − this, points"].startswith("−0.33 [")
     assert cells.loc["K-Medoids", "p"] == "<0.0001*"
     assert cells.loc["DHTM", "reduction %"] == "30.2"
-    assert cells.loc["ToMe OTS", "top-1 % ours"] == "–"
     assert "top-1 % published" not in cells
-
-
-def test_groups_of_images_are_respected(tmp_path):
-    groups = {"groups": np.arange(1200) // 4}
-    rows = rows_of(made(tmp_path, ("dhtm", RIGHT, groups), ("lotm", wrong(0, 24), groups)))
-    assert rows.p["LoTM"] == pytest.approx(2 / 2**6), "24 images in 6 groups"
+    beside = cells_of(table, "DeiT-Tiny on ImageNet-1K, 1,200 images").loc["ToMe OTS"]
+    assert beside["top-1 % published"] == "70.94" and beside["top-1 % ours"].startswith("75.00")
 
 
 def test_the_correction_counts_every_test_of_the_table(tmp_path):
@@ -101,44 +93,17 @@ def test_the_correction_counts_every_test_of_the_table(tmp_path):
     table = made(tmp_path, *[(m, wrong(0, n), {"backbone": of}) for of in backbones for m, n in wrongs.items()])
     assert table.data.p.count() == 6
     assert table.data.p_holm.tolist() == pytest.approx(holm(table.data.p).tolist(), nan_ok=True)
-    rows = rows_of(table)
-    assert rows.p[["LoTM", "ToMe OTS"]].tolist() == pytest.approx([2 / 2**8, 2 / 2**7])
-    assert rows.p_holm["LoTM"] == pytest.approx(6 * 2 / 2**8)
     cells = cells_of(table, "deit_micro")
     assert cells.loc["LoTM", "p"] == "0.0078*"
     assert cells.loc["ToMe OTS", "p"] == "0.0156", "0.0625 after the correction"
 
 
 def test_untrained_methods_are_marked_until_trained_ones_exist(tmp_path):
-    table = made(
-        tmp_path,
-        ("dhtm", RIGHT, {}),
-        ("sit", wrong(0, 900), {"untrained": True, "weights_sha256": "8" * 64}),
-        ("sinkhorn", wrong(0, 900), {"untrained": True, "weights_sha256": "9" * 64}),
-        ("sinkhorn", wrong(0, 100), {"trained": True}),
-    )
-    cells = cells_of(table, "deit_micro")
+    untrained = {"untrained": True, "weights_sha256": "8" * 64}
+    runs = [("dhtm", RIGHT, {}), ("sit", wrong(0, 900), untrained), ("sinkhorn", wrong(0, 900), untrained)]
+    cells = cells_of(made(tmp_path, *runs, ("sinkhorn", wrong(0, 100), {"trained": True})), "deit_micro")
     assert cells.loc["SiT (untrained)", "top-1 % ours"].startswith("25.00")
     assert cells.loc["Sinkhorn", "top-1 % ours"].startswith("91.67")
-    assert "Sinkhorn (untrained)" not in cells.index
-    assert not rows_of(table).untrained["Sinkhorn"]
-
-
-def test_off_the_shelf_runs_take_no_trained_row(tmp_path):
-    other = ("dhtm", RIGHT, {"layers": [4, 7, 10]})
-    rows = rows_of(made(tmp_path, ("tome", RIGHT, {}), ("dpc_knn", RIGHT, {}), other, ("own", RIGHT, {})))
-    assert rows.index[rows.top1.notna()].tolist() == ["DPC-KNN OTS", "ToMe OTS", "DHTM, layers 4,7,10", "own"]
-    assert rows.group["DHTM, layers 4,7,10"] == "others, w/o train" and pd.isna(rows.top1["DHTM"])
-
-
-def test_imagenet_runs_stand_beside_the_published_numbers(tmp_path):
-    tiny = {"backbone": "deit_tiny", "data": "imagenet"}
-    table = made(tmp_path, ("dhtm", wrong(0, 250), tiny), ("tome", wrong(0, 300), tiny))
-    cells = cells_of(table, "DeiT-Tiny on ImageNet-1K, 1,200 images")
-    assert cells.loc["ToMe OTS", "top-1 % published"] == "70.94"
-    assert cells.loc["ToMe OTS", "top-1 % ours"].startswith("75.00")
-    assert cells.loc["ToMe OTS", "DHTM − this, points"].startswith("+4.17")
-    assert len(table.parts) == 4
 
 
 def test_lost_predictions_are_named(tmp_path):
@@ -155,7 +120,6 @@ def test_the_papers_claims(tmp_path):
         assert row.published_difference == pytest.approx(top1["DHTM"] - top1[method])
         p, q = top1["DHTM"] / 100, top1[method] / 100
         assert row.independent_disagreement_pct == pytest.approx(100 * (p * (1 - q) + q * (1 - p)))
-        assert row.greatest_disagreement_pct == pytest.approx(100 * min(p + q, 2 - p - q))
     assert claims.loc[("deit_small", "random"), "published_difference"] == 3.14
     broken = claims.index[~claims.as_claimed.astype(bool)].tolist()
     assert broken == [("deit_small", "SiT"), ("deit_base", "SiT"), ("deit_base", "K-Medoids")]
@@ -164,15 +128,8 @@ def test_the_papers_claims(tmp_path):
         ("deit_tiny", "ToMe w/train"), ("deit_small", "ToMe OTS"), ("deit_small", "LoTM"), ("deit_small", "ToMe w/train"),
         ("deit_base", "ToMe OTS"), ("deit_base", "ToMe w/train"),
     }  # fmt: skip
-    for pair, share in only_if.items():
-        net = round(500 * abs(claims.loc[pair, "published_difference"]))
-        assert share == pytest.approx(100 * ((net - 1) / 1.96) ** 2 / 50_000, abs=0.06)
-        most = round(claims.loc[pair, "most_disagreement_pct"] * 500)
-        worse, better = (most - net) // 2, (most + net) // 2
-        assert mcnemar(better, worse) < 0.05 <= mcnemar(better + 1, worse + 1)
     others = claims.beyond_chance.drop(list(only_if))
     assert (others == "beyond chance however often the two disagree").all()
-    assert "0.90" in table.markdown() and "more than 1.5" in table.markdown() and "−0.08" in table.markdown()
     shares = claims.independent_disagreement_pct
     assert f"{shares.min():.0f} to {shares.max():.0f}% if they erred independently" in table.markdown()
 
@@ -180,12 +137,11 @@ def test_the_papers_claims(tmp_path):
 def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
     """KL, agreement and flips of the methods off the shelf, each with a paired test against DHTM."""
     kl = np.random.default_rng(0).exponential(0.01, 1200)
-    mistaken = wrong(0, 30)
     table = made(
         tmp_path,
         ("unmerged", RIGHT, {"kl": 0 * kl}),
         ("dhtm", RIGHT, {"kl": kl}),
-        ("lotm", mistaken, {"kl": kl + 0.004}),
+        ("lotm", wrong(0, 30), {"kl": kl + 0.004}),
         ("tome", RIGHT, {"kl": np.roll(kl, 1)}),
         ("dpc_knn", RIGHT, {"trained": True}),
     )
@@ -197,13 +153,10 @@ def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
     assert cells.loc["LoTM", "DHTM − this, nats"].startswith("−0.0040 [")
     assert cells.loc["LoTM", "p"] == "<0.0001*" and float(cells.loc["ToMe OTS", "p"]) > 0.9
     rows = rows_of(table)
-    assert rows.kl["DHTM"] == pytest.approx(kl.mean()) and np.isnan(rows.kl["DPC-KNN"])
+    assert rows.kl["DHTM"] == pytest.approx(kl.mean()) and pd.isna(rows.kl["DPC-KNN"])
 
 
 def test_more_reductions_than_the_papers_have_parts_where_there_are_runs(tmp_path):
-    runs = [(method, RIGHT, {"target": target}) for method in ("dhtm", "tome") for target in (30.0, 40.0)]
-    table = made(tmp_path, *runs)
-    assert cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 40% fewer FLOPs").index.tolist() == [
-        "ToMe OTS", "DHTM",
-    ]  # fmt: skip
-    assert rows_of(table).target.value_counts().to_dict()[40] == 2
+    table = made(tmp_path, *[(method, RIGHT, {"target": 40.0}) for method in ("dhtm", "tome")])
+    cells = cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 40% fewer FLOPs")
+    assert cells.index.tolist() == ["ToMe OTS", "DHTM"]
