@@ -1,7 +1,6 @@
 """Figures 1 and 4: top-1 and KL over the cost, published points beside ours."""
 
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -26,18 +25,19 @@ def figure1(runs: pd.DataFrame) -> Figure:
     Below the published points is a close-up of the first column's top-1. Methods whose own parameters were never trained
     are skipped: they would show nothing and compress the others.
     """
-    panels = _panels(runs, lambda pair: at_target(runs, *pair), lambda frame: frame.target.nunique() >= MIN_TARGETS)
+    frames = {pair: at_target(runs, *pair) for pair in pairs(runs)}
+    panels = {pair: frame for pair, frame in frames.items() if frame.target.nunique() >= MIN_TARGETS and pair != PAPER}
+    panels[PAPER] = at_target(runs, *PAPER)
     figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
     handles, zoom = {}, _zoom(axes, panels) if below[0] else None
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in [*SERIES.values(), *_unknown_series(frame)]:
             points = of_series(frame, series).drop_duplicates("run_id")
             if series.label and len(points):
-                handles[series.label] = _draw(ax, points, "flops_reduction_pct", series.label, series.style)
+                handles[series.label] = Line2D([], [], **SIZES, **series.style)
+                _draw(ax, ax_kl, points, "flops_reduction_pct", series.label, series.style)
                 if zoom and ax is axes[0]:
                     draw_intervals(zoom, points, "flops_reduction_pct", ["top1"], series.label, series.style)
-                if ax_kl:
-                    _draw_kl(ax_kl, points, "flops_reduction_pct", series.label, series.style)
         for top1 in frame.top1[frame.method == "unmerged"]:
             handles["unmerged"] = ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
     handles |= _draw_published_reductions(axes[-1])
@@ -54,19 +54,20 @@ def figure4(runs: pd.DataFrame) -> Figure:
 
     There is a column for each backbone and data set evaluated with both methods, and one with the published points.
     """
-
-    def select(pair: Pair) -> pd.DataFrame:
-        return pd.concat([over_k(runs, *pair, series.method).reset_index() for series in COMPARED])
-
-    panels = _panels(runs, select, lambda frame: frame.method.nunique() == len(COMPARED))
+    frames = {
+        pair: pd.concat([over_k(runs, *pair, series.method).reset_index() for series in COMPARED])
+        for pair in [*pairs(runs), PAPER]
+    }
+    panels = {
+        pair: frame for pair, frame in frames.items() if frame.method.nunique() == len(COMPARED) and pair != PAPER
+    }
+    panels[PAPER] = frames[PAPER]
     figure, axes, below = _axes(panels, "GFLOPs", (3.6, 3))
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in COMPARED:
             points = of_series(frame, series)
             if len(points):
-                _draw(ax, points, "flops_g", series.name, series.style)
-                if ax_kl:
-                    _draw_kl(ax_kl, points, "flops_g", series.name, series.style)
+                _draw(ax, ax_kl, points, "flops_g", series.name, series.style)
         for row in frame[frame.method == "dhtm"].itertuples():  # random merging has the same k at nearly the same FLOPs
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 6}
             ax.annotate(f"k={row.k}", (row.flops_g, row.ci_high), **above)
@@ -81,14 +82,6 @@ def figure4(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def _panels(
-    runs: pd.DataFrame, select: Callable[[Pair], pd.DataFrame], is_shown: Callable[[pd.DataFrame], bool]
-) -> dict[Pair, pd.DataFrame]:
-    """Return the selected runs of each panel; the paper's panel, the last one, is always shown."""
-    frames = {pair: select(pair) for pair in pairs(runs) if pair != PAPER}
-    return {pair: frame for pair, frame in frames.items() if is_shown(frame)} | {PAPER: select(PAPER)}
-
-
 def _axes(
     panels: dict[Pair, pd.DataFrame], xlabel: str, size: tuple[float, float]
 ) -> tuple[Figure, list[Axes], list[Axes | None]]:
@@ -100,11 +93,9 @@ def _axes(
     grid = figure.add_gridspec(n_rows, len(panels))
     axes, below = [], []
     for column, ((backbone, data), frame) in enumerate(panels.items()):
-        first, second = (
-            (": published only", "") if frame.empty else ("", f"{frame.n_images.max():,} images, 95% intervals")
-        )
+        images = ": published only\n" if frame.empty else f"\n{frame.n_images.max():,} images, 95% intervals"
         ax = figure.add_subplot(grid[0, column])
-        ax.set(title=f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}{first}\n{second}", xlabel=xlabel)
+        ax.set(title=f"{BACKBONES.get(backbone, backbone)}, {DATA.get(data, data)}{images}", xlabel=xlabel)
         axes.append(ax)
         below.append(figure.add_subplot(grid[1, column], sharex=ax) if has_kl[column] else None)
         if has_kl[column]:
@@ -118,26 +109,18 @@ def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
     pair, frame = next(iter(panels.items()))
     ax = axes[-1].figure.add_subplot(axes[-1].get_subplotspec().get_gridspec()[1, -1], sharex=axes[0])
     top1 = frame.top1[frame.method == "unmerged"].max()
-    ax.set(
-        ylim=(top1 - ZOOM, top1 + ZOOM / 2),
-        title=f"{title_of(*pair)}: top-1, close-up",
-        xlabel="FLOPs reduction (%)",
-    )
-    ax.set_ylabel("top-1 accuracy (%)")
+    ax.set(ylim=(top1 - ZOOM, top1 + ZOOM / 2), title=f"{title_of(*pair)}: top-1, close-up")
+    ax.set(xlabel="FLOPs reduction (%)", ylabel="top-1 accuracy (%)")
     ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
     return ax
 
 
-def _draw(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> Line2D:
-    """Draw top-1 with its intervals over a column; return the line for a legend."""
+def _draw(ax: Axes, ax_kl: Axes | None, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
+    """Draw top-1 over a column, and KL except where nothing is merged and it is zero, with their intervals."""
     draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), label, style)
-    return Line2D([], [], **SIZES, **style)
-
-
-def _draw_kl(ax: Axes, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
-    """Draw the KL with its intervals, except where nothing is merged and it is zero."""
-    merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
-    draw_intervals(ax, merged, x, ("kl", "kl_low", "kl_high"), label, style)
+    if ax_kl:
+        merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
+        draw_intervals(ax_kl, merged, x, ("kl", "kl_low", "kl_high"), label, style)
 
 
 def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, label: str, style: dict[str, Any]) -> None:

@@ -34,22 +34,21 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     require_writable(output_dir / "tables", f"output_dir={output_dir}")
     every_run = runs.drop(columns=["plain", "finished", "knobs"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
-    tables = {"table1": table1(runs), "table2": table2(runs, results_dir)}
-    more = {"ablation": ablation, "thresholds": thresholds_table, "dense": dense_table}
-    tables |= {name: found for name, make in more.items() if (found := make(runs, results_dir)) is not None}
+    tables = {
+        "table1": table1(runs),
+        "table2": table2(runs, results_dir),
+        "ablation": ablation(runs, results_dir),
+        "thresholds": thresholds_table(runs, results_dir),
+        "dense": dense_table(runs, results_dir),
+    }
+    tables = {name: table for name, table in tables.items() if table is not None}
     for name, table in tables.items():
         table.save(output_dir / "tables" / name)
-    drawn = {"figure1": figure1(runs), "figure4": figure4(runs), "dense": dense_figure(runs)}
-    figures = {
-        name: save_figure(figure, output_dir / "figures" / name) for name, figure in drawn.items() if figure is not None
-    }
+    figures = {"figure1": figure1(runs), "figure4": figure4(runs), "dense": dense_figure(runs)}
+    figures = {name: save_figure(drawn, output_dir / "figures" / name) for name, drawn in figures.items() if drawn}
     log.info("\n%s", "\n".join(table.markdown() for table in tables.values()))
     write_page(runs, tables, figures, results_dir, output_dir / "report.html")
     log.info("tables: %s\nfigures: %s", output_dir / "tables", output_dir / "figures")
     log.info("report: %s", output_dir / "report.html")
-    if tracker is not None:
-        log_report(
-            tracker,
-            {name: table.data for name, table in tables.items()} | {"runs": runs.drop(columns="knobs")},
-            figures,
-        )
+    logged = {name: table.data for name, table in tables.items()} | {"runs": runs.drop(columns="knobs")}
+    log_report(tracker, logged, figures)

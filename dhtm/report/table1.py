@@ -13,6 +13,7 @@ from dhtm.report.tables import FAITHFULNESS, Table, caption_of, faithfulness_cel
 from dhtm.vit import tokens_by_layer
 
 SCHEDULES = ((4, 7, 11), (4, 7, 10))
+_TOP1 = ["top1", "ci_low", "ci_high"]
 
 NOTES = [
     "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Δ is ours minus published.",
@@ -49,24 +50,12 @@ def table1(runs: pd.DataFrame) -> Table:
     first = [(backbone, "imagenet") for backbone in read_published("table1").backbone.unique()]
     parts, frames = [], []
     for backbone, data in dict.fromkeys([*first, *pairs(runs[runs.method == "dhtm"])]):
-        frame = over_k(runs, backbone, data, "dhtm")
+        ours = over_k(runs, backbone, data, "dhtm")
         if (backbone, data) in first:
-            frame = _beside_published(backbone, frame)
+            frame = _beside_published(backbone, ours)
             parts.append((caption_of(backbone, data, frame.n_images), _cells_beside_published(frame)))
-        elif len(frame):
-            frame = frame[
-                [
-                    "run_id",
-                    "top1",
-                    "ci_low",
-                    "ci_high",
-                    "top5",
-                    *FAITHFULNESS,
-                    "n_images",
-                    "flops_g",
-                    "flops_reduction_pct",
-                ]
-            ]
+        elif len(ours):
+            frame = ours[["run_id", *_TOP1, "top5", *FAITHFULNESS, "n_images", "flops_g", "flops_reduction_pct"]]
             parts.append((caption_of(backbone, data, frame.n_images, "layers 4, 7, 11"), _cells(frame)))
             frame = frame.rename(columns={"flops_g": "flops_g_4_7_11"})
         else:
@@ -80,9 +69,7 @@ def table1(runs: pd.DataFrame) -> Table:
 def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
     """Return published numbers, ours, and the FLOPs that fvcore counts for each schedule, by k."""
     theirs = read_published("table1").query("backbone == @backbone").set_index("k")[["top1", "flops_g"]]
-    frame = theirs.add_prefix("published_").join(
-        ours[["run_id", "top1", "ci_low", "ci_high", *FAITHFULNESS, "n_images"]]
-    )
+    frame = theirs.add_prefix("published_").join(ours[["run_id", *_TOP1, *FAITHFULNESS, "n_images"]])
     frame["top1_difference"] = frame.top1 - frame.published_top1
     for layers, counts in gflops(backbone, tuple(frame.index)).items():
         name = "_".join(map(str, layers))

@@ -50,7 +50,6 @@ def test_our_runs_stand_beside_the_published_numbers(tmp_path):
     assert "79.40 [79.05, 79.75]" in text and "−0.06" in text
     assert "|  40 |               71.66 |              – |          – |               0.88 |" in text
     assert "90.00 [89.00, 91.00]" in text
-    assert "these are the figures of k = 48" in text
 
 
 def test_a_report_without_runs_has_the_papers_part(tmp_path):
@@ -59,23 +58,22 @@ def test_a_report_without_runs_has_the_papers_part(tmp_path):
     report(tmp_path / "runs", output)
     assert len(pd.read_csv(output / "tables/table1.csv")) == 21
     assert pd.read_csv(output / "tables/table2.csv").top1.isna().all()
-    latex = (output / "tables/table1.tex").read_text()
-    assert r"\toprule" in latex and "_" not in latex.replace(r"\_", "")
+    assert r"\toprule" in (output / "tables/table1.tex").read_text()
     for name in ("figure1", "figure4"):
         assert (output / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (output / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>What is missing</h2>" in (output / "report.html").read_text()
+
+
+def test_what_prevents_a_report_is_named(tmp_path):
     with pytest.raises(UserError, match=r"results_dir=.*none: no such directory; evaluate something first"):
-        report(tmp_path / "none", output)
-
-
-def test_damaged_metrics_and_unwritable_output_are_named(tmp_path):
-    (tmp_path / "none").mkdir()
+        report(tmp_path / "none", tmp_path)
     with pytest.raises(UserError, match=r"output_dir=/proc/nowhere: cannot write there"):
-        report(tmp_path / "none", Path("/proc/nowhere"))
-    (tmp_path / "runs" / "0123").mkdir(parents=True)
-    (tmp_path / "runs" / "0123" / "metrics.json").write_text("{")
+        report(tmp_path, Path("/proc/nowhere"))
+    (tmp_path / "0123").mkdir()
+    (tmp_path / "0123" / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"0123/metrics.json: damaged"):
-        report(tmp_path / "runs", tmp_path / "out")
+        report(tmp_path, tmp_path / "out")
 
 
 def test_published_numbers():
@@ -83,8 +81,6 @@ def test_published_numbers():
     assert len(table) == 21
     assert table.loc[("deit_tiny", 0), "top1"] == 72.20
     assert table.loc[("deit_base", 40), "flops_g"] == 13.97
-    assert table.groupby("backbone").top1.is_monotonic_decreasing.all()
-    assert len(read_published("table2")) == 30
-    assert len(read_published("claims")) == 25
+    assert len(read_published("table2")) == 30 and len(read_published("claims")) == 25
     for file in (ROOT / "results" / "paper").glob("*.csv"):
         assert pd.read_csv(file).place.notna().all()
