@@ -101,7 +101,8 @@ def premise_figure(frames: dict[str, pd.DataFrame], premise: Premise) -> Figure:
         )
     axes[2].set(title=f"cost of one merge in layer {premise.layer}", xlabel="distance of the pair", ylabel="KL (nats)")
     axes[2].set_yscale("log")
-    axes[2].legend(title="which pair at this distance", frameon=True, loc="center left", bbox_to_anchor=(0.05, 0.42))
+    axes[2].set_ylim(top=axes[2].get_ylim()[1] * 4)  # room for the legend
+    axes[2].legend(title="which pair at this distance", ncols=2, loc="upper center")
     figure.suptitle(
         f"{premise.backbone.name} on {premise.data.name}, {similarity.n_images.iloc[0]:,} images, 95% intervals"
     )
