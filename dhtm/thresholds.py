@@ -35,10 +35,12 @@ def find_thresholds(
         for a layer that is to make no merge. And the patch tokens of each image after each layer, int64 [B, depth].
 
     Raises:
-        ValueError: the reducer has a threshold itself, or another similarity.
+        ValueError: the reducer has a threshold itself, another similarity, or masses.
     """
-    if reducer.adaptive or reducer.options["similarity"] != "cosine":
-        raise ValueError(f"{reducer}: thresholds are found for a reducer with k or total, and similarity='cosine'")
+    if reducer.adaptive or reducer.options["similarity"] != "cosine" or reducer.mass is not None:
+        raise ValueError(
+            f"{reducer}: thresholds are found for a reducer with k or total, similarity='cosine' and mass=None"
+        )
     search = _Search(reducer, share)
     patch(model, search)
     try:

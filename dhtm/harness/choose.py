@@ -1,6 +1,7 @@
 """Choose the setting of a method's knob within a bound on KL, agreement or latency, on images without labels."""
 
 import bisect
+import copy
 import dataclasses
 import functools
 import inspect
@@ -125,7 +126,9 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     key, limit = choice.bound
     backbone = choice.evaluation.backbone
     of_number = with_number(method) if method.knob == "threshold" else method
-    images = None if of_number is method else _images(choice, "choose", backbone.load())
+    if of_number is not method:
+        model = copy.deepcopy(backbone.load()).to(pick_device(choice.evaluation.device))
+        images = _images(choice, "choose", model)
 
     def at(reduction_pct: float) -> Method | None:
         try:
@@ -137,7 +140,7 @@ def _choose(choice: Choice, name: str, method: Method, unmerged_ms: float | None
     @functools.cache
     def by_threshold(found: Method) -> Method:
         """Return the method with thresholds that make the same number of merges on average."""
-        thresholds, _ = find_thresholds(backbone.load(), found.reducer(), images)
+        thresholds, _ = find_thresholds(model, found.reducer(), images)
         return dataclasses.replace(method, options={**method.options, "threshold": thresholds})
 
     def saves_enough(setting: Method) -> bool:

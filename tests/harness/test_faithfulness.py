@@ -98,16 +98,17 @@ def test_any_folder_of_images_is_enough(evaluated, photos, tmp_path):
     assert np.mean([part["kl"] for part in parts]) == pytest.approx(metrics["kl"], rel=1e-4)
 
 
-def test_of_many_classes_half_precision_is_kept():
-    unmerged, merged = (5 * torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    unmerged, merged = unmerged.expand(4, -1), (unmerged + 0.1 * merged).expand(4, -1)
-    ids, best = np.arange(4), unmerged.argmax(dim=1).numpy()
+def test_a_small_kl_over_many_classes_is_not_lost_in_rounding():
+    """At 10% fewer FLOPs the KL is about 10⁻⁶ nats, which half precision would double."""
+    generator, ids = torch.Generator().manual_seed(0), np.arange(64)
+    unmerged, noise = (torch.randn(64, 1000, generator=generator) for _ in range(2))
+    merged, best = unmerged + 0.0014 * noise, unmerged.argmax(dim=1).numpy()
     kept = keep(ids, unmerged.log_softmax(dim=1), best)["log_probabilities"]
-    assert sum(row.nbytes for row in kept) == 4 * 2000, "100 MB for the 50,000 images of ImageNet"
-    stored = pd.DataFrame({"index": ids, "class_1": best, "log_probabilities": kept})
-    found = compare_with(stored)(ids, merged.log_softmax(dim=1), best)
+    found = compare_with(pd.DataFrame({"index": ids, "class_1": best, "log_probabilities": kept}))
     p, q = (log_softmax(logits.double().numpy(), axis=1) for logits in (unmerged, merged))
-    assert found["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(axis=1), rel=0.02)
+    expected = (np.exp(p) * (p - q)).sum(axis=1).mean()
+    assert expected < 2e-6
+    assert found(ids, merged.log_softmax(dim=1), best)["kl"].mean() == pytest.approx(expected, rel=0.05)
 
 
 def test_flips_are_counted_by_which_model_is_right():

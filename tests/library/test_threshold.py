@@ -70,6 +70,12 @@ def test_thresholds_make_as_many_merges_as_are_wanted_on_average(reducer):
         assert wanted or layer not in reducer.schedule or thresholds[reducer.schedule.index(layer)] > 1
 
 
+@pytest.mark.parametrize("options", [{"threshold": 0.9}, {"k": 5, "similarity": "euclidean"}, {"k": 5, "mass": "size"}])
+def test_thresholds_are_found_for_merges_by_cosine_alone(options):
+    with pytest.raises(ValueError, match="with k or total, similarity='cosine' and mass=None"):
+        dhtm.find_thresholds(build("deit_tiny"), dhtm.DHTM(**options), torch.zeros(1, 3, 64, 64))
+
+
 def test_a_model_that_pools_by_attention_is_refused():
     with pytest.raises(ValueError, match="global_pool='map'"):
         dhtm.patch(build("siglip (attention pooling)"), dhtm.DHTM(threshold=0.9, layers=(1, 2)))

@@ -63,7 +63,8 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
         return method, None
     if method.knob == "threshold":
         raise UserError(
-            f"{target}: the FLOPs of method={method.name} depend on the images; set no target here, only method.threshold"
+            f"{target}: the FLOPs of method={method.name} depend on the images, so no target can be set here; set "
+            "target.reduction_pct=null"
         )
     is_rate = method.knob in _RATES or isinstance(method.setting, float)
 
