@@ -123,12 +123,12 @@ def check_backend(case, backend, device="cpu"):
     results = []
     for name, there in (("reference", "cpu"), (backend, device)):
         masses = None if options["masses"] is None else options["masses"].to(there)
-        options = options | {"backend": name, "masses": masses}
-        first, regions = hierarchical_merge(tokens.to(there), k // 2, grid=grid, **options)
-        options |= {"masses": None if masses is None else regions.sizes.double()}
-        options |= {"features": features[:, : first.shape[1]].to(there)}
-        results.append([(first, regions), hierarchical_merge(first, (k + 1) // 2, regions, **options)])
-        options |= {"features": None}
+        first, regions = hierarchical_merge(
+            tokens.to(there), k // 2, grid=grid, **options | {"backend": name, "masses": masses}
+        )
+        second = {"backend": name, "features": features[:, : first.shape[1]].to(there)}
+        second |= {"masses": None if masses is None else regions.sizes.double()}
+        results.append([(first, regions), hierarchical_merge(first, (k + 1) // 2, regions, **options | second)])
     for (expected, expected_regions), (merged, regions) in zip(*results, strict=True):
         assert torch.equal(regions.assignment.cpu(), expected_regions.assignment)
         assert torch.equal(regions.sizes.cpu(), expected_regions.sizes)

@@ -99,6 +99,8 @@ class CachedImages(Dataset):
         Raises:
             OSError: the disk is full, for example.
         """
+        for file in self.folder.glob(".*.npy"):  # unfinished files of a process that was killed
+            file.unlink()
         missing = self.missing_chunks()
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(self))) for number in missing]
         with tqdm(total=sum(map(len, chunks)), desc=f"{name}: cache", unit=" images", disable=None) as bar:
