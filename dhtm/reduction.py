@@ -69,7 +69,10 @@ class Reduction:
 
     def _last(self, layer: int, by_layer: dict[int, Any]) -> Any:
         """Return the last value before a layer. Gradient checkpointing may run a layer again after later ones."""
-        return by_layer.get(max((one for one in by_layer if one < layer), default=0))
+        for before in range(layer - 1, -1, -1):
+            if before in by_layer:
+                return by_layer[before]
+        return None
 
     def reduce(self, x: Tensor, layer: int, position: str, attended: Tensor | None = None) -> Tensor:
         """Reduce the tokens of x [B, prefix + N, D] if the reducer acts in this layer and position."""
@@ -119,13 +122,10 @@ class Reduction:
             x: the tokens, [B, prefix + N, D].
             layer: the layer.
             attention: a function of tokens, bias and rotary embeddings; the last two may be None.
-            table: the rotary embeddings of every patch, see :meth:`rotations`.
+            table: the rotary embeddings of every patch, see :meth:`rotations`; None if there are none.
         """
-        bias, rope, uneven = (
-            self.attention_bias(x.dtype, layer),
-            self.rotations(table, layer),
-            self._last(layer, self.batches),
-        )
+        bias, uneven = self.attention_bias(x.dtype, layer), self._last(layer, self.batches)
+        rope = None if table is None else self.rotations(table, layer)
         if uneven is None or layer in self.read_layers:
             return attention(x, bias, rope)
         result = torch.zeros_like(x)
@@ -177,17 +177,17 @@ class Reduction:
         bias = self._last(self._before_attention(layer), self.biases)
         return None if bias is None else bias.to(dtype)
 
-    def rotations(self, table: Tensor | None, layer: int) -> Tensor | None:
+    def rotations(self, table: Tensor, layer: int) -> Tensor:
         """Return the rotary embeddings of the tokens in a layer's attention: the mean over the patches of each token.
 
         Args:
-            table: sines, then cosines, of every patch and frequency: [P, 2·F], or [heads, P, 2·F]; None if there are none.
+            table: sines, then cosines, of every patch and frequency: [P, 2·F], or [heads, P, 2·F].
 
         Returns:
             [B, 1 or heads, N, 2·F]; the table itself before the first reduction.
         """
         regions = self.regions_before(self._before_attention(layer))
-        if table is None or (regions.n_tokens == self.regions[0].n_tokens and not self.reducer.adaptive):
+        if regions.n_tokens == self.regions[0].n_tokens and not self.reducer.adaptive:
             return table
         batch, sizes = regions.sizes.shape[0], regions.sizes[:, None, :, None]
         of_patches = (table if table.dim() == 3 else table[None]).expand(batch, -1, -1, -1)
