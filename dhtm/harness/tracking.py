@@ -94,9 +94,8 @@ class WandbRun:
         if mode == "disabled":
             return
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ["WANDB_ERROR_REPORTING"] = (
-            "false"  # else W&B waits for its own error reports at the end of the process
-        )
+        # Otherwise W&B waits for its own error reports at the end of the process.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # files that wait for upload, beside the rest
         wandb.setup(wandb.Settings(silent=True))
         if mode == "online" and not is_logged_in():

@@ -279,10 +279,23 @@ def test_ranks_share_a_run_image_by_image(ranks, composed, tmp_path):
         assert "".join(result.stdout for result in results).count(run_id) == 1, "one rank tells"
 
 
+def over_ranks(world, *overrides):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return [*torchrun, str(ROOT / "scripts/evaluate.py"), "-m", *RUN, *overrides]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_any_number_of_ranks(run, tmp_path, world, batch_size):
+    ranks = over_ranks(world, f"results_dir={tmp_path}/runs", f"batch_size={batch_size}")
+    subprocess.run(ranks, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    pd.testing.assert_frame_equal(read(tmp_path / "runs"), run()[0])
+
+
 @pytest.mark.stress
 def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ranks = [*torchrun, str(ROOT / "scripts/evaluate.py"), *RUN, "data.limit=2000", f"results_dir={tmp_path}/runs"]
+    ranks = over_ranks(2, "data.limit=2000", f"results_dir={tmp_path}/runs")
     process = subprocess.Popen(ranks, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout

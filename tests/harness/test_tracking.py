@@ -273,9 +273,11 @@ def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
     assert json.loads(stored.read_text())["data"] == table.to_numpy().tolist()
 
 
-def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr("wandb.Run.log", lambda *a, **o: 1 / 0)
-    log_epochs(2, mode="offline", dir=tmp_path)
+@pytest.mark.parametrize(("broken", "folder"), [("wandb.init", None), ("wandb.Run.log", None), (None, "/proc/nowhere")])
+def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path, broken, folder):
+    if broken:
+        monkeypatch.setattr(broken, lambda *a, **o: 1 / 0)
+    log_epochs(2, mode="offline", dir=folder or tmp_path)
     assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
 
 

@@ -12,9 +12,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from processes import ROOT, start_script, wait_for
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_tensor
 
 from dhtm.harness import config
 from dhtm.harness.core.errors import UserError
+from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models.backbones import EMBEDDED_WEIGHTS, Backbone
 from dhtm.harness.training import trainer
 
@@ -86,6 +89,20 @@ def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run
         UserError, match=r"last.pt: started with epochs=1, not epochs=2; set another output=DIR, or force=true"
     ):
         run("epochs=2")
+
+
+def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
+    """Loading processes that live on keep their copy of a data set, which must not need to be told the epoch."""
+
+    def images(loader):
+        return torch.cat([images for images, _ in loader])
+
+    split = Digits(limit=4).open("train", to_tensor)
+    loaders = [DataLoader(split.dataset_in(epoch), num_workers=1, persistent_workers=True) for epoch in (1, 2)]
+    first, second = map(images, loaders)
+    assert not torch.equal(first, second)
+    assert torch.equal(images(loaders[0]), first), "also after the next epoch was loaded"
+    assert torch.equal(images(DataLoader(Digits(limit=4).open("train", to_tensor).dataset_in(2))), second)
 
 
 def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluated, tmp_path):
@@ -206,10 +223,11 @@ def test_what_cannot_end_well_is_refused_at_once(run, overrides):
     assert overrides.split("=")[0] in str(error.value)
 
 
-def test_trainings_can_be_launched_by_submitit():
+@pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
+def test_trainings_can_be_launched_by_submitit(launcher):
     """All that the launcher's config refers to exists in a training's."""
     OmegaConf.register_new_resolver("n_gpus", lambda: 1, replace=True)
-    options = ["hydra/launcher=submitit_slurm", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
+    options = [f"hydra/launcher={launcher}", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         hydra = compose("train", options, return_hydra_config=True).hydra
     assert OmegaConf.to_container(hydra.launcher, resolve=True)["submitit_folder"].startswith("/elsewhere/")
