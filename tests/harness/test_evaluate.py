@@ -210,6 +210,9 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["method.k=many"], r"method=dhtm: k='many'"),
+        (["method.layers=[4,13]"], r"layers=\[4, 13\]: the model has layers 1 to 12"),
+        (["data=imagenet"], r"data.root is not set: give the folder"),
         (["data=imagenet", "data.root=/no/such/place"], r"data.root=/no/such/place: no such directory"),
         (["method=random", "seed=abc"], r"seed=abc: Input should be a valid integer"),
         (["data.seed=-1"], r"data.seed=-1: "),
@@ -283,6 +286,7 @@ def test_damaged_metrics_are_named(evaluated, tmp_path):
     [
         (["method.k=100"], "error: backbone=deit_micro, method=dhtm: k=100 merges in layer 7"),
         (["backbone=deit_huge"], "Could not find 'backbone/deit_huge'"),
+        (["batchsize=3"], "Key 'batchsize' is not in struct"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_with_exit_code_1(script, overrides, message, tmp_path):
