@@ -1,10 +1,11 @@
 """Equal cost: the setting of a method's knob (k, r or keep rate) whose FLOPs come nearest to a target."""
 
 import bisect
-import copy
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -18,7 +19,7 @@ from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method
 from dhtm.thresholds import find_thresholds
-from dhtm.vit import patch_grid, tokens_by_layer
+from dhtm.vit import patch_grid, tokens_by_layer, unpatch
 
 _RATES = ("keep_rate", "ratio")  # knobs that are rates even if given as the integer 1
 _STEPS = 200  # rates are tried in steps of 0.005, about one token of 196
@@ -78,11 +79,12 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
-    unmerged = _patch_copy(backbone, at(0))  # raises an error if the method does not fit the backbone
+    with _patch_briefly(backbone, at(0)) as unmerged:  # raises an error if the method does not fit the backbone
+        n_patches = math.prod(patch_grid(unmerged))
     plain = baseline_flops(backbone)
     wanted = plain * (1 - target.reduction_pct / 100) if target.flops_g is None else target.flops_g * 1e9
     # Settings 0, 1, …, last are possible. Each costs less than the one before, until the method can merge no more.
-    steps = range((_STEPS if is_rate else math.prod(patch_grid(unmerged))) + 1)
+    steps = range((_STEPS if is_rate else n_patches) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
     # First guess where the costs cross the wanted one without the method's own FLOPs, because counting those takes a trace.
@@ -92,7 +94,7 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
         below -= 1
     while below <= end and cost(below) > wanted:
         below += 1
-    if below > end or cost(0) < wanted:
+    if below > end or (below == 0 and cost(0) < wanted):
         first, least = (f"{100 * (1 - cost(i) / plain):.1f}% ({method.knob}={at(i).setting})" for i in (0, end))
         raise UnavailableError(
             f"{target}: method={method.name} in layers {method.options['layers']} of {backbone.name} reaches from "
@@ -145,20 +147,25 @@ def baseline_flops(backbone: Backbone) -> int:
 @functools.lru_cache(maxsize=4096)  # a sweep over targets asks for the same counts again and again
 def flops(backbone: Backbone, method: Method) -> FlopCount:
     """Count the FLOPs of a backbone with a method; they do not depend on weights or images."""
-    return count_flops(_patch_copy(backbone, method))
+    with _patch_briefly(backbone, method) as model:
+        return count_flops(model)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tokens(backbone: Backbone, method: Method) -> tuple[int, ...] | None:
     """Return the number of tokens after each layer; None if the setting is impossible."""
     try:
-        return tuple(tokens_by_layer(_patch_copy(backbone, method)))
+        with _patch_briefly(backbone, method) as model:
+            return tuple(tokens_by_layer(model))
     except UserError:
         return None
 
 
-def _patch_copy(backbone: Backbone, method: Method) -> VisionTransformer:
-    """Return a patched copy of the bare backbone that shares its parameters, whose values do not matter for its cost."""
-    bare = backbone.bare()
-    shared = {id(parameter): parameter for parameter in bare.parameters()}
-    return method.patch(copy.deepcopy(bare, shared), backbone.name)
+@contextlib.contextmanager
+def _patch_briefly(backbone: Backbone, method: Method) -> Iterator[VisionTransformer]:
+    """Yield the bare backbone patched with a method, and unpatch it afterwards; a UserError if it cannot be patched."""
+    model = method.patch(backbone.bare(), backbone.name)
+    try:
+        yield model
+    finally:
+        unpatch(model)
