@@ -1,5 +1,6 @@
 """Training a backbone patched with a method, as for the "w/ train" rows of Table 2."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -88,6 +89,10 @@ class Training:
         if self.warmup_epochs > self.epochs:
             raise UserError(f"warmup_epochs={self.warmup_epochs}: more than epochs={self.epochs}; set fewer")
 
+    @property
+    def mixes(self) -> bool:
+        return self.augment and (self.mixup > 0 or self.cutmix > 0)
+
     def folder(self) -> Path:
         """Return the folder of the training's files. Evaluations find the weights there unless ``output`` is set."""
         return self.output or self.checkpoints_dir / self.backbone.name / self.method.place
@@ -153,10 +158,10 @@ class _Trainer:
         require_writable(self.folder, f"output={self.folder}")
         n_parts = self.ranks.world * training.accumulate
         self.micro_batch, rest = divmod(training.batch_size, n_parts)  # what one rank takes at once
-        if rest or not self.micro_batch:
+        if rest or not self.micro_batch or (self.micro_batch % 2 and training.mixes):
             raise UserError(
                 f"batch_size={training.batch_size}: it must be a multiple of accumulate={training.accumulate} times "
-                f"{self.ranks.world} ranks"
+                f"{self.ranks.world} ranks" + (", an even one for mixup" if training.mixes else "")
             )
         self.model = _model(training).to(self.ranks.device)
         self.images, self.validation = _open_splits(training, self.model)
@@ -222,12 +227,14 @@ class _Trainer:
                 update, accumulated = divmod(step, training.accumulate)
                 if update == self.n_updates:  # the rest of the split is less than a batch
                     break
+                complete = accumulated + 1 == training.accumulate
                 ids, images, targets, _ = batch
                 images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 if self.mixup is not None:
                     images, targets = self.mixup(images, targets)
                 full = explain("out of memory", torch.OutOfMemoryError, f"; try accumulate={2 * training.accumulate}")
-                with full, image_ids(self.model, ids):
+                alone = contextlib.nullcontext() if complete or self.ranks.world == 1 else self.parallel.no_sync()
+                with alone, full, image_ids(self.model, ids):
                     with torch.autocast(device.type, DTYPES.get(training.amp), enabled=training.amp is not None):
                         loss = cross_entropy(self.parallel(images).float(), targets, label_smoothing=smoothing)
                     self.scaler.scale(loss / training.accumulate).backward()
@@ -238,7 +245,7 @@ class _Trainer:
                         f"the loss is {losses[-1]} in update {number + 1}: stopped, the checkpoint of the last whole epoch is "
                         f"kept; try a smaller base_lr={training.base_lr}, or amp=bfloat16 instead of float16, with force=true"
                     )
-                if accumulated + 1 == training.accumulate:
+                if complete:
                     self._update(number)
                     bar.update()
                     bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
@@ -317,7 +324,7 @@ def _model(training: Training) -> VisionTransformer:
 
 
 def _mixup(training: Training, n_classes: int) -> Mixup | None:
-    if not training.augment or training.mixup == training.cutmix == 0:
+    if not training.mixes:
         return None
     options = {"label_smoothing": training.label_smoothing, "num_classes": n_classes}
     return Mixup(training.mixup, training.cutmix, prob=training.mixup_prob, **options)
