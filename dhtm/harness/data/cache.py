@@ -16,7 +16,8 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, Normalize, PILToTensor
+from torchvision.transforms import Compose, PILToTensor
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from dhtm.harness.core.errors import explain
@@ -46,7 +47,7 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
     """
     if split.in_memory or split.new_each_epoch is not None:
         return split
-    *crop, _, normalize = create_transform(**preprocessing).transforms
+    *crop, _, last = create_transform(**preprocessing).transforms
     cropped = data.open(data.split, Compose([*crop, PILToTensor()])).dataset
     versions = {package: metadata.version(package) for package in _PACKAGES}
     key = json.dumps([split.fingerprint, len(cropped), CHUNK, preprocessing, versions])
@@ -57,7 +58,7 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
             images.folder.mkdir(parents=True, exist_ok=True)
             with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
                 images.fill(num_workers, data.name)
-    normalise = functools.partial(_normalise, normalize)
+    normalise = functools.partial(_normalise, mean=last.mean, std=last.std)
     return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing_chunks())
 
 
@@ -121,7 +122,8 @@ class CachedImages(Dataset):
             return np.load(file, mmap_mode="c")  # "c" because PyTorch warns about arrays that cannot be written
 
 
-def _normalise(normalize: Normalize, pixels: Tensor) -> Tensor:
+def _normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn uint8 [B, C, H, W] into the model's float32 input, bit for bit as the transform does image by image."""
     # Divide by a tensor: for a number, a GPU would multiply with its inverse, which rounds differently.
-    return normalize(pixels.to(torch.float32).div_(torch.full((1,), 255.0, device=pixels.device)))
+    largest = torch.full((1,), 255.0, device=pixels.device)
+    return normalize(pixels.to(torch.float32).div_(largest), mean, std, inplace=True)

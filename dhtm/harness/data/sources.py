@@ -51,7 +51,10 @@ class Source(abc.ABC):
 
     def is_there(self) -> bool:
         """Return whether the root still exists; a disk that is unmounted may leave an empty folder in its place."""
-        return Path(self.root).is_dir() and any(Path(self.root).iterdir())
+        try:
+            return Path(self.root).is_dir() and any(Path(self.root).iterdir())
+        except OSError:  # a network disk that is gone
+            return False
 
     @abc.abstractmethod
     def read(self, index: int) -> BinaryIO:

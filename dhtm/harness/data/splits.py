@@ -162,7 +162,7 @@ def load(
         UserError: the data set as a whole can no longer be read.
     """
     if num_workers is None:  # of the cores that a batch system allots, this process's share under torchrun
-        num_workers = min(16, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        num_workers = min(16, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     loader = DataLoader(_Batches(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
     for batch in loader:
         if isinstance(batch, UserError):
