@@ -25,9 +25,7 @@ def figure1(runs: pd.DataFrame) -> Figure:
     Below the published points is a close-up of the first column's top-1. Methods whose own parameters were never trained
     are skipped: they would show nothing and compress the others.
     """
-    frames = {pair: at_target(runs, *pair) for pair in pairs(runs)}
-    panels = {pair: frame for pair, frame in frames.items() if frame.target.nunique() >= MIN_TARGETS and pair != PAPER}
-    panels[PAPER] = at_target(runs, *PAPER)
+    panels = _panels({pair: at_target(runs, *pair) for pair in [*pairs(runs), PAPER]}, "target", MIN_TARGETS)
     figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
     handles, zoom = {}, _zoom(axes, panels) if below[0] else None
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
@@ -58,10 +56,7 @@ def figure4(runs: pd.DataFrame) -> Figure:
         pair: pd.concat([over_k(runs, *pair, series.method).reset_index() for series in COMPARED])
         for pair in [*pairs(runs), PAPER]
     }
-    panels = {
-        pair: frame for pair, frame in frames.items() if frame.method.nunique() == len(COMPARED) and pair != PAPER
-    }
-    panels[PAPER] = frames[PAPER]
+    panels = _panels(frames, "method", len(COMPARED))
     figure, axes, below = _axes(panels, "GFLOPs", (3.6, 3))
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in COMPARED:
@@ -80,6 +75,12 @@ def figure4(runs: pd.DataFrame) -> Figure:
     figure.tight_layout()
     _write_below(figure, [_ratio(pair, frame) for pair, frame in panels.items()], 0.0)
     return figure
+
+
+def _panels(frames: dict[Pair, pd.DataFrame], column: str, at_least: int) -> dict[Pair, pd.DataFrame]:
+    """Return the frames with enough different values in a column; the paper's is the last one, and always shown."""
+    shown = {pair: frame for pair, frame in frames.items() if frame[column].nunique() >= at_least and pair != PAPER}
+    return shown | {PAPER: frames[PAPER]}
 
 
 def _axes(
