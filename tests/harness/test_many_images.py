@@ -42,7 +42,8 @@ def test_fifty_thousand_images_in_flat_memory(tmp_path):
         time.sleep(1)
     assert process.returncode == 0
     first, last = (np.median(part) for part in np.array_split(used, 5)[:: len(np.array_split(used, 5)) - 1])
-    assert last < first + 250e6, "what it keeps of an image is 4 kB, the unmerged model's outputs"
+    # The images take 3.8 GB. The unmerged model's outputs take 0.2 GB, and PyArrow keeps freed memory when it has read them.
+    assert last < first + 1e9, "it keeps images"
     files = list((tmp_path / "runs").glob("*/predictions.parquet"))
     assert len(files) == 2, "the unmerged model's run comes first"
     for file in files:
