@@ -79,7 +79,7 @@ constraints: ## resolve constraints.txt again from pyproject.toml (requires uv)
 	  uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-header -q --upgrade; } > .constraints.new
 	@mv .constraints.new constraints.txt
 
-clean: ## remove .venv and caches, but no results
+clean: ## remove .venv and the caches of tools; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 force:

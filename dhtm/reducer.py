@@ -47,7 +47,7 @@ class Reducer(nn.Module):
         position: "after_attention" (after its residual add, before the MLP branch) or "before_block".
         needs: which of "keys", "output", "cls" and "received" of :class:`Attention` the method reads.
         proportional_attention: add the log of each token's size to the attention logits (Bolya et al. 2023).
-        adaptive: each image has its own number of tokens; at the end, zeros without a patch fill up images with fewer tokens.
+        adaptive: images may differ in their number of tokens. Zeros, which stand for no patch, pad those with fewer tokens.
         image_ids: int64 [B] or None, set with :func:`dhtm.vit.image_ids`.
         schedule: the numbers of the layers that reduce; for "all" they are known once a model is attached.
         n_prefix: the number of prefix tokens of the attached model.

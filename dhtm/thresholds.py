@@ -19,7 +19,7 @@ NEVER = 2.0  # which no cosine reaches
 def find_thresholds(
     model: VisionTransformer, reducer: DHTM, images: Tensor, share: float = 1.0
 ) -> tuple[list[float], Tensor]:
-    """Find the thresholds by which every layer makes on average as many merges as a reducer that counts them.
+    """Find thresholds with which each layer makes, on average over images, as many merges as with a reducer that counts them.
 
     An image of large similar areas then merges more, and one of many details less, for the same mean.
 
