@@ -8,7 +8,7 @@ from dhtm.harness.training.embedded import train_embedded
 
 
 def main(config: DictConfig) -> None:
-    train_embedded(door.embedded_training(config))
+    door.call(train_embedded, config)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ log = logging.getLogger(__name__)
 
 def main(config: DictConfig) -> None:
     """Draw."""
-    wanted = door.visualization(config)
-    visualize(wanted)
-    log.info("%s", wanted.output)
+    log.info("%s", door.call(visualize, config))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ import bisect
 import copy
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Annotated, TypeVar
 
 import pandas as pd
@@ -241,11 +239,6 @@ def python_line(method: Method) -> str:
     >>> python_line(Method("dhtm", "dhtm.DHTM", "k", options={"k": 37}))
     'dhtm.patch(model, dhtm.DHTM(k=37))'
     """
-    parameters = inspect.signature(resolve_name(method.target)).parameters
-    given = {
-        name: tuple(method.options[name]) if isinstance(method.options[name], list) else method.options[name]
-        for name in parameters
-        if name in method.options
-    }
-    shown = [f"{name}={value!r}" for name, value in given.items() if value != parameters[name].default]
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in method.options.items()}
+    shown = [f"{name}={value!r}" for name, value in options.items() if value != method.defaults().get(name, ...)]
     return f"dhtm.patch(model, {method.target}({', '.join(shown)}))"

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, NonNegativeInt, ValidationError, validate_call
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationError, validate_call
 
 from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
@@ -31,28 +30,9 @@ from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.runs.provenance import VERSION
-from dhtm.harness.training.embedded import EmbeddedTraining
 from dhtm.harness.training.trainer import Training
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Visualization:
-    """The settings of scripts/visualize.py, which ``configs/visualize.yaml`` explains.
-
-    Attributes:
-        methods: with their knobs solved.
-    """
-
-    backbone: Backbone
-    methods: Annotated[list[Method], Field(min_length=1)]
-    image: Path | None = None
-    animate: bool = False
-    output: Path = Path("regions.png")
-    checkpoints_dir: Path = Path("checkpoints")
-    allow_untrained: bool = False
-    seed: NonNegativeInt = 0
 
 
 def evaluation(config: DictConfig) -> Evaluation:
@@ -69,7 +49,7 @@ def evaluation(config: DictConfig) -> Evaluation:
         raise UserError(f"options={options}: give options of the method, options='{{linkage: size}}'")
     values["method"] |= options or {}
     target = _convert(Target, values.pop("target"), "target")
-    run = _run(Evaluation, values)
+    run = _build(Evaluation, values)
     if run.method.knob != "threshold" or target == Target():
         method, target_pct = solve(run.backbone, run.method, target)
         return dataclasses.replace(run, method=method, target_pct=target_pct)
@@ -105,7 +85,7 @@ def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:
         OmegaConf.set_struct(config, True)
     with explain(f"{' '.join(overrides)}: not in the run's config", remedy="; give key=value"):
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-    return _run(Evaluation, _values(config) | {"tracker": {"name": "none"}})
+    return _build(Evaluation, _values(config) | {"tracker": {"name": "none"}})
 
 
 def choice(config: DictConfig) -> Choice:
@@ -113,48 +93,21 @@ def choice(config: DictConfig) -> Choice:
     values = _values(config)
     methods = _named_methods(values.pop("methods"), values["seed"])
     own = {name: values.pop(name) for name in Choice.__dataclass_fields__.keys() & values.keys()}
-    evaluation = _convert(Evaluation, values | {"method": UNMERGED, "data": _data(values["data"])})
+    evaluation = _build(Evaluation, values | {"method": UNMERGED})
     return _convert(Choice, own | {"evaluation": evaluation, "methods": methods})
 
 
 def premise(config: DictConfig) -> Premise:
     """Return the measurement that a config of scripts/premise.py describes."""
-    values = _solve_knob(_values(config))
-    return _convert(Premise, values | {"data": _data(values["data"])})
-
-
-def visualization(config: DictConfig) -> Visualization:
-    """Return the picture that a config of scripts/visualize.py describes."""
-    values = _solve_knob(_values(config))
-    return _convert(Visualization, values | {"methods": list(values["methods"].values())})
-
-
-def _solve_knob(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the backbone's settings and the methods' names by objects, with knobs solved for ``target``."""
-    target = _convert(Target, values.pop("target"), "target")
-    backbone = _convert(Backbone, values["backbone"], "backbone")
-    methods = _named_methods(values["methods"], values["seed"])
-    solved = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
-    return values | {"backbone": backbone, "methods": solved}
-
-
-def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
-    """Return methods by name, each as method=NAME composes it."""
-    return {name: _method(_values(compose("evaluate", [f"method={name}", f"seed={seed}"]).method)) for name in names}
+    return _build(Premise, _solve_knobs(_values(config)))
 
 
 def training(config: DictConfig) -> Training:
     """Return the training that a config of scripts/train.py describes."""
     values = _values(config)
     target = _convert(Target, values.pop("target"), "target")
-    run = _run(Training, values)
+    run = _build(Training, values)
     return dataclasses.replace(run, method=solve(run.backbone, run.method, target)[0])
-
-
-def embedded_training(config: DictConfig) -> EmbeddedTraining:
-    """Return the training that a config of scripts/train_micro.py describes."""
-    values = _values(config)
-    return _convert(EmbeddedTraining, values | {"data": _data(values["data"])})
 
 
 def benchmark(config: DictConfig) -> Benchmark:
@@ -171,10 +124,24 @@ def benchmark(config: DictConfig) -> Benchmark:
     return _convert(Benchmark, values | groups)
 
 
-def call(function: Callable, config: DictConfig) -> Any:
-    """Call a function with the values of a config, checked against its annotations."""
+def call(function: Callable[..., T], config: DictConfig) -> T:
+    """Call a function with the values of a config, checked against its annotations, and methods solved for the target."""
     values = _values(config)
-    return _convert(validate_call(function), values | {"tracker": _tracker(values["tracker"])})
+    return _build(validate_call(function), _solve_knobs(values) if "target" in values else values)
+
+
+def _solve_knobs(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the backbone's settings and the methods' names by objects, with knobs solved for ``target``."""
+    target = _convert(Target, values.pop("target"), "target")
+    backbone = _convert(Backbone, values["backbone"], "backbone")
+    methods = _named_methods(values["methods"], values["seed"])
+    solved = {name: solve(backbone, method, target)[0] for name, method in methods.items()}
+    return values | {"backbone": backbone, "methods": solved}
+
+
+def _named_methods(names: Sequence[str], seed: int) -> dict[str, Method]:
+    """Return methods by name, each as method=NAME composes it."""
+    return {name: _method(_values(compose("evaluate", [f"method={name}", f"seed={seed}"]).method)) for name in names}
 
 
 def _values(config: DictConfig) -> dict[str, Any]:
@@ -204,10 +171,11 @@ def _convert(cls: Callable[..., T], values: Any, group: str = "") -> T:
         raise UserError(f"{key}={first['input']}: {first['msg']}") from error
 
 
-def _run(cls: type[T], values: dict[str, Any]) -> T:
-    """Make an Evaluation or a Training, with the method's knob as given."""
-    method, data, tracker = _method(values["method"]), _data(values["data"]), _tracker(values["tracker"])
-    return _convert(cls, values | {"method": method, "data": data, "tracker": tracker})
+def _build(cls: Callable[..., T], values: dict[str, Any]) -> T:
+    """Make an object from a config's values, with its groups as objects and the method's knob as given."""
+    makers = {"method": _method, "data": _data, "tracker": _tracker}
+    made = {key: makers[key](value) for key, value in values.items() if key in makers and isinstance(value, dict)}
+    return _convert(cls, values | made)
 
 
 def _method(values: dict[str, Any]) -> Method:

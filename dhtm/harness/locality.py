@@ -26,8 +26,7 @@ from dhtm.harness.core.devices import exact, pick_batch_size, pick_device
 from dhtm.harness.data.splits import batches, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
-from dhtm.harness.runs.faithfulness import kl_divergence
-from dhtm.harness.runs.metrics import bootstrap_interval
+from dhtm.harness.runs.metrics import bootstrap_interval, kl_divergence
 from dhtm.harness.runs.predict import stop
 from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions, grid_pairs

@@ -1,15 +1,17 @@
 """Pictures of what methods do to one image: its regions after each merging layer, or DHTM's merges one by one."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
+from pydantic import Field, NonNegativeInt
 from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
-from dhtm.harness.config import Visualization
 from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.data.photographs import decode
+from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import Method, knob_text
 from dhtm.harness.models.weights import load_model
 from dhtm.report.regions import batch_of, draw_regions, draw_strips, pixels_of
@@ -18,25 +20,34 @@ from dhtm.report.registry import entry_of
 FRAME_MS = 80
 
 
-def visualize(wanted: Visualization) -> None:
-    """Draw and write the picture or the animation.
+def visualize(
+    backbone: Backbone,
+    methods: Annotated[dict[str, Method], Field(min_length=1)],
+    image: Path | None = None,
+    animate: bool = False,
+    output: Path = Path("regions.png"),
+    checkpoints_dir: Path = Path("checkpoints"),
+    allow_untrained: bool = False,
+    seed: NonNegativeInt = 0,
+) -> Path:
+    """Draw and write the picture or the animation, and return its path. ``configs/visualize.yaml`` explains the settings.
 
     Raises:
         UserError: the image or the weights cannot be read, or nothing can be written.
     """
-    image = _read(wanted.image)
+    picture = _read(image)
     models = [
-        (method, *load_model(wanted.backbone, method, wanted.checkpoints_dir, wanted.allow_untrained, wanted.seed))
-        for method in wanted.methods
+        (method, *load_model(backbone, method, checkpoints_dir, allow_untrained, seed)) for method in methods.values()
     ]
-    with explain(f"output={wanted.output}: cannot be written", (OSError, ValueError)):
-        if wanted.animate:
-            frames = draw_merges(*models[0][:2], image)
+    with explain(f"output={output}: cannot be written", (OSError, ValueError)):
+        if animate:
+            frames = draw_merges(*models[0][:2], picture)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]
-            frames[0].save(wanted.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+            frames[0].save(output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
         else:
             rows = [(_title(method, weights is not None), model) for method, model, weights in models]
-            draw_strips(rows, image).savefig(wanted.output)
+            draw_strips(rows, picture).savefig(output)
+    return output
 
 
 def draw_merges(method: Method, model: VisionTransformer, image: Image.Image) -> list[Image.Image]:

@@ -12,8 +12,7 @@ from scipy.special import log_softmax
 
 import dhtm
 from dhtm.harness.data.scenes import Digits
-from dhtm.harness.runs.faithfulness import compare_with, keep
-from dhtm.harness.runs.metrics import faithfulness
+from dhtm.harness.runs.metrics import compare_with, faithfulness, keep
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ SHORT = (
 
 def test_training_writes_weights_that_the_runner_loads(composed, tmp_path):
     file = tmp_path / "new/micro.safetensors"
-    training = config.embedded_training(composed(SHORT, "data.limit=20", f"output={file}", config_name="train_micro"))
-    assert 0 <= train_embedded(training) <= 100
+    settings = composed(SHORT, "data.limit=20", f"output={file}", config_name="train_micro")
+    assert 0 <= config.call(train_embedded, settings) <= 100
     model = Backbone("deit_micro", "deit_micro", 10, file).load()
     assert all(value.isfinite().all() for value in model.state_dict().values())
     first = file.read_bytes()
-    train_embedded(training)
+    config.call(train_embedded, settings)
     assert file.read_bytes() == first, "a seed fixes the training"

@@ -63,7 +63,7 @@ def test_a_strip_is_as_wide_as_the_model_sees_the_image(image):
 def visualized():
     """Do what scripts/visualize.py does, with the methods' own knobs."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        yield lambda *more: visualize(door.visualization(compose("visualize", ["target.reduction_pct=null", *more])))
+        yield lambda *more: door.call(visualize, compose("visualize", ["target.reduction_pct=null", *more]))
 
 
 def test_methods_are_drawn_side_by_side(visualized, image, tmp_path):

@@ -67,9 +67,7 @@ def take_gpu() -> FileLock | None:
     folder.mkdir(exist_ok=True)
     for turn, gpu in ((turn, gpu) for turn in itertools.count() for gpu in gpus):
         lock = FileLock(folder / f"{names[gpu] if any(names) else gpu}.{turn}")
-        try:
+        with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        torch.cuda.set_device(gpu)
-        return lock
+            torch.cuda.set_device(gpu)
+            return lock

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,11 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock, which ends with the process. If another process holds it, log the message and wait."""
+def lock(path: Path, message: str) -> contextlib.AbstractContextManager:
+    """Take an exclusive lock for a ``with`` block. If another process holds it, log the message and wait."""
     held = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        return held.acquire(timeout=0)
     except Timeout:
         log.info(message)
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
+        return held.acquire()

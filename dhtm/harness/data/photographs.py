@@ -80,11 +80,6 @@ class Images:
     on_error: Literal["collect", "skip"] = "collect"
     limit: PositiveInt | None = None
 
-    @property
-    def choice_split(self) -> str:
-        """The split to make choices on."""
-        return "choose"
-
     def open(self, split: str, transform: Callable) -> Split:
         """Open a split; its labels are all −1."""
         if self.root is None:

@@ -42,11 +42,6 @@ class Digits:
     limit: PositiveInt | None = None
     on_error: Literal["collect", "skip"] = "collect"
 
-    @property
-    def choice_split(self) -> str:
-        """The split to make choices on."""
-        return "train"
-
     def open(self, split: str, transform: Callable) -> Split:
         """Open the split "test" or "train"; the transform takes a grey PIL image."""
         options = {"classes": tuple("0123456789"), "channels": 1, "n_classes": 10}

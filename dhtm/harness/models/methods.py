@@ -37,7 +37,7 @@ class Method:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "options", {**self._defaults(), **self.options})
+        object.__setattr__(self, "options", {**self.defaults(), **self.options})
 
     def __hash__(self):
         return hash(repr(self))
@@ -46,7 +46,8 @@ class Method:
         with explain(f"method={self.name}: no class {self.target}"):
             return pkgutil.resolve_name(self.target)
 
-    def _defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:
+        """Return the class's default for each option that has one."""
         arguments = inspect.signature(self._class()).parameters.values()
         return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
@@ -78,7 +79,7 @@ class Method:
 
     def unusual_options(self) -> str:
         """Return the options that differ from the class's defaults, as "k=40 linkage=size", for a run's name."""
-        defaults = self._defaults()
+        defaults = self.defaults()
         return " ".join(f"{name}={value}" for name, value in self.knobs.items() if value != defaults.get(name))
 
     def put_into(self, model: VisionTransformer, backbone_name: str) -> VisionTransformer:

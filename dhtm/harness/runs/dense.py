@@ -12,35 +12,31 @@ from torch import Tensor
 from dhtm.harness.data.scenes import PATCH_CLASSES, Digits
 from dhtm.harness.data.splits import choice_images
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.runs.faithfulness import Observe
+from dhtm.harness.runs.metrics import Observe
 from dhtm.vit import regions
 
 N_PROBE = 600  # training scenes
 
 
-def observe_patches(model: VisionTransformer, backbone: Backbone, data: Digits, observe: Observe | None) -> Observe:
+def observe_patches(model: VisionTransformer, backbone: Backbone, data: Digits) -> Observe:
     """Return an observer that adds the column ``confusion``, which counts how the probe segments each image.
 
     The probe is fitted once, on the unmerged backbone's features of training scenes. Of the patched model it gets the last
     layer's normalised tokens, each copied to all its patches.
-
-    Args:
-        model: the patched model.
-        observe: makes the other columns.
     """
     weight, bias = _probe(backbone, data)
     seen = []
     model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
 
-    def with_confusion(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
+    def observe(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
         features = regions(model).unmerge(seen.pop()[:, model.num_prefix_tokens :]).float().cpu()
         found = (features @ weight + bias).argmax(dim=-1).numpy()
         known = data.patch_classes(data.split, ids, model.patch_embed.grid_size)
         n = len(PATCH_CLASSES)
         counts = [np.bincount(n * a + b, minlength=n * n) for a, b in zip(known, found, strict=True)]
-        return ({} if observe is None else observe(ids, log_probabilities, best)) | {"confusion": counts}
+        return {"confusion": counts}
 
-    return with_confusion
+    return observe
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,7 +14,7 @@ from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import Split, UnreadableError, batches, mask
 from dhtm.harness.runs.directory import RunDirectory
-from dhtm.harness.runs.faithfulness import Observe
+from dhtm.harness.runs.metrics import Observe
 from dhtm.vit import image_ids, tokens_of_images
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def predict(
     title: str | None,
     num_workers: int | None = None,
     on_unreadable: Callable[[UnreadableError], None] = stop,
-    observe: Observe | None = None,
+    observers: Sequence[Observe] = (),
 ) -> Iterator[pd.DataFrame]:
     """Predict images of a split, batch after batch.
 
@@ -48,7 +48,7 @@ def predict(
         title: of the progress bar; None for no bar.
         num_workers: processes that load images; None for one per core where images are on disk.
         on_unreadable: called with the error of each unreadable image, which gets no prediction.
-        observe: makes more columns from the log-probabilities (float32, over the outputs in ``split.among``).
+        observers: make more columns from the log-probabilities (float32, over the outputs in ``split.among``).
 
     Yields:
         One row per image, in order: index, label (−1 without labels), class_1 … class_5 (the best first, −1 if the model has
@@ -70,7 +70,7 @@ def predict(
             frame[CLASSES] = best
             frame["correct"] = frame.class_1 == frame.label
             frame["nonfinite"] = ~logits.isfinite().all(dim=1).cpu().numpy()
-            if observe is not None:
+            for observe in observers:
                 frame = frame.assign(**observe(ids.numpy(), logits[:, counted].log_softmax(dim=1), best[:, 0]))
             if is_adaptive:
                 frame["tokens"] = list(tokens_of_images(model).cpu().numpy())

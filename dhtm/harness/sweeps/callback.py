@@ -93,12 +93,9 @@ class Sweep(Callback):
         number = config.hydra.job.num
         file, log_file, lock_file = (status.run_file(self.folder, number, ending) for ending in ("json", "log", "lock"))
         self.end, root = contextlib.ExitStack(), logging.getLogger()
-        lock = FileLock(lock_file)
-        lock.acquire()
-        self.end.callback(lock.release)
-        handler = logging.FileHandler(log_file, mode="w")
+        self.end.enter_context(FileLock(lock_file))
+        handler = self.end.enter_context(contextlib.closing(logging.FileHandler(log_file, mode="w")))
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.end.callback(handler.close)
         root.addHandler(handler)
         self.end.callback(root.removeHandler, handler)
         if launched and sys.stderr.isatty():  # progress bars of several runs would overwrite each other

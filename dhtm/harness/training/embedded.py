@@ -53,24 +53,21 @@ class Stage:
     difficulty: tuple[Difficulty, Difficulty]
 
 
-@dataclass(frozen=True)
-class EmbeddedTraining:
-    """A training of the embedded model; ``configs/train_micro.yaml`` explains the settings."""
-
-    backbone: Backbone
-    data: Digits
-    output: Path
-    stages: Annotated[list[Stage], Field(min_length=1)]
-    device: str = "auto"
-    seed: NonNegativeInt = 0
-    lr: NonNegativeFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.05
-    warmup_steps: NonNegativeInt = 300
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05
-
-
-def train_embedded(training: EmbeddedTraining) -> float:
+def train_embedded(
+    backbone: Backbone,
+    data: Digits,
+    output: Path,
+    stages: Annotated[list[Stage], Field(min_length=1)],
+    device: str = "auto",
+    seed: NonNegativeInt = 0,
+    lr: NonNegativeFloat = 1e-3,
+    weight_decay: NonNegativeFloat = 0.05,
+    warmup_steps: NonNegativeInt = 300,
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05,
+) -> float:
     """Train a backbone on the digits from scratch and write its weights in half precision.
+
+    ``configs/train_micro.yaml`` explains the settings.
 
     Returns:
         Top-1 accuracy in percent on the test scenes, with the weights as they were written.
@@ -78,10 +75,10 @@ def train_embedded(training: EmbeddedTraining) -> float:
     Raises:
         UserError: something that the settings name is not available.
     """
-    device, output = pick_device(training.device), training.output
+    device = pick_device(device)
     require_writable(output.parent, f"output={output}")
-    torch.manual_seed(training.seed)
-    model = timm.create_model(training.backbone.architecture, num_classes=training.backbone.num_classes)
+    torch.manual_seed(seed)
+    model = timm.create_model(backbone.architecture, num_classes=backbone.num_classes)
     preprocessing = resolve_data_config(model=model)
     side = model.patch_embed.grid_size[0]
     with torch.no_grad():  # a position embedding learns the grid slowly, so it starts near it
@@ -89,18 +86,18 @@ def train_embedded(training: EmbeddedTraining) -> float:
         model.pos_embed[:, model.num_prefix_tokens :] = embedding / 2
     model.patch_drop = KeepTokens(model.num_prefix_tokens)
     model.to(device).train()
-    optimiser = create_optimizer_v2(model, opt="adamw", lr=training.lr, weight_decay=training.weight_decay)
-    n_steps = sum(stage.steps for stage in training.stages)
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=weight_decay)
+    n_steps = sum(stage.steps for stage in stages)
     schedule = CosineLRScheduler(
-        optimiser, n_steps, lr_min=0, warmup_t=training.warmup_steps, warmup_lr_init=0, t_in_epochs=False
+        optimiser, n_steps, lr_min=0, warmup_t=warmup_steps, warmup_lr_init=0, t_in_epochs=False
     )
-    loss_function = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+    loss_function = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     mean, std = (torch.tensor(preprocessing[key], device=device) for key in ("mean", "std"))
 
     step, first_scene, start = 0, 0, time.perf_counter()
-    with tqdm(total=n_steps, desc=f"training {training.backbone.name}", unit=" steps", disable=None) as bar:
-        for number, stage in enumerate(training.stages, start=1):
-            batches = SceneBatches(stage, first_scene, side, training.seed)
+    with tqdm(total=n_steps, desc=f"training {backbone.name}", unit=" steps", disable=None) as bar:
+        for number, stage in enumerate(stages, start=1):
+            batches = SceneBatches(stage, first_scene, side, seed)
             losses = []
             for images, labels, kept in DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8):
                 schedule.step_update(step)
@@ -122,7 +119,7 @@ def train_embedded(training: EmbeddedTraining) -> float:
     weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(output, lambda path: save_file(weights, path))
     model.load_state_dict(weights)
-    split = training.data.open("test", create_transform(**preprocessing))
+    split = data.open("test", create_transform(**preprocessing))
     predictions = pd.concat(predict(model, split, range(len(split.dataset)), 64, device, torch.float32, "validation"))
     top1 = 100 * predictions.correct.mean()
     log.info("%s: top-1 %.2f%% on %d test scenes, %.0f s", output, top1, len(predictions), time.perf_counter() - start)
