@@ -1,6 +1,7 @@
 """What happens to the tokens of a patched model during a forward pass: the state that its blocks share."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Reduction:
         self.read_layers: set[int] = set()  # layers whose attention is read, so that all images are computed at once
         self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.thread = 0  # that started the last forward pass
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
@@ -53,6 +55,10 @@ class Reduction:
 
     def start(self, patch_embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Start a forward pass, before the patch embedding: every patch is a token."""
+        if getattr(patch_embed, "_is_replica", False):
+            raise RuntimeError("the replicas of nn.DataParallel would share one state: use DistributedDataParallel")
+        if not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
         images = args[0]
         if images.dim() != 4:
             raise ValueError(f"a patched model takes images [B, C, H, W] of one size, not patches {list(images.shape)}")
@@ -63,6 +69,11 @@ class Reduction:
         for kept in (self.keys, self.cls, self.received, self.biases, self.batches):
             kept.clear()
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
+
+    def _require_own_thread(self) -> None:
+        # With gradients, checkpointing may run a layer again in a thread of autograd.
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.thread != threading.get_ident():
+            raise RuntimeError("two threads use one patched model at the same time: give each a copy.deepcopy(model)")
 
     def regions_before(self, layer: int) -> Regions:
         return self._last(layer, self.regions)
@@ -78,6 +89,7 @@ class Reduction:
         """Reduce the tokens of x [B, prefix + N, D] if the reducer acts in this layer and position."""
         if layer not in self.layers or self.reducer.position != position:
             return x
+        self._require_own_thread()
         regions = self.regions_before(layer)
         prefix, tokens = x[:, : self.n_prefix], x[:, self.n_prefix :]
         if tokens.shape[1] != regions.n_tokens:
@@ -87,7 +99,9 @@ class Reduction:
             )
         output = attended[:, self.n_prefix :] if "output" in self.reducer.needs else None
         attention = Attention(layer, self.keys.get(layer), output, self.cls.get(layer), self.received.get(layer))
-        tokens, self.regions[layer] = self.reducer(tokens, regions, attention)
+        reduced = self.reducer(tokens, regions, attention)
+        self._require_own_thread()
+        tokens, self.regions[layer] = reduced
         if position == "after_attention":  # if this layer runs again, its keys are read again
             self.keys.pop(layer, None)
         if self._is_split():

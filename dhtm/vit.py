@@ -126,7 +126,10 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
             source = layer - 1 if before else layer
             reduction.read_layers.add(source)
             attn = model.blocks[source - 1].attn
-            reader = AttentionReader(reduction, source, layer, attn.scale, getattr(model, "has_class_token", False))
+            has_cls = getattr(
+                model, "has_class_token", getattr(model, "cls_token", None) is not None
+            )  # Eva lacks the first
+            reader = AttentionReader(reduction, source, layer, attn.scale, has_cls)
             if read & {"cls", "received"}:
                 reduction.hooks.append(attn.q_norm.register_forward_hook(reader.read_queries))
             reduction.hooks.append(attn.k_norm.register_forward_hook(reader.read_keys))

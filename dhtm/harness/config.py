@@ -17,13 +17,17 @@ import yaml
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError, validate_call
+from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
-from dhtm.harness.core.devices import pick_device
-from dhtm.harness.core.errors import UserError, explain
+from dhtm.harness.core.devices import exact
+from dhtm.harness.core.errors import UnavailableError, UserError, explain
 from dhtm.harness.core.files import lock, require_writable, write_json
-from dhtm.harness.data.splits import choice_images
+from dhtm.harness.core.ranks import Ranks
+from dhtm.harness.data.splits import choice_images, open_split
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import Target, solve, solve_thresholds
@@ -58,19 +62,35 @@ def evaluation(config: DictConfig) -> Evaluation:
 
 def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
     """Find a method's thresholds for a target, or read them from ``results_dir`` if they were found before."""
-    model, split = copy.deepcopy(run.backbone.load()).to(pick_device(run.device)), run.data.choice_split
-    images = choice_images(run.data, split, model)
+    device, split = Ranks(run.device).device, run.data.choice_split
+    model = copy.deepcopy(run.backbone.load()).to(device)
+    images = _images_for_thresholds(run, split, model)
     found_on = {"split": split, "n_images": len(images), "sha256": sha256(images.cpu().numpy().tobytes()).hexdigest()}
     key = sha256(repr([VERSION, weights_sha256(model), run.method, target, found_on]).encode()).hexdigest()[:16]
     file = run.results_dir / ".thresholds" / f"{key}.json"
     require_writable(file.parent, f"results_dir={run.results_dir}")
     with lock(file.with_suffix(".lock"), f"waiting for another process to write the thresholds to {file}"):
         if not file.exists():
-            method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
+            with exact(device):
+                method, target_pct = solve_thresholds(run.backbone, model, run.method, target, images)
             write_json(file, {"threshold": method.options["threshold"], "target_pct": target_pct})
     found = json.loads(file.read_text())
     method = dataclasses.replace(run.method, options={**run.method.options, "threshold": found["threshold"]})
     return dataclasses.replace(run, method=method, target_pct=found["target_pct"], thresholds_from=found_on)
+
+
+def _images_for_thresholds(run: Evaluation, split: str, model: VisionTransformer) -> Tensor:
+    """Return images of a split that has other images than the run's own."""
+    what = f"method={run.method.name}: its thresholds are found on images other than data.split={run.data.split}"
+    preprocessing = resolve_data_config(model=model)
+    try:
+        found, own = (open_split(run.data, name, preprocessing, model.num_classes) for name in (split, run.data.split))
+        images = choice_images(run.data, split, model)
+    except UserError as error:
+        raise UnavailableError(f"{what} ({error})") from error
+    if split != run.data.split and found.fingerprint == own.fingerprint:
+        raise UnavailableError(f"{what}; give a data.root that holds a folder for each split")
+    return images
 
 
 def evaluation_of_run(folder: Path, overrides: Sequence[str]) -> Evaluation:

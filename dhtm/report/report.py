@@ -32,7 +32,7 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     runs = load_runs(results_dir)
     log.info("%d finished runs in %s", len(runs), results_dir)
     require_writable(output_dir / "tables", f"output_dir={output_dir}")
-    every_run = runs.drop(columns=["plain", "finished", "knobs"]).to_csv(index=False, float_format="%.8g")
+    every_run = runs.drop(columns=["plain", "finished", "knobs", "among"]).to_csv(index=False, float_format="%.8g")
     write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
     tables = {
         "table1": table1(runs),

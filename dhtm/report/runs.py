@@ -15,7 +15,7 @@ _COLUMNS = [
     "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_g_q1", "flops_g_q3",
     "flops_g_max", "flops_baseline_g", "flops_reduction_pct", "merge_flops_g", "params_m", "tokens_by_layer", "dtype",
     "device", "seed", "weights_sha256", "data_fingerprint", "code_version", "library_version", "finished", "plain",
-    "knobs", "miou", "miou_low", "miou_high",
+    "knobs", "among", "miou", "miou_low", "miou_high",
 ]  # fmt: skip
 # The columns of lists in metrics.json, and the columns for their elements.
 _LISTS = {
@@ -26,9 +26,9 @@ _LISTS = {
     "flops_g_quartiles": ["flops_g_min", "flops_g_q1", "flops_g_median", "flops_g_q3", "flops_g_max"],
 }
 # Runs of one method over k must agree in these.
-_SAME_MODEL = ["dtype", "n_images", "split", "seed", "weights_sha256", "data_fingerprint", "code_version"]
+_SAME_MODEL = ["dtype", "n_images", "split", "among", "seed", "weights_sha256", "data_fingerprint", "code_version"]
 # Runs of several methods must agree in these to be compared image by image.
-_SAME_IMAGES = ["dtype", "n_images", "split", "data_fingerprint", "library_version"]
+_SAME_IMAGES = ["dtype", "n_images", "split", "among", "data_fingerprint", "library_version"]
 # Off-the-shelf runs of several options must agree in these to be compared image by image.
 SAME_WEIGHTS = ["backbone", "data", "weights_sha256", *_SAME_IMAGES]
 

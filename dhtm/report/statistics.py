@@ -38,8 +38,11 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
         found = _test(values, groups, scale=100)
         found |= {"first_only": int((values > 0).sum()), "second_only": int((values < 0).sum())}
     if "kl" in first and "kl" in second:
-        of_kl = _test(first.kl.to_numpy(float) - second.kl.to_numpy(float), groups)
-        found |= {f"kl_{name}": value for name, value in of_kl.items()}
+        values = first.kl.to_numpy(float) - second.kl.to_numpy(float)
+        known = np.isfinite(values)  # logits that are not finite have no KL
+        if known.any():
+            of_kl = _test(values[known], None if groups is None else groups[known])
+            found |= {f"kl_{name}": value for name, value in of_kl.items()}
     return found
 
 

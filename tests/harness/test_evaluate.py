@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import dhtm
 from dhtm.harness import config
-from dhtm.harness.core.errors import UserError
+from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models import cost
 from dhtm.harness.models.backbones import Backbone
@@ -91,6 +91,23 @@ def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path, monkeypat
     assert evaluated(*run)["finished"] == metrics["finished"]
 
 
+def test_thresholds_are_not_found_on_the_images_that_they_are_tested_on(evaluated, photos, tmp_path):
+    save_file(Backbone("mini", "deit_mini", 3).bare().state_dict(), tmp_path / "mini.safetensors")
+    shared = [
+        "backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", "backbone.num_classes=3",
+        "data=imagefolder", "method=dhtm_threshold", "target.reduction_pct=30",
+    ]  # fmt: skip
+    for root, message in (
+        (photos / "val", "give a data.root that holds a folder for each split"),
+        (tmp_path, r"it has no folder train"),
+    ):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        with pytest.raises(
+            UnavailableError, match=f"its thresholds are found on images other than data.split=val.*{message}"
+        ):
+            evaluated(*shared, f"data.root={root}")
+
+
 def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
     metrics = evaluated("method.k=48", "data.limit=100")
     folder, predictions = read(metrics, tmp_path)
@@ -153,6 +170,7 @@ def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
     file = tmp_path / "runs" / first["run_id"] / "metrics.json"
     written = file.stat().st_mtime_ns
     # The batch size is no part of what determines the result.
+    (file.parent / ".ipynb_checkpoints").mkdir()  # as somebody leaves who looks at the run in Jupyter
     assert evaluated("data.limit=8", "batch_size=2") == first
     assert file.stat().st_mtime_ns == written
     forced = evaluated("data.limit=8", "force=true")

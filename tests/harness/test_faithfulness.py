@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from scipy.special import log_softmax
 
 import dhtm
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.runs.metrics import compare_with, faithfulness, keep
 
@@ -108,6 +109,14 @@ def test_a_small_kl_over_many_classes_is_not_lost_in_rounding():
     expected = (np.exp(p) * (p - q)).sum(axis=1).mean()
     assert expected < 2e-6
     assert found(ids, merged.log_softmax(dim=1), best)["kl"].mean() == pytest.approx(expected, rel=0.05)
+
+
+def test_an_image_that_the_unmerged_run_skipped_is_compared_with_nothing():
+    best = np.zeros(2, dtype=int)
+    kept = keep(np.arange(2), torch.randn(2, 3).log_softmax(dim=1), best)["log_probabilities"]
+    compare = compare_with(pd.DataFrame({"index": [0, 2], "class_1": best, "log_probabilities": kept}))
+    with pytest.raises(UserError, match=r"image 1: the unmerged run skipped it .* method=unmerged force=true"):
+        compare(np.array([0, 1]), torch.randn(2, 3).log_softmax(dim=1), best)
 
 
 def test_flips_are_counted_by_which_model_is_right():

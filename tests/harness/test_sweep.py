@@ -15,6 +15,7 @@ import tempfile
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from processes import start_script, wait_for
 from safetensors.torch import save_file
@@ -102,17 +103,22 @@ def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_pa
     assert "Traceback" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("results_dir=/proc/nowhere", "error: results_dir=/proc/nowhere: cannot write there"),
-    ],
-)
-def test_what_no_run_could_do_with_is_refused_once(swept, tmp_path, monkeypatch, override, message):
-    monkeypatch.setenv("PATH", "/nowhere")
-    code, told = swept("method.k=8,9", f"results_dir={tmp_path}", override)
+def test_what_no_run_could_do_with_is_refused_once(swept):
+    code, told = swept("method.k=8,9", "results_dir=/proc/nowhere")
     assert code == 1
-    assert told.count(message) == 1 and told.count("\n") == 1
+    assert told.count("error: results_dir=/proc/nowhere: cannot write there") == 1 and told.count("\n") == 1
+
+
+def test_a_sweep_that_is_running_is_not_started_again(swept, tmp_path):
+    sweep = ("method.k=8,9", f"results_dir={tmp_path}")
+    assert swept(*sweep)[0] == 0
+    before = notes(tmp_path)
+    (folder,) = tmp_path.glob("sweeps/*")
+    with FileLock(folder / "lock"):
+        code, told = swept(*sweep)
+    assert code == 1
+    assert f"error: {folder}: this sweep is running already; make status shows it" in told
+    assert notes(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from processes import ROOT, start_script, wait_for
@@ -91,6 +92,30 @@ def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run
         run("epochs=2")
 
 
+def test_a_training_whose_images_moved_resumes(described, tiny, photos, tmp_path):
+    """As on a cluster, where each job copies them to a disk of its own."""
+    options = [*tiny[1], f"output={tmp_path}/out"]
+    last = trainer.train(described(*options, f"data.root={photos}"))
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert trainer.train(described(*options, f"data.root={moved}")) == last
+    other = shutil.copytree(photos, tmp_path / "other")
+    shutil.copy(image := next((other / "train").glob("*/*")), image.with_name("another.JPEG"))
+    with pytest.raises(UserError, match=r"last.pt: started with images=\w+, not images="):
+        trainer.train(described(*options, f"data.root={other}"))
+
+
+def test_one_process_at_a_time_trains_into_a_folder(run, monkeypatch, tmp_path):
+    def resume(self):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "out/.lock").acquire(timeout=0)
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer._Trainer, "resume", resume)
+    with pytest.raises(InterruptedError):
+        run()
+    FileLock(tmp_path / "out/.lock").acquire(timeout=0).lock.release()
+
+
 def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
     """Loading processes that live on keep their copy of a data set, which must not need to be told the epoch."""
 
@@ -115,7 +140,7 @@ def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluat
     assert after["top1"] > before["top1"]
     folder = next((tmp_path / "deit_micro").iterdir())
     written = ["best.safetensors", "history.csv", "last.pt", "last.safetensors"]
-    assert sorted(file.name for file in folder.iterdir()) == written
+    assert sorted(file.name for file in folder.glob("[!.]*")) == written
 
 
 def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, ranks, tmp_path):

@@ -60,6 +60,17 @@ def test_a_reducer_sees_the_last_attention(name, position, needs, proportional):
                 torch.testing.assert_close(getattr(seen[reads], what), value, rtol=1e-4, atol=1e-6)
 
 
+def test_cls_of_an_eva_model_without_rotations():
+    """It has a class token, but not the attribute of other models that says so."""
+    model, inputs = build("eva02", use_rot_pos_emb=False, use_abs_pos_emb=True, qkv_fused=True, qkv_bias=False), []
+    dhtm.patch(model, reducer := Gather("after_attention", {"cls"}))
+    model.blocks[1].attn.register_forward_hook(lambda module, args, output: inputs.append((module, args[0])))
+    logits(model, images_for(model))
+    with torch.inference_mode():
+        shares, _, _ = attend(*inputs[0])
+    torch.testing.assert_close(reducer.seen[0].cls, shares[:, :, 0].mean(1)[:, 1:], rtol=1e-4, atol=1e-6)
+
+
 def test_no_output_of_attention_before_a_block():
     with pytest.raises(ValueError, match="Gather acts before a block, where its attention has no output yet"):
         dhtm.patch(build("deit_tiny"), Gather("before_block", {"output"}))

@@ -1,6 +1,7 @@
 """dhtm.patch on the models it promises to work for."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -93,6 +94,26 @@ def test_wrong_use_is_explained():
         dhtm.regions(model, 6)
     with pytest.raises(ValueError, match="attn_mask"):
         model(images_for(model), attn_mask=torch.zeros(197, 197))
+
+
+def test_threads_that_share_a_model_are_refused():
+    """A forward pass in another thread, in the middle of one, would change the regions under its feet."""
+    model = dhtm.patch(build("deit_tiny"), dhtm.DHTM(k=20, layers=(2, 4)))
+    mine, other = images_for(model, seed=1), images_for(model, batch=3, seed=2)
+    expected = [logits(model, images) for images in (mine, other)]
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(logits, model, mine).result(), expected[0]), "one after the other is fine"
+        results = []
+
+        def interrupt(*_):
+            handle.remove()
+            results.append(thread.submit(logits, model, other).result())
+
+        handle = model.blocks[2].register_forward_hook(interrupt)
+        with pytest.raises(RuntimeError, match=r"two threads use one patched model .* copy.deepcopy\(model\)"):
+            logits(model, mine)
+    assert torch.equal(results[0], expected[1])
+    assert torch.equal(logits(model, mine), expected[0])
 
 
 def test_patch_dropout_is_refused_while_training():

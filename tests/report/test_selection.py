@@ -82,6 +82,7 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
     write_solved_run(tmp_path, 12, "k_medoids", dtype="bfloat16")
     write_solved_run(tmp_path, 13, "k_medoids", data_fingerprint="5" * 64)
     write_solved_run(tmp_path, 14, "k_medoids", weights_sha256="5" * 64)
+    write_solved_run(tmp_path, 22, "k_medoids", among=5)  # predicted among five classes only
     write_solved_run(tmp_path, 15, "dhtm", weights_sha256="5" * 64)
     write_solved_run(tmp_path, 16, "tome", knobs={"proportional_attention": False})
     write_solved_run(tmp_path, 17, "dhtm", backbone="deit_tiny")

@@ -70,6 +70,16 @@ def test_differences_of_kl_are_tested_by_flipping_signs():
     assert found["kl_difference_low"] < differences.mean() < found["kl_difference_high"]
 
 
+def test_an_image_without_a_finite_kl_does_not_count():
+    noise = np.random.default_rng(3).normal(size=12)
+    first, second = (predictions_frame([True] * 12, groups=range(12)).assign(kl=kl) for kl in (3 + noise, 3.0))
+    whole = compare(first[1:], second[1:])
+    first.loc[0, "kl"] = np.inf
+    assert {key: value for key, value in compare(first, second).items() if key.startswith("kl_")} == {
+        key: value for key, value in whole.items() if key.startswith("kl_")
+    }
+
+
 def test_different_images_are_not_compared():
     first = predictions_frame([True, False, True])
     for other in (predictions_frame([True, False]), first.rename(index={2: 3}), first.assign(label=[0, 1, 3])):

@@ -11,6 +11,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from timm.data import create_transform
@@ -57,7 +58,8 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
         with explain(f"cache_dir={cache_dir}: {images.folder} cannot be written", OSError, remedy=remedy):
             images.folder.mkdir(parents=True, exist_ok=True)
             with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
-                images.fill(num_workers, data.name)
+                # The other processes of torchrun only wait, so all cores are free.
+                images.fill(joblib.cpu_count() if num_workers is None else num_workers, data.name)
     normalise = functools.partial(_normalise, mean=last.mean, std=last.std)
     return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing_chunks())
 

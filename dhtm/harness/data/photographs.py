@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -73,6 +73,8 @@ class Photographs:
 @dataclass(frozen=True)
 class Images:
     """Any photographs, without labels; ``configs/data/images.yaml`` explains the settings."""
+
+    choice_split: ClassVar[str] = "choose"  # the split to make choices on
 
     name: str
     root: str | None

@@ -9,7 +9,7 @@ as in DeiT at 224 pixels, so k means the same number of merges on both.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ _INK = 0.2  # a patch with less mean ink is ground
 @dataclass(frozen=True)
 class Digits:
     """The embedded data set; ``configs/data/digits.yaml`` explains the settings."""
+
+    choice_split: ClassVar[str] = "train"  # the split to make choices on
 
     name: str = "digits"
     split: Literal["test", "train"] = "test"

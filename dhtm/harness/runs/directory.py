@@ -48,7 +48,8 @@ class RunDirectory:
             yield
             shutil.rmtree(self._shards, ignore_errors=True)
             for file in self.path.glob(".*"):  # unfinished files of processes that were killed
-                file.unlink()
+                if file.is_file():
+                    file.unlink()
 
     def append(self, predictions: pd.DataFrame) -> None:
         """Store predictions of an unfinished run as one more shard."""

@@ -288,6 +288,7 @@ class _Run:
             "layers": reducer.layers if reducer.layers == "all" else list(reducer.layers),
             "data": evaluation.data.name,
             "split": evaluation.data.split,
+            "among": None if split.among is None else len(split.among),
             "n_failed": n_failed,
             **accuracy(predictions),
             **faithfulness(predictions),

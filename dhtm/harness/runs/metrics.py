@@ -11,6 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dhtm.harness.core.errors import UserError
+
 # Takes the indices [B], log-probabilities [B, C] and best classes [B] of a batch, returns columns for the predictions.
 Observe = Callable[[np.ndarray, Tensor, np.ndarray], dict[str, Any]]
 
@@ -76,6 +78,11 @@ def compare_with(stored: pd.DataFrame) -> Observe:
 
     def compare(ids: np.ndarray, log_probabilities: Tensor, best: np.ndarray) -> dict[str, Any]:
         rows = index.get_indexer(ids)
+        if rows.min() < 0:
+            raise UserError(
+                f"image {ids[rows.argmin()]}: the unmerged run skipped it as unreadable; compute that run again, "
+                "method=unmerged force=true"
+            )
         # Normalised again, because the sum of the rounded probabilities is not exactly 1.
         unmerged = torch.from_numpy(known[rows]).log_softmax(dim=1)
         kl = kl_divergence(unmerged, log_probabilities.cpu()).numpy()

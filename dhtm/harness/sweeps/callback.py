@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -68,11 +68,14 @@ class Sweep(Callback):
         if rank() > 0:
             return
         require_writable(self.folder, f"{setting}={self.root}")
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.folder}: this sweep is running already; make status shows it") from None
         for file in self.folder.glob("[0-9]*.json"):
             file.unlink()
         write_json(self.folder / "sweep.json", {"command": typed, "runs": _runs(config.hydra)})
-        lock = FileLock(self.folder / "lock")
-        lock.acquire()
         atexit.register(self._print_table)  # however the sweep ends
         atexit.register(lock.release)  # runs before that, because the order is reversed
 

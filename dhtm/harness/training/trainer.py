@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dhtm.harness.core.devices import DTYPES, pick_batch_size
 from dhtm.harness.core.errors import UserError, explain
-from dhtm.harness.core.files import require_writable, write_atomically
+from dhtm.harness.core.files import lock, require_writable, write_atomically
 from dhtm.harness.core.ranks import Ranks
 from dhtm.harness.data.splits import Batch, Split, load, open_split
 from dhtm.harness.models.backbones import Backbone
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between the command that started a training and the one that resumes it.
 _FREE = ("accumulate", "device", "num_workers", "output", "checkpoints_dir", "tracker", "force")
+_FREE_OF_DATA = ("root", "labels", "on_error")  # the images themselves are compared by their fingerprint
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -103,7 +104,9 @@ class Training:
 
     def determinants(self) -> dict[str, str]:
         """Return all settings that the result depends on."""
-        return {key: json.dumps(value) for key, value in self.settings().items() if key not in _FREE}
+        values = self.settings()
+        values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_OF_DATA}
+        return {key: json.dumps(value) for key, value in values.items() if key not in _FREE}
 
 
 def train(training: Training) -> dict:
@@ -119,8 +122,17 @@ def train(training: Training) -> dict:
         UserError: something that the settings name is not available, or the loss is not finite.
     """
     trainer = _Trainer(training)
-    trainer.resume()
-    history, ranks = trainer.history, trainer.ranks
+    ranks, folder = trainer.ranks, trainer.folder
+    message = f"waiting for another process to finish the training in {folder}"
+    with lock(folder / ".lock", message) if ranks.first else contextlib.nullcontext():
+        ranks.gather(None)  # the others read the checkpoint once the first has the lock
+        trainer.resume()
+        return _train(trainer)
+
+
+def _train(trainer: "_Trainer") -> dict:
+    """Train from the epoch after the last; return the last row of the history."""
+    training, ranks, history = trainer.training, trainer.ranks, trainer.history
     if len(history) >= training.epochs:
         log.info("%s: already trained, %s", trainer.name, trainer.folder)
         return history[-1]
@@ -131,7 +143,7 @@ def train(training: Training) -> dict:
     with WandbRun(tracker, training.settings(), **options) as run:
         for epoch in range(len(history) + 1, training.epochs + 1):
             # The generators depend on the epoch alone, so a resumed training draws the same numbers.
-            random_seed(1000 * training.seed + epoch * ranks.world, ranks.rank)
+            random_seed(100_000 * training.seed + epoch * ranks.world, ranks.rank)
             start = time.perf_counter()
             loss = trainer.train_epoch(epoch)
             images_per_s = trainer.n_updates * training.batch_size / (time.perf_counter() - start)
@@ -188,6 +200,9 @@ class _Trainer:
         """Return everything that has a state."""
         return {name: getattr(self, name) for name in ("model", "optimiser", "schedule", "scaler")}
 
+    def _determinants(self) -> dict[str, str]:
+        return self.training.determinants() | {"images": self.images.fingerprint}
+
     def resume(self) -> None:
         """Restore everything from a checkpoint, if there is one.
 
@@ -198,7 +213,7 @@ class _Trainer:
         if file.exists() and not self.training.force:
             with explain(f"{file}: damaged", remedy="; remove it, or start again with force=true"):
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                for key, value in self.training.determinants().items():
+                for key, value in self._determinants().items():
                     if state["config"].get(key) != value:
                         raise UserError(
                             f"{file}: started with {key}={state['config'].get(key)}, not {key}={value}; set another "
@@ -254,7 +269,7 @@ class _Trainer:
     def _load(self, epoch: int) -> Iterator[Batch]:
         dataset = self.images.dataset_in(epoch)
         sampler = DistributedSampler(
-            dataset, self.ranks.world, self.ranks.rank, seed=self.training.seed, drop_last=True
+            dataset, self.ranks.world, self.ranks.rank, seed=100_000 * self.training.seed, drop_last=True
         )
         sampler.set_epoch(epoch)
         batches = list(BatchSampler(sampler, self.micro_batch, drop_last=True))
@@ -282,15 +297,17 @@ class _Trainer:
     def save(self) -> None:
         """Write the weights of the last and of the best epoch, the history and the checkpoint."""
         training, history = self.training, self.history
-        how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
-        arguments = self.model, training.backbone, training.method, DTYPES[training.save_dtype], how
-        save_weights(*arguments, self.folder / "last.safetensors")
-        if history[-1]["top1"] >= max(row["top1"] for row in history):
-            save_weights(*arguments, self.folder / "best.safetensors")
-        write_atomically(self.folder / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"history": history, "log_id": self.log_id, "config": training.determinants()}
-        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
+        remedy = "; the last whole epoch is kept, and the same command resumes from there once this is fixed"
+        with explain(f"output={self.folder}: cannot be written", (OSError, RuntimeError), remedy):
+            how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
+            arguments = self.model, training.backbone, training.method, DTYPES[training.save_dtype], how
+            save_weights(*arguments, self.folder / "last.safetensors")
+            if history[-1]["top1"] >= max(row["top1"] for row in history):
+                save_weights(*arguments, self.folder / "best.safetensors")
+            write_atomically(self.folder / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
+            state = {name: part.state_dict() for name, part in self._parts().items()}
+            state |= {"history": history, "log_id": self.log_id, "config": self._determinants()}
+            write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
 
 
 def _open_splits(training: Training, model: VisionTransformer) -> tuple[Split, Split]:
