@@ -71,7 +71,7 @@ def count_flops_of_images(model: VisionTransformer, tokens: Tensor) -> tuple[Ten
         The total, and the part of it that is merging, int64 [B] each.
     """
     reducer, grid = model.reducer, patch_grid(model)
-    before = torch.cat([torch.full_like(tokens[:, :1], grid[0] * grid[1]), tokens[:, :-1]], dim=1)
+    before = nn.functional.pad(tokens[:, :-1], (1, 0), value=grid[0] * grid[1])
     merging = torch.zeros_like(tokens[:, 0])
     for layer in reducer.schedule:
         pairs = zip(before[:, layer - 1].tolist(), tokens[:, layer - 1].tolist(), strict=True)
@@ -120,14 +120,10 @@ class CostOfTokens:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the FLOPs of images from their numbers of patch tokens after each layer: int64 [B, depth] → [B]."""
-        before = torch.cat([torch.full_like(tokens[:, :1], self.n_patches), tokens[:, :-1]], dim=1)
-        all_tokens = torch.full_like(tokens, self.n_patches)
-        saved = self._blocks(all_tokens, all_tokens) - self._blocks(before, tokens)
-        return self.unmerged - saved - self.norm * (self.n_patches - tokens[:, -1])
-
-    def _blocks(self, before: Tensor, after: Tensor) -> Tensor:
-        n, left = before + self.n_prefix, after + self.n_prefix
-        return (self.square * n * n + self.linear * n + self.each * left).sum(dim=1)
+        before = nn.functional.pad(tokens[:, :-1], (1, 0), value=self.n_patches)
+        n, left, whole = before + self.n_prefix, tokens + self.n_prefix, self.n_patches + self.n_prefix
+        saved = self.square * (whole**2 - n * n) + self.linear * (whole - n) + self.each * (whole - left)
+        return self.unmerged - saved.sum(dim=1) - self.norm * (whole - left[:, -1])
 
 
 def _copy(model: nn.Module) -> nn.Module:

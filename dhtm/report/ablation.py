@@ -8,13 +8,17 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import SERIES
 from dhtm.report.runs import SAME_WEIGHTS, by_target
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import Table, caption_of, difference_cells, faithfulness_cells, number
+from dhtm.report.tables import FAITHFUL, Table, caption_of, cells, difference, number
 
 MIN_OPTIONS = 4  # fewer are not an ablation: every sweep has DHTM, DHTM in all layers, and DHTM+
 _DEFAULT = "the paper's"
 _COMPARED = [
     f"{prefix}{name}" for prefix in ("kl_", "") for name in ("difference", "difference_low", "difference_high", "p")
 ]
+_COLUMNS = [
+    ("options", lambda row: row.changed), ("merges", lambda row: number(row.value, 0)), "reduction %", *FAITHFUL,
+    *difference("KL − the paper's, nats", "kl_"), "top-1 %", *difference("top-1 − the paper's, points", p="p (top-1)"), "run",
+]  # fmt: skip
 NOTES = [
     "Each row differs from the paper's DHTM, or from DHTM+, in the options that it names. All have the same FLOPs by their "
     "number of merges, which is k in each layer or, for DHTM+, the total. KL and agreement are against the unmerged model's "
@@ -50,7 +54,7 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     parts = []
     for (backbone, name, split, target), frame in data.groupby(["backbone", "data", "split", "target"], sort=False):
         caption = caption_of(backbone, name, frame.n_images, f"split {split}", f"{target:g}% fewer FLOPs")
-        parts.append((caption, pd.DataFrame([_cells(row) for row in frame.itertuples()])))
+        parts.append((caption, cells(frame, *_COLUMNS)))
     return Table(data, parts, NOTES)
 
 
@@ -59,8 +63,3 @@ def _changes(run) -> str:
     name = {"dhtm_plus": "DHTM+", "dhtm_threshold": "DHTM+ threshold"}.get(run.method, "")
     layers = "" if run.layers == SERIES[name or "DHTM"].layers else f"layers={run.layers}"
     return " ".join(filter(None, [name, run.options, layers])) or _DEFAULT
-
-
-def _cells(row) -> dict[str, str]:
-    cells = {"options": row.changed, "merges": number(row.value, 0), "reduction %": number(row.flops_reduction_pct, 1)}
-    return cells | faithfulness_cells(row) | difference_cells(row, _DEFAULT) | {"run": row.run_id}

@@ -4,10 +4,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dhtm.harness.choose import BOUNDS, Choice
-from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import BACKBONES, DATA, GREY, entry_of
 from dhtm.report.style import draw_intervals, plt
-from dhtm.report.tables import Table, caption_of, faithfulness_cells, number, with_interval
+from dhtm.report.tables import CELLS, FAITHFUL, Table, caption_of, cells, number
 
 _LABELS = {
     "kl": "KL from the unmerged model (nats)",
@@ -25,19 +24,10 @@ _RING = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "color": "b
 def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Table:
     """Make the table of the chosen settings from what :func:`dhtm.harness.choose.choose` returns."""
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
-    rows = [
-        {
-            "method": entry_of(row.method).label,
-            "setting": knob_text(row.knob, row.value),
-            "GFLOPs": number(row.flops_g, 3),
-            "reduction %": number(row.flops_reduction_pct, 1),
-            **faithfulness_cells(row),
-            "speed-up [quartiles]": with_interval(row.speedup, row.speedup_q1, row.speedup_q3),
-            "images/s": number(row.images_per_s, 1),
-            "1 image, ms": number(row.latency_ms, 1),
-        }
-        for row in reported.itertuples()
-    ]
+    columns = [
+        "method", ("setting", CELLS["knob"]), ("GFLOPs", lambda row: number(row.flops_g, 3)), "reduction %", *FAITHFUL,
+        "speed-up [quartiles]", "images/s", "1 image, ms",
+    ]  # fmt: skip
     key, limit = choice.bound
     is_chosen = (
         "merges least of those whose median meets the bound"
@@ -54,7 +44,7 @@ def choice_table(frame: pd.DataFrame, missed: list[str], choice: Choice) -> Tabl
     backbone, data = choice.evaluation.backbone.name, choice.evaluation.data.name
     bound = _IN_WORDS[key].format(limit)
     caption = caption_of(backbone, data, reported.n_images, "not used for the choice", bound)
-    return Table(frame, [(caption, pd.DataFrame(rows))], notes)
+    return Table(frame, [(caption, cells(reported, *columns))], notes)
 
 
 def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
@@ -68,9 +58,8 @@ def choice_figure(frame: pd.DataFrame, choice: Choice) -> Figure:
         shown, scale = (tried[tried.kl > 5e-7], "log") if column == "kl" else (tried, "linear")
         interval = [] if column == "latency_ms" else [f"{column}_low", f"{column}_high"]
         for method in choice.methods:
-            points, entry = shown[shown.method == method], entry_of(method)
-            style = {"color": entry.colour, "marker": entry.marker}
-            draw_intervals(ax, points, "flops_reduction_pct", [column, *interval], entry.label, style)
+            points = shown[shown.method == method]
+            draw_intervals(ax, points, "flops_reduction_pct", [column, *interval], entry_of(method))
         if column == BOUNDS[key]:
             ax.axhline(limit, color=GREY, linestyle="--", linewidth=1, label="bound")
         chosen = shown[shown.chosen]

@@ -4,10 +4,11 @@ import math
 from bisect import bisect_left
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from dhtm.report.registry import BACKBONES, entry_of
 from dhtm.report.runs import read_published
-from dhtm.report.statistics import LEVEL, mcnemar
+from dhtm.report.statistics import LEVEL
 from dhtm.report.tables import number
 
 N_IMAGENET = 50_000
@@ -32,9 +33,9 @@ def claim(first: float, second: float, n_images: int) -> dict[str, float | str]:
     right, other = (round(top1 / 100 * n_images) for top1 in (first, second))
     p, q = right / n_images, other / n_images
     net, greatest = abs(right - other), min(right + other, 2 * n_images - right - other)
-    # By the number of images on which only the worse model is right; p grows with it.
+    # By the number of images on which only the worse model is right; p, of the exact McNemar test, grows with it.
     possible = range((greatest - net) // 2 + 1)
-    n_small = bisect_left(possible, LEVEL, key=lambda worse: mcnemar(net + worse, worse))
+    n_small = bisect_left(possible, LEVEL, key=lambda worse: binomtest(net + worse, max(1, net + 2 * worse)).pvalue)
     most = net + 2 * (n_small - 1) if n_small else math.nan
     most_pct, independent_pct = 100 * most / n_images, 100 * (p * (1 - q) + q * (1 - p))
     if not n_small:

@@ -17,11 +17,6 @@ MAX_RUNS = 500  # in a panel; W&B's default is 10
 def save_dashboard(tracker: Tracker, name: str, results_dir: Path) -> str:
     """Save the dashboard as a view of the project's workspace, each run in its method's colour; return its address.
 
-    Args:
-        tracker: names the project and the entity.
-        name: the name of the view.
-        results_dir: the directory of the runs that were logged.
-
     Raises:
         UserError: there is no login, or W&B does not save it.
     """

@@ -11,7 +11,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import GREY, entry_of, title_of
 from dhtm.report.runs import by_target
 from dhtm.report.style import draw_intervals, plt
-from dhtm.report.tables import Table, caption_of, number, with_interval
+from dhtm.report.tables import Table, caption_of, cells, difference, with_interval
 
 _PAIR = ["backbone", "data"]
 _COMPARED = ["difference", "difference_low", "difference_high"]
@@ -46,10 +46,15 @@ def dense_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
             references = [run for name in ("dhtm", "dhtm_plus") for run in frame[frame.method == name].itertuples()]
             reference = references[0] if references else None
             compared = [_compare(run, reference, results_dir) for run in frame.itertuples()]
-            compared = pd.DataFrame(compared, columns=_COMPARED)
-            frames.append(pd.concat([frame.assign(target=target), compared], axis=1))
+            frames.append(frame.assign(target=target).join(pd.DataFrame(compared, columns=_COMPARED)))
+            label = entry_of(reference.method).label if reference else "DHTM"
+            shown = cells(
+                frames[-1], ("method", lambda row: f"{entry_of(row.method).label} {row.options}".strip()), "reduction %",
+                ("mIoU % [95% interval]", lambda row: with_interval(row.miou, row.miou_low, row.miou_high)),
+                difference(f"{label} − this, points")[0], "top-1 %", "run",
+            )  # fmt: skip
             caption = caption_of(backbone, data, frame.n_images, f"{target:g}% fewer FLOPs", "mIoU of a linear probe")
-            parts.append((caption, _cells(frames[-1], entry_of(reference.method).label if reference else "DHTM")))
+            parts.append((caption, shown))
     return Table(pd.concat(frames, ignore_index=True).drop(columns="knobs"), parts, NOTES) if frames else None
 
 
@@ -63,22 +68,6 @@ def _compare(run, reference, results_dir: Path) -> tuple[float, float, float]:
     return by_class.mean(), low, high
 
 
-def _cells(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "method": f"{entry_of(run.method).label} {run.options}".strip(),
-            "reduction %": number(run.flops_reduction_pct, 1),
-            "mIoU % [95% interval]": with_interval(run.miou, run.miou_low, run.miou_high),
-            f"{reference} − this, points": with_interval(
-                run.difference, run.difference_low, run.difference_high, signed=True
-            ),
-            "top-1 %": number(run.top1, 2),
-            "run": run.run_id,
-        }
-        for run in frame.itertuples()
-    )
-
-
 def dense_figure(runs: pd.DataFrame) -> Figure | None:
     """Draw mIoU over the reduction of FLOPs; None if no run has an mIoU."""
     solved, unmerged = dense_runs(runs)
@@ -88,9 +77,7 @@ def dense_figure(runs: pd.DataFrame) -> Figure | None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4), squeeze=False)
     for ax, ((backbone, data), frame) in zip(axes[0], panels, strict=True):
         for method, points in frame[frame.options == ""].groupby("method", sort=False):
-            entry = entry_of(method)
-            style = {"color": entry.colour, "marker": entry.marker}
-            draw_intervals(ax, points, "flops_reduction_pct", ["miou", "miou_low", "miou_high"], entry.label, style)
+            draw_intervals(ax, points, "flops_reduction_pct", ["miou", "miou_low", "miou_high"], entry_of(method))
         for miou in unmerged.miou[(unmerged.backbone == backbone) & (unmerged.data == data)]:
             ax.axhline(miou, color=GREY, linewidth=0.8, zorder=0, label="unmerged")
         ax.set(xlabel="FLOPs reduction (%)", ylabel="mIoU of a linear probe (%)", xlim=(0, None))

@@ -1,7 +1,6 @@
 """Figures 1 and 4: top-1 and KL over the cost, published points beside ours."""
 
 import textwrap
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,7 +14,9 @@ from dhtm.report.style import SIZES, draw_intervals, plt
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
 ZOOM = 2  # points of top-1 below the unmerged model that the close-up shows
-COMPARED = [Series(METHODS[method].label, method, "4,7,11", False) for method in ("dhtm", "random")]  # in Figure 4
+COMPARED = [  # in Figure 4
+    Series(METHODS[method].label, method, "4,7,11", False, METHODS[method].label) for method in ("dhtm", "random")
+]
 
 
 def figure1(runs: pd.DataFrame) -> Figure:
@@ -33,9 +34,9 @@ def figure1(runs: pd.DataFrame) -> Figure:
             points = of_series(frame, series).drop_duplicates("run_id")
             if series.label and len(points):
                 handles[series.label] = Line2D([], [], **SIZES, **series.style)
-                _draw(ax, ax_kl, points, "flops_reduction_pct", series.label, series.style)
+                _draw(ax, ax_kl, points, "flops_reduction_pct", series)
                 if zoom and ax is axes[0]:
-                    draw_intervals(zoom, points, "flops_reduction_pct", ["top1"], series.label, series.style)
+                    draw_intervals(zoom, points, "flops_reduction_pct", ["top1"], series)
         for top1 in frame.top1[frame.method == "unmerged"]:
             handles["unmerged"] = ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
     handles |= _draw_published_reductions(axes[-1])
@@ -62,14 +63,14 @@ def figure4(runs: pd.DataFrame) -> Figure:
         for series in COMPARED:
             points = of_series(frame, series)
             if len(points):
-                _draw(ax, ax_kl, points, "flops_g", series.name, series.style)
+                _draw(ax, ax_kl, points, "flops_g", series)
         for row in frame[frame.method == "dhtm"].itertuples():  # random merging has the same k at nearly the same FLOPs
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 6}
             ax.annotate(f"k={row.k}", (row.flops_g, row.ci_high), **above)
     table = read_published("table1").query("backbone == 'deit_small'")
     text = read_published("figure4").query("method == 'random'")
     for series, points in zip(COMPARED, (table, text), strict=True):
-        _draw_hollow(axes[-1], points.flops_g, points.top1, series.name, series.style)
+        _draw_hollow(axes[-1], points.flops_g, points.top1, series)
     for ax in axes:
         ax.legend()
     figure.tight_layout()
@@ -116,17 +117,17 @@ def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
     return ax
 
 
-def _draw(ax: Axes, ax_kl: Axes | None, points: pd.DataFrame, x: str, label: str, style: dict[str, Any]) -> None:
+def _draw(ax: Axes, ax_kl: Axes | None, points: pd.DataFrame, x: str, series: Series) -> None:
     """Draw top-1 over a column, and KL except where nothing is merged and it is zero, with their intervals."""
-    draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), label, style)
+    draw_intervals(ax, points, x, ("top1", "ci_low", "ci_high"), series)
     if ax_kl:
         merged = points[(points.flops_reduction_pct > 0) & (points.kl > 0)]
-        draw_intervals(ax_kl, merged, x, ("kl", "kl_low", "kl_high"), label, style)
+        draw_intervals(ax_kl, merged, x, ("kl", "kl_low", "kl_high"), series)
 
 
-def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, label: str, style: dict[str, Any]) -> None:
-    hollow = style | {"linestyle": ":", "markerfacecolor": "none", "clip_on": False}
-    ax.plot(x, top1, label=f"{label}, published", **hollow)
+def _draw_hollow(ax: Axes, x: pd.Series, top1: pd.Series, series: Series) -> None:
+    hollow = series.style | {"linestyle": ":", "markerfacecolor": "none", "clip_on": False}
+    ax.plot(x, top1, label=f"{series.label}, published", **hollow)
 
 
 def _draw_published_reductions(ax: Axes) -> dict[str, Line2D]:
@@ -137,7 +138,7 @@ def _draw_published_reductions(ax: Axes) -> dict[str, Line2D]:
     for name, series in SERIES.items():
         points = table1 if name == "DHTM" else table2[table2.index == name]
         if series.label and len(points):
-            _draw_hollow(ax, 100 * (1 - points.flops_g / table1.flops_g[0]), points.top1, series.label, series.style)
+            _draw_hollow(ax, 100 * (1 - points.flops_g / table1.flops_g[0]), points.top1, series)
             handles[series.label] = Line2D([], [], **SIZES, **series.style)
     ax.axhline(table1.top1[0], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     handles["published"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle=":")

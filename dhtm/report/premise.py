@@ -16,9 +16,7 @@ def premise_table(frames: dict[str, pd.DataFrame], premise: Premise) -> Table:
     """Make the table of the numbers from :func:`dhtm.harness.locality.measure`."""
     where = f"{premise.backbone.name} on {premise.data.name}, {frames['similarity'].n_images.iloc[0]:,} images"
     similarity = _cells(frames["similarity"], "layer", "distance", lambda row: number(row["mean"], 3))
-    similarity = similarity[
-        [column for column in similarity if column in {"layer", *map(str, (1, 2, 3, 4, 6, 8, 10, 13))}]
-    ]
+    similarity = similarity.filter(["layer", *map(str, (1, 2, 3, 4, 6, 8, 10, 13))])
     decimals = {"distance": 2, "adjacent_pct": 1, "largest": 1, "merged_pct": 1, "pieces": 2}
     looks = _cells(
         frames["regions"], "method", "quantity",

@@ -1,12 +1,10 @@
 """The methods, backbones and data sets that the report knows: names, colours, the paper's series and its options."""
 
 import dataclasses
-import inspect
 import json
 from typing import Any
 
-import baselines
-import dhtm
+from dhtm.harness.models.methods import Method
 
 GREY = "#7F7F7F"
 
@@ -18,27 +16,32 @@ class MethodEntry:
     label: str
     colour: str
     marker: str
-    reducer: type | None = None
+    target: str | None = None
+
+    @property
+    def style(self) -> dict[str, str]:
+        """Its line's Matplotlib properties."""
+        return {"color": self.colour, "marker": self.marker}
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and two dark colours of Tol's. Orange and blue are as
 # in the paper's Figure 4. A method keeps its colour when it is trained or merges in other layers.
 METHODS = {
     "unmerged": MethodEntry("unmerged", GREY, "."),
-    "dhtm": MethodEntry("DHTM", "#E69F00", "o", dhtm.DHTM),
-    "dhtm_plus": MethodEntry("DHTM+", "#E31A1C", "8", dhtm.DHTMPlus),
-    "dhtm_threshold": MethodEntry("DHTM+ threshold", "#6A3D9A", "H", dhtm.DHTMPlus),
-    "random": MethodEntry("random merging", "#0072B2", "s", baselines.RandomMerge),
-    "tome": MethodEntry("ToMe", "#009E73", "^", baselines.ToMe),
-    "lotm": MethodEntry("LoTM", "#56B4E9", "P", baselines.LoTM),
-    "dpc_knn": MethodEntry("DPC-KNN", "#CC79A7", "X", baselines.DPCKNN),
-    "k_medoids": MethodEntry("K-Medoids", "#000000", "h", baselines.KMedoids),
-    "sit": MethodEntry("SiT", "#D55E00", ">", baselines.SiT),
-    "patch_merger": MethodEntry("PatchMerger", "#882255", "<", baselines.PatchMerger),
-    "sinkhorn": MethodEntry("Sinkhorn", "#332288", "*", baselines.Sinkhorn),
-    "token_mergence": MethodEntry("Token mergence", "#F0E442", "d", baselines.TokenMergence),
-    "atc": MethodEntry("ATC", "#117733", "p", baselines.ATC),
-    "pitome": MethodEntry("PiToMe", "#AA4499", "v", baselines.PiToMe),
+    "dhtm": MethodEntry("DHTM", "#E69F00", "o", "dhtm.DHTM"),
+    "dhtm_plus": MethodEntry("DHTM+", "#E31A1C", "8", "dhtm.DHTMPlus"),
+    "dhtm_threshold": MethodEntry("DHTM+ threshold", "#6A3D9A", "H", "dhtm.DHTMPlus"),
+    "random": MethodEntry("random merging", "#0072B2", "s", "baselines.RandomMerge"),
+    "tome": MethodEntry("ToMe", "#009E73", "^", "baselines.ToMe"),
+    "lotm": MethodEntry("LoTM", "#56B4E9", "P", "baselines.LoTM"),
+    "dpc_knn": MethodEntry("DPC-KNN", "#CC79A7", "X", "baselines.DPCKNN"),
+    "k_medoids": MethodEntry("K-Medoids", "#000000", "h", "baselines.KMedoids"),
+    "sit": MethodEntry("SiT", "#D55E00", ">", "baselines.SiT"),
+    "patch_merger": MethodEntry("PatchMerger", "#882255", "<", "baselines.PatchMerger"),
+    "sinkhorn": MethodEntry("Sinkhorn", "#332288", "*", "baselines.Sinkhorn"),
+    "token_mergence": MethodEntry("Token mergence", "#F0E442", "d", "baselines.TokenMergence"),
+    "atc": MethodEntry("ATC", "#117733", "p", "baselines.ATC"),
+    "pitome": MethodEntry("PiToMe", "#AA4499", "v", "baselines.PiToMe"),
 }
 _NEW = ("#999933", "#661100", "#44AA99", "#DDCC77")  # Tol's colours, for methods that are not named here
 # Names for readers; others are shown by their names in the harness.
@@ -119,20 +122,18 @@ def entry_of(method: str) -> MethodEntry:
 def changed_options(method: str, options: dict[str, Any], knob: str | None, learned: bool) -> dict[str, Any]:
     """Return a run's options that differ from the paper's, which are the class's defaults; none for an unknown method.
 
-    Args:
-        method: the method's name in the harness.
-        options: the options of the run.
-        knob: the option that is varied to reach a target cost. The knob and the layers may have any value.
-        learned: whether the method's own parameters were trained, or should have been.
+    The knob and the layers may have any value. ``learned`` is whether the method's own parameters were, or should have
+    been, trained.
     """
-    reducer = entry_of(method).reducer
-    if reducer is None:
+    target = entry_of(method).target
+    if target is None:
         return {}
-    parameters = inspect.signature(reducer).parameters
-    ignored = {knob, "layers", "seed", "backend"}  # every backend gives the same merges
-    defaults = {name: parameters[name].default for name in parameters if name not in ignored}
+    papers = json.loads(json.dumps(Method(method, target).options))  # with lists, as in the run's metrics
     if method == "dpc_knn":
-        defaults["weighted"] = learned  # the published models average with learned weights
-    given = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
-    plain = json.loads(json.dumps(given))
-    return {name: options[name] for name in plain if options.get(name, plain[name]) != plain[name]}
+        papers["weighted"] = learned  # the published models average with learned weights
+    ignored = {knob, "layers", "seed", "backend"}  # every backend gives the same merges
+    return {
+        name: options[name]
+        for name in papers
+        if name not in ignored and options.get(name, papers[name]) != papers[name]
+    }

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.core.files import require_writable, write_atomically
+from dhtm.harness.core.files import require_writable, write_text
 from dhtm.harness.tracking import Tracker, log_report
 from dhtm.report.ablation import ablation
 from dhtm.report.dense import dense_figure, dense_table
@@ -33,7 +33,7 @@ def report(results_dir: Path, output_dir: Path, tracker: Tracker | None = None) 
     log.info("%d finished runs in %s", len(runs), results_dir)
     require_writable(output_dir / "tables", f"output_dir={output_dir}")
     every_run = runs.drop(columns=["plain", "finished", "knobs", "among"]).to_csv(index=False, float_format="%.8g")
-    write_atomically(output_dir / "tables" / "runs.csv", lambda file: file.write_text(every_run))
+    write_text(output_dir / "tables" / "runs.csv", every_run)
     tables = {
         "table1": table1(runs),
         "table2": table2(runs, results_dir),

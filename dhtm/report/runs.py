@@ -8,8 +8,8 @@ import pandas as pd
 from dhtm.harness.core.files import PROJECT
 from dhtm.harness.runs.directory import finished_runs
 from dhtm.report.registry import Series, changed_options
-from dhtm.report.tables import FAITHFULNESS
 
+FAITHFULNESS = ["kl", "kl_low", "kl_high", "agreement", "agreement_low", "agreement_high", "flips_won", "flips_lost"]
 _COLUMNS = [
     "run_id", "backbone", "method", "k", "layers", "options", "knob", "value", "trained", "untrained", "targets", "data",
     "split", "n_images", "top1", "ci_low", "ci_high", "top5", *FAITHFULNESS, "flops_g", "flops_g_q1", "flops_g_q3",

@@ -4,11 +4,29 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import GREY, METHODS, Series, entry_of, title_of
 from dhtm.report.runs import by_target, of_series
 from dhtm.report.style import draw_intervals, plt
-from dhtm.report.tables import Table, number, with_interval
+from dhtm.report.tables import Table, cells, number, with_interval
+
+_SPEED = [
+    "method", "knob", "reduction %", "images/s", "speed-up [quartiles]", ("ideal", lambda row: number(row.ideal_speedup, 2)),
+    ("share of ideal %", lambda row: number(row.ideal_share_pct, 0)), ("merge %", lambda row: number(row.merge_pct, 1)),
+    ("peak MB", lambda row: number(row.peak_memory_mb, 0)), "1 image, ms",
+    (
+        "its speed-up [quartiles]",
+        lambda row: with_interval(row.latency_speedup, row.latency_speedup_q1, row.latency_speedup_q3),
+    ),
+]  # fmt: skip
+_SCALING = [
+    ("over", lambda row: {"n_tokens": "N", "k": "k", "batch_size": "batch"}[row.varied]),
+    ("N", lambda row: str(row.n_tokens)), ("k", lambda row: str(row.k)), ("batch", lambda row: str(row.batch_size)),
+    ("merge, ms [quartiles]", lambda row: with_interval(row.merge_ms, row.merge_ms_q1, row.merge_ms_q3)),
+    ("ATC's clustering, ms", lambda row: number(row.atc_ms, 1)),
+    ("scipy's clustering, ms", lambda row: number(row.scipy_ms, 1)),
+    ("merge, times as fast", lambda row: number(row.scipy_ms / row.merge_ms, 1)),
+    ("ATC, times as fast", lambda row: number(row.scipy_ms / row.atc_ms, 1)),
+]  # fmt: skip
 
 
 def speed_table(frame: pd.DataFrame, caption: str) -> Table:
@@ -25,48 +43,14 @@ def speed_table(frame: pd.DataFrame, caption: str) -> Table:
             f"{caption}, {target:g}% fewer FLOPs": frame[frame.target.isna() | (frame.target == target)]
             for target in targets
         }
-    return Table(frame, [(shown, _speed_cells(part)) for shown, part in parts.items()], notes)
-
-
-def _speed_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "method": entry_of(row.method).label,
-            "knob": knob_text(row.knob, row.value),
-            "reduction %": number(row.flops_reduction_pct, 1),
-            "images/s": number(row.images_per_s, 1),
-            "speed-up [quartiles]": with_interval(row.speedup, row.speedup_q1, row.speedup_q3),
-            "ideal": number(row.ideal_speedup, 2),
-            "share of ideal %": number(row.ideal_share_pct, 0),
-            "merge %": number(row.merge_pct, 1),
-            "peak MB": number(row.peak_memory_mb, 0),
-            "1 image, ms": number(row.latency_ms, 1),
-            "its speed-up [quartiles]": with_interval(
-                row.latency_speedup, row.latency_speedup_q1, row.latency_speedup_q3
-            ),
-        }
-        for row in frame.itertuples()
-    )
+    return Table(frame, [(shown, cells(part, *_SPEED)) for shown, part in parts.items()], notes)
 
 
 def scaling_table(frame: pd.DataFrame, caption: str) -> Table:
     """Make a table of the merge alone from :func:`dhtm.harness.benchmark.time_merge`, with its growth in N."""
-    names = {"n_tokens": "N", "k": "k", "batch_size": "batch"}
-    shown = pd.DataFrame(
-        {
-            "over": names[row.varied],
-            **{shown: str(getattr(row, name)) for name, shown in names.items()},
-            "merge, ms [quartiles]": with_interval(row.merge_ms, row.merge_ms_q1, row.merge_ms_q3),
-            "ATC's clustering, ms": number(row.atc_ms, 1),
-            "scipy's clustering, ms": number(row.scipy_ms, 1),
-            "merge, times as fast": number(row.scipy_ms / row.merge_ms, 1),
-            "ATC, times as fast": number(row.scipy_ms / row.atc_ms, 1),
-        }
-        for row in frame.itertuples()
-    )
     is_over_n = (frame.varied == "n_tokens").sum() > 1
     notes = [f"Time grows as N^{growth(frame):.2f} (least squares on logarithms)."] if is_over_n else []
-    return Table(frame, [(caption, shown)], notes)
+    return Table(frame, [(caption, cells(frame, *_SCALING))], notes)
 
 
 def growth(frame: pd.DataFrame) -> float:
@@ -78,24 +62,17 @@ def growth(frame: pd.DataFrame) -> float:
 def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
     """Draw top-1 and KL against the speed-up, for the methods that have runs at the same reduction.
 
-    Args:
-        frame: from :func:`dhtm.harness.benchmark.time_methods`.
-        runs: of one backbone and data set, such as results/embedded/tables/runs.csv.
-        title: of the figure.
+    The runs are of one backbone and data set, such as results/embedded/tables/runs.csv.
     """
     where = title_of(*runs[["backbone", "data"]].iloc[0])
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4))
-    columns = {"top1": ["top1", "ci_low", "ci_high"], "kl": ["kl", "kl_low", "kl_high"]}
-    names = {"top1": f"top-1 (%)\n{where}", "kl": f"KL from unmerged (nats)\n{where}"}
+    columns = {"top-1 (%)": ["top1", "ci_low", "ci_high"], "KL from unmerged (nats)": ["kl", "kl_low", "kl_high"]}
     measured = _with_runs(frame, runs)
-    for ax, quantity in zip(axes, columns, strict=True):
-        for method, points in measured.dropna(subset=quantity).groupby("method", sort=False):
-            if quantity == "kl" and method == "unmerged":
-                continue
-            entry = entry_of(method)
-            style = {"color": entry.colour, "marker": entry.marker}
-            draw_intervals(ax, points, "speedup", columns[quantity], entry.label, style)
-        ax.set(xlabel="speed-up over the unmerged model", ylabel=names[quantity])
+    for ax, (name, quantity) in zip(axes, columns.items(), strict=True):
+        for method, points in measured.dropna(subset=quantity[0]).groupby("method", sort=False):
+            if quantity[0] == "top1" or method != "unmerged":
+                draw_intervals(ax, points, "speedup", quantity, entry_of(method))
+        ax.set(xlabel="speed-up over the unmerged model", ylabel=f"{name}\n{where}")
     axes[1].set_yscale("log")
     for ideal in frame.groupby("target").ideal_speedup.median():
         for ax in axes:
@@ -111,9 +88,8 @@ def _with_runs(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Add the top-1 and the KL of the runs at the same reduction, with their intervals."""
     found, solved = [], by_target(runs)
     for row in frame.itertuples():
-        ours = of_series(
-            solved[solved.target == row.target], Series(row.method, row.method, row.layers, row.trained is True)
-        )
+        series = Series(row.method, row.method, row.layers, row.trained is True)
+        ours = of_series(solved[solved.target == row.target], series)
         ours = runs[runs.method == "unmerged"] if row.method == "unmerged" else ours
         if not ours.empty:
             taken = ["top1", "ci_low", "ci_high", "kl", "kl_low", "kl_high"]

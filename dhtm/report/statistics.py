@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from dhtm.harness.runs.metrics import bootstrap_interval, sign_flip_p
 
@@ -54,16 +53,6 @@ def _test(values: np.ndarray, groups: np.ndarray | None, scale: int = 1) -> dict
         "difference_high": scale * high,
         "p": sign_flip_p(values, groups),
     }
-
-
-def mcnemar(first_only: int, second_only: int) -> float:
-    """Return the two-sided p of the exact McNemar test: a fair coin is tossed for each image on which two models disagree.
-
-    Args:
-        first_only, second_only: numbers of images on which only the first or only the second is right.
-    """
-    disagree = first_only + second_only
-    return float(binomtest(first_only, disagree).pvalue) if disagree else 1.0
 
 
 def holm(p: pd.Series) -> pd.Series:

@@ -8,12 +8,19 @@ import timm
 import torch
 
 import dhtm
-from dhtm.report.runs import over_k, pairs, read_published
-from dhtm.report.tables import FAITHFULNESS, Table, caption_of, faithfulness_cells, number, with_interval
+from dhtm.report.runs import FAITHFULNESS, over_k, pairs, read_published
+from dhtm.report.tables import FAITHFUL, Table, caption_of, cells, number
 from dhtm.vit import tokens_by_layer
 
 SCHEDULES = ((4, 7, 11), (4, 7, 10))
 _TOP1 = ["top1", "ci_low", "ci_high"]
+_K = ("k", lambda row: str(row.Index))
+_COUNTED = [
+    ("ours, layers 4, 7, 11", lambda row: number(row.flops_g_4_7_11, 3)),
+    ("Δ % (4, 7, 11)", lambda row: number(row.flops_difference_pct_4_7_11, 1, signed=True)),
+    ("ours, layers 4, 7, 10", lambda row: number(row.flops_g_4_7_10, 3)),
+    ("Δ % (4, 7, 10)", lambda row: number(row.flops_difference_pct_4_7_10, 1, signed=True)),
+]
 
 NOTES = [
     "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Δ is ours minus published.",
@@ -53,10 +60,16 @@ def table1(runs: pd.DataFrame) -> Table:
         ours = over_k(runs, backbone, data, "dhtm")
         if (backbone, data) in first:
             frame = _beside_published(backbone, ours)
-            parts.append((caption_of(backbone, data, frame.n_images), _cells_beside_published(frame)))
+            difference = ("Δ points", lambda row: number(row.top1_difference, 2, signed=True))
+            faithful = FAITHFUL if frame.kl.notna().any() else []
+            columns = ["top-1 % published", "top-1 % ours", difference, *faithful, "GFLOPs published", *_COUNTED]
+            parts.append((caption_of(backbone, data, frame.n_images), cells(frame, _K, *columns, "run")))
         elif len(ours):
             frame = ours[["run_id", *_TOP1, "top5", *FAITHFULNESS, "n_images", "flops_g", "flops_reduction_pct"]]
-            parts.append((caption_of(backbone, data, frame.n_images, "layers 4, 7, 11"), _cells(frame)))
+            gflops_cell = ("GFLOPs", lambda row: number(row.flops_g, 4))
+            columns = ["top-1 % [95% interval]", "top-5 %", *FAITHFUL, gflops_cell, "reduction %"]
+            caption = caption_of(backbone, data, frame.n_images, "layers 4, 7, 11")
+            parts.append((caption, cells(frame, _K, *columns, "run")))
             frame = frame.rename(columns={"flops_g": "flops_g_4_7_11"})
         else:
             continue
@@ -76,37 +89,3 @@ def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
         frame[f"flops_g_{name}"] = counts
         frame[f"flops_difference_pct_{name}"] = 100 * (frame[f"flops_g_{name}"] / frame.published_flops_g - 1)
     return frame
-
-
-def _cells_beside_published(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for k, row in frame.iterrows():
-        cells = {
-            "k": str(k),
-            "top-1 % published": number(row.published_top1, 2),
-            "top-1 % ours": with_interval(row.top1, row.ci_low, row.ci_high),
-            "Δ points": number(row.top1_difference, 2, signed=True),
-            **(faithfulness_cells(row) if frame.kl.notna().any() else {}),
-            "GFLOPs published": number(row.published_flops_g, 2),
-        }
-        for layers in SCHEDULES:
-            name, shown = "_".join(map(str, layers)), ", ".join(map(str, layers))
-            cells[f"ours, layers {shown}"] = number(row[f"flops_g_{name}"], 3)
-            cells[f"Δ % ({shown})"] = number(row[f"flops_difference_pct_{name}"], 1, signed=True)
-        rows.append(cells | {"run": row.run_id})
-    return pd.DataFrame(rows)
-
-
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "k": str(row.Index),
-            "top-1 % [95% interval]": with_interval(row.top1, row.ci_low, row.ci_high),
-            "top-5 %": number(row.top5, 2),
-            **faithfulness_cells(row),
-            "GFLOPs": number(row.flops_g, 4),
-            "reduction %": number(row.flops_reduction_pct, 1),
-            "run": row.run_id,
-        }
-        for row in frame.itertuples()
-    )

@@ -1,45 +1,28 @@
 """Table 2: DHTM against other methods at equal FLOPs, with paired tests; and the paper's claims about it."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.claims import N_IMAGENET, claim_cells, paper_claims
 from dhtm.report.registry import METHODS, SERIES, entry_of
-from dhtm.report.runs import Pair, at_target, by_target, of_series, pairs, read_published
+from dhtm.report.runs import FAITHFULNESS, Pair, at_target, by_target, of_series, pairs, read_published
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import (
-    FAITHFULNESS,
-    Table,
-    caption_of,
-    faithfulness_cells,
-    flips_cell,
-    flops_cell,
-    number,
-    p_cell,
-    two_digits,
-    with_interval,
-)
+from dhtm.report.tables import FAITHFUL, Column, Table, caption_of, cells, difference
 
 TARGET = 30  # percent fewer FLOPs, as in the paper
 MORE_TARGETS = (40, 50, 60)
 # Rows that the paper's table does not have.
 ADDED = ("Token mergence", "PiToMe w/train", "ATC w/train", "DPC-KNN OTS", "K-Medoids OTS", "PiToMe", "ATC")
-_OURS = [
-    "run_id", "knob", "value", "trained", "untrained", "n_images", "top1", "ci_low", "ci_high", *FAITHFULNESS, "flops_g",
-    "flops_g_q1", "flops_g_q3", "flops_g_max", "flops_reduction_pct",
-]  # fmt: skip
-_COMPARED = [
-    "difference", "difference_low", "difference_high", "reference_only", "other_only", "p",
-    "kl_difference", "kl_difference_low", "kl_difference_high", "kl_p",
-]  # fmt: skip
 _COLUMNS = [
-    "backbone", "data", "target", "group", "method", "reference", "published_top1", "published_flops_g", *_OURS, *_COMPARED
+    "backbone", "data", "target", "group", "method", "reference", "published_top1", "published_flops_g", "run_id", "knob",
+    "value", "trained", "untrained", "n_images", "top1", "ci_low", "ci_high", *FAITHFULNESS, "flops_g", "flops_g_q1",
+    "flops_g_q3", "flops_g_max", "flops_reduction_pct", "difference", "difference_low", "difference_high",
+    "reference_only", "other_only", "p", "kl_difference", "kl_difference_low", "kl_difference_high", "kl_p",
 ]  # fmt: skip
 _NUMBERS = [column for column in _COLUMNS[6:] if column not in ("run_id", "knob", "trained", "untrained")]
+_PUBLISHED = ["top-1 % published", "GFLOPs published"]
 
 NOTES = [
     "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Methods are compared at equal "
@@ -92,10 +75,15 @@ def table2(runs: pd.DataFrame, results_dir: Path) -> Table:
     parts = []
     for (backbone, name, target), frame in data.groupby(["backbone", "data", "target"], sort=False):
         caption = caption_of(backbone, name, frame.n_images, f"{target}% fewer FLOPs")
-        parts.append((caption, _part(frame, _accuracy)))
+        reference = frame.reference.iloc[0] or "DHTM"
+        published = [] if frame.published_top1.isna().all() else _PUBLISHED
+        points = difference(f"{reference} − this, points")
+        parts.append((caption, _part(frame, *published, "top-1 % ours", "GFLOPs", "reduction %", *points)))
         merged = frame[frame.kl.notna() & (frame.method != "unmerged")]
         if len(merged):
-            parts.append((f"{caption}, against the unmerged model's outputs", _part(merged, _faithfulness)))
+            nats = difference(f"{reference} − this, nats", "kl_")
+            shown = _part(merged, *FAITHFUL, "flips won / lost", "reduction %", *nats)
+            parts.append((f"{caption}, against the unmerged model's outputs", shown))
     claims = paper_claims()
     about = f"The paper's claims for DHTM, and what {N_IMAGENET:,} images can say about them"
     parts.append((about, claim_cells(claims)))
@@ -120,9 +108,9 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
     for name, group, run in _rows(ours, backbone):
         if run is None and target != TARGET:
             continue
-        row = {"group": group, "method": name}
+        row = {} if run is None else run.to_dict()
+        row |= {"group": group, "method": name}
         row |= {"published_top1": paper.top1.get(name), "published_flops_g": paper.flops_g.get(name)}
-        row |= {} if run is None else run[_OURS].to_dict()
         if run is not None and reference is not None and name != reference:
             row |= compare(first, predictions(results_dir / run.run_id))
         rows.append(row)
@@ -154,35 +142,9 @@ def _run(ours: pd.DataFrame, name: str) -> pd.Series | None:
     return None if found.empty else found.sort_values("trained").iloc[-1]
 
 
-def _part(frame: pd.DataFrame, cells: Callable[[Any], dict[str, str]]) -> pd.DataFrame:
-    """Return the training, once per group, the method and the cells of each row."""
+def _part(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
+    """Return the training, once per group, the method and the given columns of each row."""
     training = frame.group.where(frame.group != frame.group.shift(), "")
     method = frame.method + frame.untrained.eq(True).map({True: " (untrained)", False: ""})
-    shown = pd.DataFrame([cells(row) for row in frame.itertuples()], frame.index)
-    if frame.published_top1.isna().all():
-        shown = shown.drop(columns=["top-1 % published", "GFLOPs published"], errors="ignore")
-    return pd.concat([training.rename("training"), method.rename("method"), shown.assign(run=frame.run_id)], axis=1)
-
-
-def _accuracy(row: Any) -> dict[str, str]:
-    interval = (row.difference, row.difference_low, row.difference_high)
-    return {
-        "top-1 % published": number(row.published_top1, 2),
-        "GFLOPs published": number(row.published_flops_g, 2),
-        "top-1 % ours": with_interval(row.top1, row.ci_low, row.ci_high),
-        "GFLOPs": flops_cell(row),
-        "reduction %": number(row.flops_reduction_pct, 1),
-        f"{row.reference or 'DHTM'} − this, points": with_interval(*interval, signed=True),
-        "p": p_cell(row.p, row.p_holm),
-    }
-
-
-def _faithfulness(row: Any) -> dict[str, str]:
-    interval = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-    return {
-        **faithfulness_cells(row),
-        "flips won / lost": flips_cell(row),
-        "reduction %": number(row.flops_reduction_pct, 1),
-        f"{row.reference} − this, nats": with_interval(*interval, two_digits(row.kl_difference), signed=True),
-        "p": p_cell(row.kl_p, row.kl_p_holm),
-    }
+    shown = cells(frame, *columns, "run").set_axis(frame.index)
+    return pd.concat([training.rename("training"), method.rename("method"), shown], axis=1)

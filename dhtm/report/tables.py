@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dhtm.harness.core.files import write_atomically
-from dhtm.report.registry import title_of
+from dhtm.harness.core.files import write_text
+from dhtm.harness.models.methods import knob_text
+from dhtm.report.registry import entry_of, title_of
 from dhtm.report.statistics import LEVEL
 from dhtm.report.style import save_figure
 
 DASH = "–"
-FAITHFULNESS = ["kl", "kl_low", "kl_high", "agreement", "agreement_low", "agreement_high", "flips_won", "flips_lost"]
 _ESCAPES = {"%": r"\%", "_": r"\_", "−": "$-$", DASH: "--", "×": r"$\times$", "Δ": r"$\Delta$", "<": "$<$"}
+
+Column = str | tuple[str, Callable[[Any], str]]  # a heading of CELLS, or a heading and a function of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,9 @@ class Table:
     def save(self, path: Path, figure: Figure | None = None) -> None:
         """Write ``path`` with the endings .csv, .md and .tex and, for a figure, .pdf and .png."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        for ending, text in (
-            (".csv", self.data.to_csv(index=False, float_format="%.8g")),
-            (".md", self.markdown()),
-            (".tex", self.latex()),
-        ):
-            write_atomically(path.with_suffix(ending), lambda file, text=text: file.write_text(text, encoding="utf-8"))
+        write_text(path.with_suffix(".csv"), self.data.to_csv(index=False, float_format="%.8g"))
+        write_text(path.with_suffix(".md"), self.markdown())
+        write_text(path.with_suffix(".tex"), self.latex())
         if figure is not None:
             save_figure(figure, path)
 
@@ -73,49 +73,25 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
     return ", ".join([title_of(backbone, data), *images, *details])
 
 
+def cells(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
+    """Format the rows of a frame for readers."""
+    made = dict((column, CELLS[column]) if isinstance(column, str) else column for column in columns)
+    return pd.DataFrame([{heading: cell(row) for heading, cell in made.items()} for row in frame.itertuples()])
+
+
+def difference(heading: str, of: str = "", p: str = "p") -> list[Column]:
+    """Return the columns of a difference in top-1 or, with "kl_", in KL, and of its p (headed ``p``)."""
+
+    def shown(row: Any) -> str:
+        value, low, high = (getattr(row, f"{of}difference{end}") for end in ("", "_low", "_high"))
+        return with_interval(value, low, high, two_digits(value) if of else 2, signed=True)
+
+    return [(heading, shown), (p, lambda row: p_cell(getattr(row, f"{of}p"), getattr(row, f"{of}p_holm")))]
+
+
 def number(value: float, decimals: int, signed: bool = False) -> str:
     """Format a number with a true minus sign; NaN becomes a dash."""
     return DASH if pd.isna(value) else f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
-
-
-def difference_cells(row, other: str) -> dict[str, str]:
-    """Return the cells that compare a row's KL and top-1 with another's.
-
-    Args:
-        row: has the columns of ``statistics.compare`` and of Holm's correction.
-        other: what the row is compared with, for the headings.
-    """
-    kl = (row.kl_difference, row.kl_difference_low, row.kl_difference_high)
-    top1 = (row.difference, row.difference_low, row.difference_high)
-    return {
-        f"KL − {other}, nats": with_interval(*kl, two_digits(row.kl_difference), signed=True),
-        "p": p_cell(row.kl_p, row.kl_p_holm),
-        "top-1 %": number(row.top1, 2),
-        f"top-1 − {other}, points": with_interval(*top1, signed=True),
-        "p (top-1)": p_cell(row.p, row.p_holm),
-    }
-
-
-def faithfulness_cells(row: Any) -> dict[str, str]:
-    """Return the cells of a run's KL and agreement with the unmerged model, each with its interval."""
-    return {
-        "KL, nats [95% interval]": with_interval(row.kl, row.kl_low, row.kl_high, two_digits(row.kl)),
-        "agreement % [95% interval]": with_interval(row.agreement, row.agreement_low, row.agreement_high),
-    }
-
-
-def flips_cell(row: Any) -> str:
-    """Return the cell of the images that only the merged or only the unmerged model has right."""
-    return f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}"
-
-
-def flops_cell(row: Any) -> str:
-    """Return the cell of a run's GFLOPs; where images differ, the mean with quartiles and maximum."""
-    decimals = 4 if row.flops_g < 1 else 3
-    if pd.isna(row.flops_g_max):
-        return number(row.flops_g, decimals)
-    spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
-    return f"{spread}, at most {number(row.flops_g_max, decimals)}"
 
 
 def p_cell(p: float, corrected: float) -> str:
@@ -134,5 +110,41 @@ def with_interval(value: float, low: float, high: float, decimals: int = 2, sign
     return shown if pd.isna(value) else f"{shown} [{first}, {last}]"
 
 
+def _flops(row: Any) -> str:
+    """Format a run's GFLOPs; where images differ, the mean with quartiles and maximum."""
+    decimals = 4 if row.flops_g < 1 else 3
+    if pd.isna(row.flops_g_max):
+        return number(row.flops_g, decimals)
+    spread = with_interval(row.flops_g, row.flops_g_q1, row.flops_g_q3, decimals)
+    return f"{spread}, at most {number(row.flops_g_max, decimals)}"
+
+
+def _top1(row: Any) -> str:
+    return with_interval(row.top1, row.ci_low, row.ci_high)
+
+
 def _latex(text: str) -> str:
     return text.translate(str.maketrans(_ESCAPES))
+
+
+FAITHFUL = ["KL, nats [95% interval]", "agreement % [95% interval]"]
+# What stands below a heading, in every table that has it.
+CELLS: dict[str, Callable[[Any], str]] = {
+    "method": lambda row: entry_of(row.method).label,
+    "knob": lambda row: knob_text(row.knob, row.value),
+    "run": lambda row: row.run_id,
+    "top-1 % ours": _top1,
+    "top-1 % [95% interval]": _top1,
+    "top-1 %": lambda row: number(row.top1, 2),
+    "top-5 %": lambda row: number(row.top5, 2),
+    "top-1 % published": lambda row: number(row.published_top1, 2),
+    "GFLOPs published": lambda row: number(row.published_flops_g, 2),
+    "GFLOPs": _flops,
+    "reduction %": lambda row: number(row.flops_reduction_pct, 1),
+    "KL, nats [95% interval]": lambda row: with_interval(row.kl, row.kl_low, row.kl_high, two_digits(row.kl)),
+    "agreement % [95% interval]": lambda row: with_interval(row.agreement, row.agreement_low, row.agreement_high),
+    "flips won / lost": lambda row: f"{number(row.flips_won, 0)} / {number(row.flips_lost, 0)}",
+    "images/s": lambda row: number(row.images_per_s, 1),
+    "speed-up [quartiles]": lambda row: with_interval(row.speedup, row.speedup_q1, row.speedup_q3),
+    "1 image, ms": lambda row: number(row.latency_ms, 1),
+}

@@ -8,9 +8,14 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import entry_of
 from dhtm.report.runs import SAME_WEIGHTS, by_target
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import Table, caption_of, difference_cells, faithfulness_cells, flips_cell, flops_cell, number
+from dhtm.report.tables import FAITHFUL, Table, caption_of, cells, difference, number
 
 _VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
+_COLUMNS = [
+    ("target %", lambda row: number(row.target, 0)), ("method", lambda row: row.label), "reduction %", "GFLOPs", *FAITHFUL,
+    "flips won / lost", *difference("KL − without, nats", "kl_"), "top-1 %",
+    *difference("top-1 − without, points", p="p (top-1)"), "run",
+]  # fmt: skip
 NOTES = [
     "Each pair has the same options and nearly the same mean FLOPs: one makes as many merges in every image, the other as many "
     "as an image has neighbours above thresholds, which were found on images that are not tested on. GFLOPs are the mean over "
@@ -43,23 +48,10 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     parts = []
     for (backbone, name, split, _), frame in data.groupby(["backbone", "data", "split", "n_images"], sort=False):
         caption = caption_of(backbone, name, frame.n_images, f"split {split}")
-        parts.append((caption, pd.DataFrame([_cells(row) for row in frame.itertuples()])))
+        parts.append((caption, cells(frame, *_COLUMNS)))
     return Table(data, parts, NOTES)
 
 
 def _options(run) -> str:
     """Return the options that the runs of a pair have in common, as text."""
     return str((run.layers, sorted((name, value) for name, value in run.knobs.items() if name not in _VARIED)))
-
-
-def _cells(row) -> dict[str, str]:
-    return {
-        "target %": number(row.target, 0),
-        "method": row.label,
-        "reduction %": number(row.flops_reduction_pct, 1),
-        "GFLOPs": flops_cell(row),
-        **faithfulness_cells(row),
-        "flips won / lost": flips_cell(row),
-        **difference_cells(row, "without"),
-        "run": row.run_id,
-    }

@@ -38,9 +38,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file atomically."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def lock(path: Path, message: str) -> contextlib.AbstractContextManager:

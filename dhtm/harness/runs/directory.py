@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from dhtm.harness.core.errors import explain
-from dhtm.harness.core.files import lock, require_writable, write_atomically, write_json
+from dhtm.harness.core.files import lock, require_writable, write_atomically, write_json, write_text
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
 
@@ -106,12 +106,10 @@ class RunDirectory:
             The stored metrics, with the SHA-256 of predictions.parquet.
         """
         with self._explain_failed_write():
-            write_atomically(
-                self.path / "config.yaml", lambda file: file.write_text(yaml.safe_dump(settings, sort_keys=False))
-            )
+            write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             write_json(self.path / "environment.json", environment())
             if changes := uncommitted_changes():
-                write_atomically(self.path / "changes.diff", lambda file: file.write_text(changes))
+                write_text(self.path / "changes.diff", changes)
             if "log_probabilities" in predictions:
                 kept = predictions[["index", "class_1", "log_probabilities"]]
                 write_atomically(self.path / OUTPUTS, lambda path: _write(kept, path))

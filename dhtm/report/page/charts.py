@@ -18,12 +18,7 @@ COSTS = {"FLOPs reduction (%)": "flops_reduction_pct", "images per second": "ima
 
 
 def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
-    """Return the runs that a chart can show, one row each, with names for readers.
-
-    Args:
-        runs: from :func:`dhtm.report.runs.load_runs`.
-        images_per_s: of each run, by its id.
-    """
+    """Return the runs that a chart can show, one row each, with names for readers; ``images_per_s`` is by run id."""
     kept = runs[runs.plain.astype(bool) & ~runs.untrained.astype(bool)]
     return pd.DataFrame(
         {
@@ -41,25 +36,20 @@ def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
     )
 
 
-def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
-    """Return the Vega-Lite specification of one metric over the cost, with lists to choose what is shown.
-
-    Args:
-        data: from :func:`chart_data`.
-        metric: a key of METRICS.
-        description: for screen readers.
-    """
+def chart(data: pd.DataFrame, metric: str) -> dict[str, Any] | None:
+    """Return the Vega-Lite specification of a metric over the cost, with lists to choose what is shown; None without data."""
     value, low, high = METRICS[metric]
     data = data[data[value].notna() & data.images_per_s.notna()]
     if value == "kl":  # zero if nothing is merged, which has no logarithm
         data = data[(data.kl > 0) & (data.flops_reduction_pct > 0)]
+    if data.empty:
+        return None
     chosen = []
     for name in ("method", "backbone", "training", "data"):
         choices = alt.binding_select(options=[ALL, *sorted(data[name].unique())], name=f"{name} ")
         chosen.append(alt.param(name, bind=choices, value=ALL))
     cost = alt.param("cost", bind=alt.binding_select(options=list(COSTS), name="over "), value=next(iter(COSTS)))
     colours = data.groupby("method").colour.first()
-    names, colours = list(colours.index), list(colours)
     shared = alt.Chart(data.drop(columns="colour")).transform_calculate(
         x=f"cost == '{next(iter(COSTS))}' ? datum.flops_reduction_pct : datum.images_per_s"
     )
@@ -69,7 +59,7 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
     legend = alt.Legend(columns=2, title=None, orient="bottom")
     encoded = shared.encode(
         x=alt.X("x:Q", title=None),
-        color=alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
+        color=alt.Color("method:N", scale=alt.Scale(domain=list(colours.index), range=list(colours)), legend=legend),
         tooltip=[
             "method", "training", "backbone", "data", "knob", "run",
             *(alt.Tooltip(f"{column}:Q", format=".4~g") for column in (value, low, high, "flops_g", *COSTS.values())),
@@ -84,6 +74,7 @@ def chart(data: pd.DataFrame, metric: str, description: str) -> dict[str, Any]:
     )
     layered = alt.layer(line, bars, points).add_params(cost, *chosen)
     title = alt.TitleParams(alt.expr(f"'{metric} over ' + cost"), anchor="start", fontSize=12)
+    description = f"{metric} of every run over its cost; the table of all runs has the numbers"
     return layered.properties(width="container", height=320, title=title, description=description).to_dict() | {
         "autosize": {"type": "fit-x", "contains": "padding"},
         "usermeta": {"embedOptions": {"actions": False, "renderer": "svg"}},

@@ -1,18 +1,27 @@
 """Where the accuracy goes: by class, by image, and between methods."""
 
+import io
 from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import cohen_kappa_score
+from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
+from dhtm.harness.config import evaluation_of_run
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import PATCH_CLASSES, Digits
-from dhtm.harness.data.splits import Split, batches
+from dhtm.harness.data.splits import Split, batches, open_split
+from dhtm.harness.models.weights import load_model
+from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
 from dhtm.harness.runs.predict import stop
-from dhtm.report.registry import METHODS, entry_of
+from dhtm.report.regions import draw_side_by_side
+from dhtm.report.registry import METHODS, entry_of, title_of
 from dhtm.report.runs import Pair, at_target
 from dhtm.report.tables import DASH, number, with_interval
 from dhtm.vit import image_ids, regions
@@ -21,6 +30,69 @@ TARGETS = (40, 30, 20, 50, 10, 60)  # percent fewer FLOPs; the one with most met
 N_SCENES = 500  # scenes in which the digit's tokens are counted
 _TOKENS = (1, 4, 7, 10, 14, 19, 10**6)  # first number of tokens in each column
 MOST = 5  # images whose outputs change most
+N_PICTURES = 3
+MAX_METHODS = 6  # side by side
+
+
+def where_it_goes(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] | None:
+    """Return what to show of a backbone on a data set: tables by caption, and pictures; None if there is nothing."""
+    target, frame = methods_at_one_cost(runs, pair)
+    if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
+        return None
+    merged = frame[frame.method != "unmerged"]
+    found = {run.label: predictions(results_dir / run.run_id) for run in frame.itertuples()}
+    parts = {}
+    if frame.top1.notna().all():
+        parts["Top-1 by class, % with 95% intervals"] = by_class(found)
+    notable = {}
+    if merged.kl.notna().all():
+        of_merged = {name: found[name] for name in merged.label}
+        parts["The images whose outputs change most"] = most_changed(of_merged)
+        if frame.top1.notna().all():
+            parts["Flips: won if only the merged model is right, lost if only the unmerged model is"] = flips(of_merged)
+            first = merged.label.iloc[0]
+            notable = {image: f"with {words} under {first}" for image, words in notable_images(found[first]).items()}
+    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
+    pictures, reason = [], ""
+    try:
+        models, split, data = _load(merged, results_dir)
+        pictures = _pictures(merged.label, models, split, notable)
+        if isinstance(data, Digits) and frame.top1.notna().all():
+            kept = {
+                label: object_regions(model, split, data) for label, model in zip(merged.label, models, strict=True)
+            }
+            parts["Top-1 by the number of tokens that the digit is in, % (images)"] = by_regions(found, kept)
+    except UserError as error:
+        reason = str(error)
+    title = f"{title_of(*pair)}, {target}% fewer FLOPs"
+    return {"title": title, "tables": parts, "pictures": pictures, "reason": reason}
+
+
+def _load(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransformer], Split, Any]:
+    """Return the patched model of each run, the split that all ran on, and its data set."""
+    runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
+    models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
+    data = runs[0].data
+    return models, open_split(data, data.split, resolve_data_config(model=models[0]), models[0].num_classes), data
+
+
+@torch.inference_mode()
+def _pictures(
+    labels: pd.Series, models: list[VisionTransformer], split: Split, notable: dict[int, str]
+) -> list[tuple[bytes, str]]:
+    """Draw a few images, and the notable ones, with their regions under each method; return pictures and captions."""
+    labels, models = labels.head(MAX_METHODS), models[:MAX_METHODS]
+    step = max(1, len(split.dataset) // N_PICTURES)
+    pictures = []
+    evenly = dict.fromkeys(range(0, step * N_PICTURES, step)[: len(split.dataset)], "")
+    for index, words in (evenly | notable).items():
+        picture, counts = draw_side_by_side(models, split, index)
+        names = [f"{label} ({n} tokens)" for label, n in zip(labels, counts, strict=True)]
+        title = f"Image {index}, {words}" if words else f"Image {index}"
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", optimize=True)
+        pictures.append((buffer.getvalue(), f"{title}, and its regions under {', '.join(names)}"))
+    return pictures
 
 
 def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.DataFrame]:
@@ -37,7 +109,8 @@ def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.
     if not frame.target.notna().any() or not (frame.method == "unmerged").any():
         return None, frame
     frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
-    return target, frame.sort_values("method", key=lambda methods: methods.map(_place), kind="stable")
+    places = {method: place for place, method in enumerate(METHODS)}  # those of unknown methods are the last
+    return target, frame.sort_values("method", key=lambda methods: methods.map(places), kind="stable")
 
 
 def by_class(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -127,11 +200,6 @@ def by_regions(found: dict[str, pd.DataFrame], kept: dict[str, pd.Series]) -> pd
             row[label] = f"{100 * inside.mean():.1f} ({len(inside)})" if len(inside) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _place(method: str) -> int:
-    """Return a method's place in the registry, where the unmerged model is first."""
-    return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def _label(run) -> str:
