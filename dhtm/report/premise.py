@@ -60,14 +60,14 @@ def sentences(frames: dict[str, pd.DataFrame]) -> list[str]:
         f"mean cosine falls from {near.iloc[0]:.2f} to {far.iloc[0]:.2f} in the first, from {near.iloc[-1]:.2f} to "
         f"{far.iloc[-1]:.2f} in the last."
     ]
+    words = {"most similar": "the most similar", "random": "a random"}
     for mode, costs in cost.groupby("mode", sort=False):
         near, far = costs.sort_values("distance").iloc[[0, -1]].itertuples()
-        relation = (
-            "more than" if far.low > near.high else "less than" if far.high < near.low else "not distinguishably from"
-        )
+        is_more, is_less = far.low > near.high, far.high < near.low
+        relation = "more than" if is_more else "less than" if is_less else "not distinguishable from"
         found.append(
-            f"Merging a pair ({mode}) at distance {far.distance} costs {relation} one of neighbours: KL {far.mean:.1e} against "
-            f"{near.mean:.1e} nats."
+            f"Merging {words[mode]} pair at distance {far.distance} gives a KL of {far.mean:.1e} nats, {relation} the "
+            f"{near.mean:.1e} nats of neighbours."
         )
     return found
 

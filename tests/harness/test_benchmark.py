@@ -76,7 +76,7 @@ def drawn(ax):
 def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(composed, caplog, tmp_path):
     """A target out of reach is skipped; the merge by itself is timed for one thing varied at a time."""
     caplog.set_level("INFO")
-    targets = ["target.reduction_pct=[20,40,60]", "rounds=1"]
+    targets = ["target.reduction_pct=[20,40,60]", "rounds=1", f"runs={ROOT}/results/embedded/tables/runs.csv"]
     main = runpy.run_path(str(ROOT / "scripts/benchmark.py"))["main"]
     main(composed(*FAST, *ONE, *SMALL, *targets, f"output_dir={tmp_path}/new", config_name="benchmark"))
     frame, grown = (pd.read_csv(tmp_path / f"new/{name}.csv") for name in ("speed", "merge"))

@@ -158,7 +158,8 @@ def words_of(command):
     words = shlex.split(command)
     if words[0] == "make":
         script = {"sweep": "evaluate", "bench": "benchmark"}[words[1]]
-        return script, [], shlex.split(words[2].removeprefix("ARGS="))
+        arguments = shlex.split(words[2].removeprefix("ARGS="))
+        return script, [], [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
     at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
     return Path(words[at]).stem, words[:at], words[at + 1 :]
 
