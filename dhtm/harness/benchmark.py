@@ -38,14 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scaling:
-    """The settings for timing DHTM's merge by itself: one is varied, the others stay at the first value of their lists.
-
-    Attributes:
-        grids: sides of the square grid of tokens.
-        ks: numbers of merges.
-        batch_sizes: numbers of images.
-        channels: the length of each token.
-    """
+    """The settings for timing DHTM's merge by itself: one is varied, the others stay at the first value of their lists."""
 
     grids: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
     ks: Annotated[list[PositiveInt], Field(min_length=1)]
@@ -55,14 +48,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The settings of a benchmark, which ``configs/benchmark.yaml`` explains.
-
-    Attributes:
-        methods: the methods by the names of their rows.
-        targets: the costs that each method's knob is solved for.
-        scaling: for :func:`time_merge`.
-        runs: a CSV of runs with each method's top-1 and KL.
-    """
+    """The settings of a benchmark, which ``configs/benchmark.yaml`` explains; methods by the names of their rows."""
 
     backbone: Backbone
     methods: Annotated[dict[str, Method], Field(min_length=1)]

@@ -37,13 +37,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Tracker:
-    """Where to log.
-
-    Attributes:
-        project, entity: of W&B; the default entity is the user.
-        mode: None for the value of WANDB_MODE; if that is not set, online with a login and offline without.
-        dir: holds W&B's own files, in ``dir/wandb``.
-    """
+    """Where to log; ``configs/tracker/wandb.yaml`` explains the settings."""
 
     project: str = "dhtm"
     entity: str | None = None
@@ -116,15 +110,7 @@ class WandbRun:
 
 
 class WandbEvaluation(WandbRun):
-    """The W&B run of an evaluation.
-
-    Args:
-        evaluation: what is logged, with its ``tracker`` and ``settings()``.
-        name, run_id: of the evaluation.
-        n_images: the number of its images.
-        done: the predictions of earlier processes, after which this one resumes.
-        ranks: share the images; the first one logs.
-    """
+    """The W&B run of an evaluation; ``done`` are the predictions of earlier processes. Of the ranks, the first logs."""
 
     def __init__(self, evaluation: Any, name: str, run_id: str, n_images: int, done: pd.DataFrame, ranks: Ranks):
         tracker, group = evaluation.tracker if ranks.first else None, evaluation.experiment

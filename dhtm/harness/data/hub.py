@@ -15,13 +15,7 @@ _LABELS = ("label", "labels", "cls", "target")
 
 
 class Table(Source):
-    """The rows of a table with a column of images and a column of their classes.
-
-    Args:
-        root: the location of the table.
-        table: a ``datasets.Dataset``.
-        files: what identifies the files that the table was read from.
-    """
+    """The rows of a ``datasets.Dataset`` with a column of images and one of their classes; ``files`` identify it."""
 
     def __init__(self, root: str, table, files: list):
         import datasets

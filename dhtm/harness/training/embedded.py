@@ -38,14 +38,7 @@ Difficulty = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: scenes in each.
-        window: the model sees window × window patches around the digit.
-        difficulty: of the scenes at the start and at the end, from 0 to 1; the latter is reached after two thirds of the steps.
-    """
+    """A part of the training, which ``configs/train_micro.yaml`` explains."""
 
     steps: PositiveInt
     batch_size: PositiveInt
