@@ -210,10 +210,19 @@ def join(i, j, member, last_member, gone):
     last_member[i] = last_member[j]
 
 
-@jit()
-def halve(i, member, weights):
-    """Halve the weights of all tokens in the list of i."""
-    m = i
+@jit(inline="always")
+def fuse(i, j, kind, two, by_size, x, y, inverse, log_p, p, n_patches, mass, member, last_member, gone, weights):
+    """Merge token j into token i; without ``by_size`` halve the weights of all tokens that went into them."""
+    n_i, n_j = (n_patches[i], n_patches[j]) if by_size else (1, 1)
+    average(x, i, j, n_i, n_j)
+    if two:
+        average(y, i, j, n_i, n_j)
+    describe(kind, x, inverse, log_p, p, i)
+    n_patches[i] += n_patches[j]
+    if len(mass) > 0:
+        mass[i] += mass[j]
+    join(i, j, member, last_member, gone)
+    m = -1 if by_size else i
     while m >= 0:
         weights[m] /= 2
         m = member[m]
@@ -233,20 +242,14 @@ def number(member, gone, token_map):
 
 
 @jit()
-def collect(y, gone, token_map, merged):
-    """Copy the remaining tokens to their places."""
+def finish(y, by_size, sizes, n_patches, member, gone, token_map, merged, weights):
+    """Store the remaining tokens in their places, the token map and, with ``by_size``, the shares of the patches."""
+    number(member, gone, token_map)
     for t in range(len(gone)):
         if not gone[t] and token_map[t] < merged.shape[0]:
             for d in range(merged.shape[1]):
                 merged[token_map[t], d] = y[t, d]
-
-
-@jit()
-def share(sizes, n_patches, gone, member, weights):
-    """Store each token's share of the patches of the token that it went into."""
-    for t in range(len(gone)):
-        if not gone[t] and n_patches[t] > 0:
-            m = t
-            while m >= 0:
-                weights[m] = np.float32(sizes[m]) / np.float32(n_patches[t])
-                m = member[m]
+        m = t if by_size and not gone[t] and n_patches[t] > 0 else -1
+        while m >= 0:
+            weights[m] = np.float32(sizes[m]) / np.float32(n_patches[t])
+            m = member[m]

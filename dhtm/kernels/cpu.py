@@ -15,23 +15,7 @@ from numba import bool_, float32, float64, int64, void
 from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, cpu_pairs
-from dhtm.kernels.compiled import (
-    SUMS,
-    array,
-    average,
-    collect,
-    compare,
-    describe,
-    discount,
-    halve,
-    in_parallel,
-    jit,
-    join,
-    load,
-    number,
-    share,
-    view,
-)
+from dhtm.kernels.compiled import SUMS, array, compare, describe, discount, finish, fuse, in_parallel, jit, load, view
 from dhtm.regions import Regions, grid_pairs
 
 agglomerate = cpu_pairs.agglomerate
@@ -193,18 +177,11 @@ def _merge_images(
             if j < 0:
                 made[image] = step
                 break
-            n_i, n_j = (n_patches[i], n_patches[j]) if by_size else (1, 1)
-            average(x, i, j, n_i, n_j)
-            if two:
-                average(y, i, j, n_i, n_j)
-            describe(kind, x, inverse, log_p, p, i)
-            n_patches[i] += n_patches[j]
-            if len(mass) > 0:
-                mass[i] += mass[j]
+            fuse(
+                i, j, kind, two, by_size, x, y, inverse, log_p, p, n_patches, mass, member, last_member, gone,
+                weights[image],
+            )  # fmt: skip
             best[j] = -np.inf
-            join(i, j, member, last_member, gone)
-            if not by_size:
-                halve(i, member, weights[image])
 
             if head[i] < 0:
                 head[i] = head[j]
@@ -235,10 +212,7 @@ def _merge_images(
                     best[other], partner[other] = s, i
                 h = after[h]
 
-        number(member, gone, token_map[image])
-        collect(y, gone, token_map[image], merged[image])
-        if by_size:
-            share(sizes[image], n_patches, gone, member, weights[image])
+        finish(y, by_size, sizes[image], n_patches, member, gone, token_map[image], merged[image], weights[image])
 
 
 @cache

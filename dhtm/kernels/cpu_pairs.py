@@ -20,19 +20,17 @@ from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.compiled import (
     SUMS,
     array,
-    average,
-    collect,
     compare,
     describe,
     discount,
-    halve,
+    finish,
+    fuse,
     in_parallel,
     jit,
     join,
     load,
     number,
     round_score,
-    share,
     view,
 )
 
@@ -69,23 +67,8 @@ def merge_images_of(dtype: np.dtype) -> Callable:
 
 
 def _merge_images(
-    first,
-    last,
-    made,
-    k,
-    products,
-    carried,
-    measured,
-    two,
-    sizes,
-    masses,
-    kind,
-    by_size,
-    least,
-    merged,
-    token_map,
-    weights,
-):
+    first, last, made, k, products, carried, measured, two, sizes, masses, kind, by_size, least, merged, token_map, weights,
+):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
     x = np.empty((n, measured.shape[2]), measured.dtype)  # what similarity is measured on
@@ -128,27 +111,17 @@ def _merge_images(
                 made[image] = step if least == -np.inf else k
                 break
             j = partner[i]
-            n_i, n_j = (n_patches[i], n_patches[j]) if by_size else (1, 1)
-            average(x, i, j, n_i, n_j)
-            if two:
-                average(y, i, j, n_i, n_j)
-            describe(kind, x, inverse, log_p, p, i)
-            n_patches[i] += n_patches[j]
-            if len(mass) > 0:
-                mass[i] += mass[j]
-            join(i, j, member, last_member, gone)
+            fuse(
+                i, j, kind, two, by_size, x, y, inverse, log_p, p, n_patches, mass, member, last_member, gone,
+                weights[image],
+            )  # fmt: skip
             alive[j] = 0
-            if not by_size:
-                halve(i, member, weights[image])
             for t in range(n):
                 if alive[t] and t != i:
                     to_new[t] = discount(compare(kind, x, inverse, log_p, p, i, t), kind, mass, i, t)
             _contract(score, bits, to_new, best, partner, alive, i, j)
 
-        number(member, gone, token_map[image])
-        collect(y, gone, token_map[image], merged[image])
-        if by_size:
-            share(sizes[image], n_patches, gone, member, weights[image])
+        finish(y, by_size, sizes[image], n_patches, member, gone, token_map[image], merged[image], weights[image])
 
 
 @cache

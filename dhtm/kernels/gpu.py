@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, gpu_pairs
 from dhtm.kernels.batched import all_similarities, discount
-from dhtm.kernels.gpu_common import compare, describe_all, finish, join, store_places
+from dhtm.kernels.gpu_common import compare, describe_all, finish, join, scores_to, store_places
 from dhtm.regions import Regions
 
 agglomerate = gpu_pairs.agglomerate
@@ -225,32 +225,11 @@ def _merge_image(
             low, high = tl.minimum(a, b), tl.maximum(a, b)
             dead = low == high
             touched = ((low == i) | (high == i)) & (dead == 0) & is_edge
-            place = tl.cumsum(touched.to(tl.int32), axis=0) - 1
-            n_touched = tl.sum(touched.to(tl.int32))
-            tl.store(neighbours + place, low + high - i, touched)
-            tl.debug_barrier()
-            for start in range(0, n_touched, BLOCK_C):
-                at = start + tl.arange(0, BLOCK_C)
-                others = tl.load(neighbours + at, at < n_touched, 0)
-                new = tl.zeros((BLOCK_C,), tl.int32) + i
-                to_new = compare(
-                    measured,
-                    log_p,
-                    inverse,
-                    mass,
-                    new,
-                    others,
-                    at < n_touched,
-                    n_features,
-                    KIND,
-                    MASSIVE,
-                    BLOCK_C,
-                    BLOCK_D,
-                )
-                tl.store(scores + at, to_new, at < n_touched)
-            tl.debug_barrier()
-            score = tl.where(touched, tl.load(scores + place, touched, 0.0), tl.where(dead, float("-inf"), score))
-            tl.debug_barrier()
+            to_new = scores_to(
+                i, touched, low + high - i, scores, neighbours, measured, log_p, inverse, mass, n_features,
+                KIND, MASSIVE, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+            score = tl.where(touched, to_new, tl.where(dead, float("-inf"), score))
     tl.store(stuck + image, failed)
 
     finish(

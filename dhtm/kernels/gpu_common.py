@@ -85,6 +85,28 @@ def compare(
 
 
 @triton.jit
+def scores_to(
+    i, selected, other, scores, listed, x, log_p, inverse, mass, n_features,
+    KIND: tl.constexpr, MASSIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compare token i with the selected others, BLOCK_C at a time. ``scores`` and ``listed`` are overwritten."""
+    place = tl.cumsum(selected.to(tl.int32), axis=0) - 1
+    n_selected = tl.sum(selected.to(tl.int32))
+    tl.store(listed + place, other, selected)
+    tl.debug_barrier()
+    for start in range(0, n_selected, BLOCK_C):
+        at = start + tl.arange(0, BLOCK_C)
+        b = tl.load(listed + at, at < n_selected, 0)
+        a = tl.zeros((BLOCK_C,), tl.int32) + i
+        score = compare(x, log_p, inverse, mass, a, b, at < n_selected, n_features, KIND, MASSIVE, BLOCK_C, BLOCK_D)
+        tl.store(scores + at, score, at < n_selected)
+    tl.debug_barrier()
+    found = tl.load(scores + place, selected, 0.0)
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
 def _round_score(score):
     rounded = score.to(tl.float32)
     rounded = tl.where(rounded != rounded, _LOWEST, rounded)

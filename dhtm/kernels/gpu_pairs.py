@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.batched import all_similarities
-from dhtm.kernels.gpu_common import compare, finish, join, store_places
+from dhtm.kernels.gpu_common import finish, join, scores_to, store_places
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -69,31 +69,10 @@ def merge_image(
             tl.debug_barrier()
 
             others = alive & (token != i)
-            place = tl.cumsum(others.to(tl.int32), axis=0) - 1
-            n_others = tl.sum(others.to(tl.int32))
-            tl.store(neighbours + place, token, others)
-            tl.debug_barrier()
-            for start in range(0, n_others, BLOCK_C):
-                at = start + tl.arange(0, BLOCK_C)
-                other = tl.load(neighbours + at, at < n_others, 0)
-                new = tl.zeros((BLOCK_C,), tl.int32) + i
-                score = compare(
-                    measured,
-                    log_p,
-                    inverse,
-                    mass,
-                    new,
-                    other,
-                    at < n_others,
-                    n_features,
-                    KIND,
-                    MASSIVE,
-                    BLOCK_C,
-                    BLOCK_D,
-                )
-                tl.store(to_new + other, score, at < n_others)
-            tl.debug_barrier()
-            score = tl.load(to_new + token, others, 0.0)
+            score = scores_to(
+                i, others, token, to_new, neighbours, measured, log_p, inverse, mass, n_features,
+                KIND, MASSIVE, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
             best, partner = _contract(scores, neighbours, score, best, partner, alive, token, i, j, n, BLOCK_N)
     tl.store(stuck + image, failed)
     finish(
