@@ -85,7 +85,7 @@ def test_what_methods_compute_is_counted(reducer, merging):
     count = dhtm.count_flops(model)
     assert count.merging == merging
     left = [196, *tokens_by_layer(model)]
-    in_attention = left[1:] if reducer.position == "before_block" else left[:-1]
+    in_attention = left[1:] if isinstance(reducer, PatchMerger) else left[:-1]  # the others merge after attention
     assert count.total == closed_form(192, in_attention, left[1:]) + merging
 
 
