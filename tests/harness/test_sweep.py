@@ -1,11 +1,9 @@
 """Sweeps: on every launcher a run that fails does not end the others, and what becomes of each is reported, at any time."""
 
-import atexit
 import json
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,6 @@ from safetensors.torch import save_file
 from dhtm.harness.core import devices
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.runs import evaluate
 from dhtm.harness.sweeps import callback as sweep
 
 LAUNCHERS = sorted(file.stem for file in (ROOT / "configs/hydra/launcher").glob("*.yaml"))
@@ -32,24 +29,12 @@ IN_VAIN = "k=100 merges in layer 7, but only N=96 tokens are left there"
 
 
 @pytest.fixture
-def swept(capfd):
-    """scripts/evaluate.py -m in a forked process, which need not import anything again; its exit code and what it printed."""
-
-    def work(overrides):
-        torch.set_num_threads(1)  # OpenMP's others were not forked
-        atexit._clear()  # what this process registered would remove its temporary files
-        sys.argv = ["evaluate.py", "-m", *overrides, *SHORT]
-        try:
-            runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
-        finally:
-            atexit._run_exitfuncs()  # a forked process ends without
+def swept(script):
+    """Run scripts/evaluate.py -m with overrides; its exit code and what it printed."""
 
     def run(*overrides):
-        process = multiprocessing.get_context("fork").Process(target=work, args=(overrides,))
-        process.start()
-        process.join(120)
-        captured = capfd.readouterr()
-        return process.exitcode, captured.out + captured.err
+        result = script("evaluate", "-m", *overrides, *SHORT)
+        return result.returncode, result.stdout + result.stderr
 
     return run
 
@@ -90,14 +75,15 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
 
 
 def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
-    carry_out = evaluate.evaluate
-    monkeypatch.setattr(
-        evaluate, "evaluate", lambda run, *a, **k: 1 / 0 if run.method.setting == 8 else carry_out(run, *a, **k)
+    """Of a method of one's own."""
+    (tmp_path / "broken.py").write_text(
+        "import dhtm\n\nclass Broken(dhtm.DHTM):\n    def forward(self, *arguments):\n        return 1 / 0\n"
     )
-    code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # which the script inherits
+    code, told = swept("method._target_=broken.Broken,dhtm.DHTM", "method.k=8", f"results_dir={tmp_path}/runs")
     assert code == 1
-    assert "method.k=8  failed  ZeroDivisionError: division by zero (log: " in told
-    assert "method.k=9  done" in told
+    assert "method._target_=broken.Broken  failed  ZeroDivisionError: division by zero (log: " in told
+    assert re.search("method._target_=dhtm.DHTM +done", told)
     assert "Traceback" not in told
     (log,) = tmp_path.glob("runs/sweeps/*/000.log")
     assert "Traceback" in log.read_text()
