@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -54,16 +53,11 @@ def coarse(monkeypatch):
 
 
 @pytest.fixture
-def on_digits(tmp_path):
+def on_digits(composed, tmp_path):
     """Return what scripts/choose.py is to do with the embedded model on 24 scenes, for this process."""
     folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     common = ["backbone=deit_micro", "data=digits", "data.limit=24", "device=cpu", "batch_size=8", "rounds=1", *folders]
-
-    def choice(*overrides):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return config.choice(compose("choose", [*common, *overrides]))
-
-    return choice
+    return lambda *overrides: config.choice(composed(*common, *overrides, config_name="choose"))
 
 
 def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, coarse, tmp_path, monkeypatch):
@@ -110,7 +104,7 @@ def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch
     assert chosen["dhtm"].setting == 20
 
 
-def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, caplog, tmp_path):
+def test_the_script_compares_methods_on_any_folder_of_images(composed, photos, coarse, caplog, tmp_path):
     """Of eight photographs, and a model of random weights; every setting meets the bound."""
     caplog.set_level("INFO")
     model = timm.create_model("deit_mini", num_classes=10)
@@ -120,8 +114,7 @@ def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, cap
     backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", f"data.root={photos}/val"]
     small = ["rounds=1", "batch_size=2", "device=cpu", "methods=[dhtm,lotm]", "max_kl=100"]
     main = runpy.run_path(str(ROOT / "scripts/choose.py"))["main"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        main(compose("choose", [*backbone, *places, *small]))
+    main(composed(*backbone, *places, *small, config_name="choose"))
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     assert (frame.n_images == 4).all(), "half of the eight choose, the other half reports"

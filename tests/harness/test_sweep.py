@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from hydra import compose, initialize_config_dir
 from processes import start_script, wait_for
 from safetensors.torch import save_file
 
@@ -188,9 +187,8 @@ def test_slurm_gets_a_job_array(tmp_path):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(name, tmp_path):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("evaluate", [f"hydra/launcher={name}"], return_hydra_config=True)
+def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(composed, name):
+    config = composed(f"hydra/launcher={name}", return_hydra_config=True)
     launcher = config.hydra.launcher
     assert launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
     launcher["_target_"] = "hydra_plugins.hydra_of_another_day.Launcher"

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from processes import ROOT, start_script, wait_for
+from processes import start_script, wait_for
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
@@ -252,10 +251,9 @@ def test_what_cannot_end_well_is_refused_at_once(run, overrides):
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
-def test_trainings_can_be_launched_by_submitit(launcher):
+def test_trainings_can_be_launched_by_submitit(composed, launcher):
     """All that the launcher's config refers to exists in a training's."""
     OmegaConf.register_new_resolver("n_gpus", lambda: 1, replace=True)
     options = [f"hydra/launcher={launcher}", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        hydra = compose("train", options, return_hydra_config=True).hydra
+    hydra = composed(*options, config_name="train", return_hydra_config=True).hydra
     assert OmegaConf.to_container(hydra.launcher, resolve=True)["submitit_folder"].startswith("/elsewhere/")
