@@ -143,22 +143,15 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout.splitlines()
 
-    expected = [
-        *(
-            f"evaluate -m experiment={name} hydra/launcher=joblib results_dir=runs"
-            for name in ("figure1", "figure4", "table1", "table2")
-        ),
-        "report results_dir=runs",
-        "status results_dir=runs",
-    ]
-    assert make_sweep() == (0, expected)
-    fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
-    (tmp_path / "scripts/evaluate.py").write_text(stub + fails)
-    assert make_sweep() == (1, expected[:1])
+    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir=runs"
+    expected = [f"evaluate -m experiment={name} {given}" for name in names]
+    expected += ["report results_dir=runs", "status results_dir=runs"]
     (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
     begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
-    (tmp_path / "scripts/evaluate.py").write_text(stub + begins + fails)
-    assert make_sweep() == (1, expected)
+    fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
+    for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (begins + fails, (1, expected))):
+        (tmp_path / "scripts/evaluate.py").write_text(stub + more)
+        assert make_sweep() == outcome
 
 
 def test_slurm_gets_a_job_array(tmp_path):
