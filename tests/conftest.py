@@ -35,12 +35,8 @@ def seeded():
 @pytest.fixture(scope="session")
 def composed():
     """Compose a config as a script would: composed("method.k=10", config_name="evaluate")."""
-
-    def compose_config(*overrides, config_name="evaluate"):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return compose(config_name, list(overrides))
-
-    return compose_config
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        yield lambda *overrides, config_name="evaluate", **more: compose(config_name, list(overrides), **more)
 
 
 @pytest.fixture

@@ -63,9 +63,8 @@ def end(process):
 def _script(name, arguments, stdout, stderr, environment):
     multiprocessing.set_start_method(None, force=True)  # for its own children as by default, not as this one was
     os.setsid()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore it, and so do their children
+    # A shell's background jobs ignore it, and so do their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()

@@ -1,13 +1,11 @@
-"""ATC against scipy's hierarchical clustering and a plain statement of it, alone and in whole models."""
-
-import math
+"""ATC against scipy's hierarchical clustering and a plain statement of it."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import average, build, check_model, check_step, images_for, logits, unequal_regions
+from networks import average, build, check_step, images_for, logits, unequal_regions
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
@@ -105,21 +103,6 @@ def test_one_step(n, share, linkage, seed):
     atc.proportional_attention = False  # then averages are even
     for image, new in enumerate(atc(tokens, regions, attention)[0]):
         torch.testing.assert_close(new, average(tokens[image], torch.ones(n), groups[image])[0])
-
-
-@pytest.mark.parametrize(
-    ("keep_rate", "linkage", "proportional"),
-    [(0.9, "complete", True), (0.7, "average", True), (0.5, "average", False), (0.5, "single", True)],
-)
-def test_the_whole_model_gives_the_logits_of_the_written_out_one(keep_rate, linkage, proportional):
-    left = {4: math.floor(196 * keep_rate), 7: math.floor(196 * keep_rate**2), 10: math.floor(196 * keep_rate**3)}
-
-    def groups(layer, keys):
-        k = len(keys) - 2 - left.get(layer, len(keys) - 2)
-        token_map = kernels.agglomerate(torch.tensor(keys[None, 2:]).float(), k, linkage, "torch")[0]
-        return [[0], [1]] + [[token + 2 for token in group] for group in groups_of(token_map)]
-
-    check_model(ATC(keep_rate, linkage=linkage, proportional_attention=proportional), groups, proportional, depth=10)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,7 @@ def test_any_tokens(n, share, channels, rounds, kind, cost, ties, seed):
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, n, channels, dtype=torch.float64, generator=rng)
     weights = torch.randn(2, n, generator=rng).softmax(dim=1)
-    if (
-        ties
-    ):  # sixteen whole numbers: their mean, their distances and sums of these in sixteenths have no rounding errors
+    if ties:  # sixteen whole numbers: mean, distances and sums of these in sixteenths have no rounding errors
         tokens, n, channels = torch.randint(-3, 4, (2, 16, 1), generator=rng).float(), 16, 1
         weights = torch.randint(0, 4, (2, 16), generator=rng) / 16
     m = max(1, round(share * n))

@@ -1,13 +1,12 @@
-"""PiToMe against a plain statement of it, token by token, alone and in whole models."""
+"""PiToMe against a plain statement of it, token by token."""
 
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import check_model, check_step, unequal_regions
+from networks import check_step, unequal_regions
 
 from baselines import PiToMe
 from dhtm import Regions
@@ -66,14 +65,3 @@ def test_equal_energies_go_to_the_lower_index():
     assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]  # 0 and 2, the first two of A, go to 1
     _, regions = PiToMe(0.75, layers=(1, 2))(tokens, Regions.identity(1, (1, 8)), Attention(2, keys=keys))
     assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "schedule", "proportional"), [(0.9, "deit", False), (0.95, "mae", False), (0.925, "deit", True)]
-)
-def test_the_whole_model_gives_the_logits_of_the_written_out_one(ratio, schedule, proportional):
-    def groups(layer, keys):
-        merged = pitome(keys[2:], ratio, layer, 5, schedule=schedule)
-        return [[0], [1]] + [[token + 2 for token in group] for group in merged]
-
-    check_model(PiToMe(ratio, schedule=schedule, proportional_attention=proportional), groups)

@@ -8,12 +8,9 @@ import runpy
 import pandas as pd
 import pytest
 import timm
-import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 import baselines  # noqa: F401
 import dhtm  # noqa: F401  the printed lines use it
@@ -25,6 +22,7 @@ from dhtm.harness.models.methods import Method
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import faithfulness
 from dhtm.report.choices import choice_table
+from dhtm.report.runs import load_runs
 
 
 @settings(deadline=None)
@@ -54,16 +52,11 @@ def coarse(monkeypatch):
 
 
 @pytest.fixture
-def on_digits(tmp_path):
+def on_digits(composed, tmp_path):
     """Return what scripts/choose.py is to do with the embedded model on 24 scenes, for this process."""
     folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     common = ["backbone=deit_micro", "data=digits", "data.limit=24", "device=cpu", "batch_size=8", "rounds=1", *folders]
-
-    def choice(*overrides):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return config.choice(compose("choose", [*common, *overrides]))
-
-    return choice
+    return lambda *overrides: config.choice(composed(*common, *overrides, config_name="choose"))
 
 
 def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, coarse, tmp_path, monkeypatch):
@@ -74,14 +67,10 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
     monkeypatch.setattr(module, "STEP", 20)
     frame, *_ = choose(on_digits("max_kl=100"))
     tried = frame[frame.part == "choose"].sort_values("kl")
+    run_ids = load_runs(tmp_path / "results").set_index("k").run_id
     assert (frame.n_images == 12).all()
     for row in frame.itertuples():
-        (metrics,) = [
-            folder.parent
-            for folder in (tmp_path / "results").glob("*/config.yaml")
-            if re.search(rf"^  k: {row.value}$", folder.read_text(), re.M)
-        ]
-        half = predictions(metrics).iloc[0 if row.part == "choose" else 1 :: 2]
+        half = predictions(tmp_path / "results" / run_ids[row.value]).iloc[0 if row.part == "choose" else 1 :: 2]
         assert row.kl == pytest.approx(half.kl.mean()) and row.kl_high == faithfulness(half)["kl_ci95"][1]
 
     before, between = tried.iloc[-2], tried.iloc[-1]
@@ -110,18 +99,14 @@ def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch
     assert chosen["dhtm"].setting == 20
 
 
-def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, caplog, tmp_path):
-    """Of eight photographs, and a model of random weights; every setting meets the bound."""
+def test_the_script_compares_methods_on_any_folder_of_images(composed, photos, coarse, caplog, tmp_path):
+    """Of eight photographs; every setting meets the bound."""
     caplog.set_level("INFO")
-    model = timm.create_model("deit_mini", num_classes=10)
-    torch.nn.init.normal_(model.head.weight)
-    save_file(model.state_dict(), tmp_path / "mini.safetensors")
     places = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
-    backbone = ["backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", f"data.root={photos}/val"]
+    photographs = ["backbone=deit_mini", f"data.root={photos}/val"]
     small = ["rounds=1", "batch_size=2", "device=cpu", "methods=[dhtm,lotm]", "max_kl=100"]
     main = runpy.run_path(str(ROOT / "scripts/choose.py"))["main"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        main(compose("choose", [*backbone, *places, *small]))
+    main(composed(*photographs, *places, *small, config_name="choose"))
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
     assert (frame.n_images == 4).all(), "half of the eight choose, the other half reports"
@@ -130,7 +115,7 @@ def test_the_script_compares_methods_on_any_folder_of_images(photos, coarse, cap
         (choice,) = tried[(tried.method == row.method) & tried.chosen].itertuples()
         assert choice.value == row.value
         line = rf"dhtm\.patch\(model, \S+\(k={row.value:.0f}.*\)\)"
-        model = timm.create_model("deit_mini")  # the line patches it
+        model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
         exec(re.search(line, caplog.text).group())
     for ending in ("csv", "md", "tex", "pdf", "png"):
         assert (tmp_path / "output" / f"choice.{ending}").stat().st_size > 500

@@ -91,10 +91,3 @@ def test_a_learned_method_without_weights_needs_permission_and_is_marked(evaluat
     assert again["run_id"] == metrics["run_id"], "untrained parameters are those of the seed"
     plain = evaluated("data.limit=8", "method=lotm")
     assert not plain["untrained"] and not plain["trained"]
-
-
-def test_runs_record_that_they_are_trained(evaluated, weights):
-    options = ["method=sit", "method.keep_rate=0.5", f"checkpoints_dir={weights[0]}", "data.limit=8"]
-    metrics = evaluated(*options)
-    assert metrics["trained"] and not metrics["untrained"]
-    assert metrics["params_m"] == pytest.approx(sum(p.numel() for p in weights[2].parameters()) / 1e6)

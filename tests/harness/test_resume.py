@@ -158,17 +158,10 @@ def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, 
 
 
 def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
-    slow = ["batch_size=1", "store_every_s=0"]  # a file an image
-    overrides = [
-        "experiment=figure4",
-        "method=unmerged",
-        "method.k=0",
-        "data.limit=600,601",
-        "device=cpu",
-        f"results_dir={tmp_path}/runs",
-        *slow,
-    ]
-    sweep = [sys.executable, str(ROOT / "scripts/sweep.py"), *overrides]
+    sweep = [
+        sys.executable, str(ROOT / "scripts/sweep.py"), "experiment=figure4", "method=unmerged", "method.k=0",
+        "data.limit=600,601", "device=cpu", f"results_dir={tmp_path}/runs", "batch_size=1", "store_every_s=0",
+    ]  # fmt: skip
     process = subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
     told = script("status", f"results_dir={tmp_path}/runs").stdout
@@ -184,9 +177,7 @@ def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
     assert re.search(r" stopped +.* of 600 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
-@pytest.fixture
-def carried_out(tmp_path, monkeypatch):
-    """A file that grows by a byte for each run that this process or one forked from it carries out."""
+def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, monkeypatch):
     marks, carry_out = tmp_path / "carried out", evaluation.store_predictions
 
     def counted(*arguments, **options):
@@ -195,16 +186,12 @@ def carried_out(tmp_path, monkeypatch):
         return carry_out(*arguments, **options)
 
     monkeypatch.setattr(evaluation, "store_predictions", counted)
-    return marks
-
-
-def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_path, carried_out):
     shared = [*RUN, f"results_dir={tmp_path}/runs"]
     runs = [door.evaluation(composed(*shared, *method)) for method in (["method=tome"], ["method=dhtm", "method.k=56"])]
     for process in [child(run, slow=0.05)[0] for run in runs]:
         process.join(120)
         assert process.exitcode == 0
-    assert carried_out.read_text() == "xxx"
+    assert marks.read_text() == "xxx"
     assert len(list(tmp_path.glob("runs/*/outputs.parquet"))) == 1
 
 

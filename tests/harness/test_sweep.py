@@ -1,11 +1,9 @@
 """Sweeps: on every launcher a run that fails does not end the others, and what becomes of each is reported, at any time."""
 
-import atexit
 import json
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,14 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from hydra import compose, initialize_config_dir
 from processes import start_script, wait_for
 from safetensors.torch import save_file
 
 from dhtm.harness.core import devices
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.runs import evaluate
 from dhtm.harness.sweeps import callback as sweep
 
 LAUNCHERS = sorted(file.stem for file in (ROOT / "configs/hydra/launcher").glob("*.yaml"))
@@ -32,24 +28,12 @@ IN_VAIN = "k=100 merges in layer 7, but only N=96 tokens are left there"
 
 
 @pytest.fixture
-def swept(capfd):
-    """scripts/evaluate.py -m in a forked process, which need not import anything again; its exit code and what it printed."""
-
-    def work(overrides):
-        torch.set_num_threads(1)  # OpenMP's others were not forked
-        atexit._clear()  # what this process registered would remove its temporary files
-        sys.argv = ["evaluate.py", "-m", *overrides, *SHORT]
-        try:
-            runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
-        finally:
-            atexit._run_exitfuncs()  # a forked process ends without
+def swept(script):
+    """Run scripts/evaluate.py -m with overrides; its exit code and what it printed."""
 
     def run(*overrides):
-        process = multiprocessing.get_context("fork").Process(target=work, args=(overrides,))
-        process.start()
-        process.join(120)
-        captured = capfd.readouterr()
-        return process.exitcode, captured.out + captured.err
+        result = script("evaluate", "-m", *overrides, *SHORT)
+        return result.returncode, result.stdout + result.stderr
 
     return run
 
@@ -90,14 +74,15 @@ def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_fail
 
 
 def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
-    carry_out = evaluate.evaluate
-    monkeypatch.setattr(
-        evaluate, "evaluate", lambda run, *a, **k: 1 / 0 if run.method.setting == 8 else carry_out(run, *a, **k)
+    """Of a method of one's own."""
+    (tmp_path / "broken.py").write_text(
+        "import dhtm\n\nclass Broken(dhtm.DHTM):\n    def forward(self, *arguments):\n        return 1 / 0\n"
     )
-    code, told = swept("method.k=8,9", f"results_dir={tmp_path}/runs")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # which the script inherits
+    code, told = swept("method._target_=broken.Broken,dhtm.DHTM", "method.k=8", f"results_dir={tmp_path}/runs")
     assert code == 1
-    assert "method.k=8  failed  ZeroDivisionError: division by zero (log: " in told
-    assert "method.k=9  done" in told
+    assert "method._target_=broken.Broken  failed  ZeroDivisionError: division by zero (log: " in told
+    assert re.search("method._target_=dhtm.DHTM +done", told)
     assert "Traceback" not in told
     (log,) = tmp_path.glob("runs/sweeps/*/000.log")
     assert "Traceback" in log.read_text()
@@ -158,22 +143,15 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout.splitlines()
 
-    expected = [
-        *(
-            f"evaluate -m experiment={name} hydra/launcher=joblib results_dir=runs"
-            for name in ("figure1", "figure4", "table1", "table2")
-        ),
-        "report results_dir=runs",
-        "status results_dir=runs",
-    ]
-    assert make_sweep() == (0, expected)
-    fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
-    (tmp_path / "scripts/evaluate.py").write_text(stub + fails)
-    assert make_sweep() == (1, expected[:1])
+    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir=runs"
+    expected = [f"evaluate -m experiment={name} {given}" for name in names]
+    expected += ["report results_dir=runs", "status results_dir=runs"]
     (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
     begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
-    (tmp_path / "scripts/evaluate.py").write_text(stub + begins + fails)
-    assert make_sweep() == (1, expected)
+    fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
+    for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (begins + fails, (1, expected))):
+        (tmp_path / "scripts/evaluate.py").write_text(stub + more)
+        assert make_sweep() == outcome
 
 
 def test_slurm_gets_a_job_array(tmp_path):
@@ -202,9 +180,8 @@ def test_slurm_gets_a_job_array(tmp_path):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(name, tmp_path):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("evaluate", [f"hydra/launcher={name}"], return_hydra_config=True)
+def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(composed, name):
+    config = composed(f"hydra/launcher={name}", return_hydra_config=True)
     launcher = config.hydra.launcher
     assert launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
     launcher["_target_"] = "hydra_plugins.hydra_of_another_day.Launcher"

@@ -9,11 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from processes import ROOT, start_script, wait_for
+from processes import start_script, wait_for
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 from dhtm.harness import config
@@ -21,6 +19,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models.backbones import EMBEDDED_WEIGHTS, Backbone
 from dhtm.harness.training import trainer
+from dhtm.harness.training.embedded import train_embedded
 
 SHORT = [
     "recipe=embedded", "method=sit", "method.keep_rate=0.5", "data.limit=48", "batch_size=16", "epochs=3", "device=cpu",
@@ -119,15 +118,15 @@ def test_one_process_at_a_time_trains_into_a_folder(run, monkeypatch, tmp_path):
 def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
     """Loading processes that live on keep their copy of a data set, which must not need to be told the epoch."""
 
-    def images(loader):
-        return torch.cat([images for images, _ in loader])
+    def images(dataset):
+        return torch.stack([dataset[i][0] for i in range(len(dataset))])
 
-    split = Digits(limit=4).open("train", to_tensor)
-    loaders = [DataLoader(split.dataset_in(epoch), num_workers=1, persistent_workers=True) for epoch in (1, 2)]
-    first, second = map(images, loaders)
+    split, of_another_process = (Digits(limit=4).open("train", to_tensor) for _ in range(2))
+    dataset = split.dataset_in(1)
+    first, second = images(dataset), images(split.dataset_in(2))
     assert not torch.equal(first, second)
-    assert torch.equal(images(loaders[0]), first), "also after the next epoch was loaded"
-    assert torch.equal(images(DataLoader(Digits(limit=4).open("train", to_tensor).dataset_in(2))), second)
+    assert torch.equal(images(dataset), first), "also after the next epoch was loaded"
+    assert torch.equal(images(of_another_process.dataset_in(2)), second)
 
 
 def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluated, tmp_path):
@@ -139,6 +138,7 @@ def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluat
     assert after["trained"] and after["top1"] == pytest.approx(last["top1"]), "validation is the runner's evaluation"
     assert after["top1"] > before["top1"]
     folder = next((tmp_path / "deit_micro").iterdir())
+    assert after["params_m"] == pytest.approx(sum(value.numel() for value in state(folder).values()) / 1e6)
     written = ["best.safetensors", "history.csv", "last.pt", "last.safetensors"]
     assert sorted(file.name for file in folder.glob("[!.]*")) == written
 
@@ -252,10 +252,25 @@ def test_what_cannot_end_well_is_refused_at_once(run, overrides):
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
-def test_trainings_can_be_launched_by_submitit(launcher):
+def test_trainings_can_be_launched_by_submitit(composed, launcher):
     """All that the launcher's config refers to exists in a training's."""
     OmegaConf.register_new_resolver("n_gpus", lambda: 1, replace=True)
     options = [f"hydra/launcher={launcher}", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        hydra = compose("train", options, return_hydra_config=True).hydra
+    hydra = composed(*options, config_name="train", return_hydra_config=True).hydra
     assert OmegaConf.to_container(hydra.launcher, resolve=True)["submitit_folder"].startswith("/elsewhere/")
+
+
+def test_training_the_embedded_model_writes_weights_that_the_runner_loads(composed, tmp_path):
+    """A few steps of the real thing."""
+    file = tmp_path / "new/micro.safetensors"
+    stages = (
+        "stages=[{steps: 3, batch_size: 8, window: 8, difficulty: [0, 0.5]}, "
+        "{steps: 2, batch_size: 4, window: 14, difficulty: [1, 1]}]"
+    )
+    settings = composed(stages, "data.limit=20", f"output={file}", config_name="train_micro")
+    assert 0 <= config.call(train_embedded, settings) <= 100
+    model = Backbone("deit_micro", "deit_micro", 10, file).load()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    first = file.read_bytes()
+    config.call(train_embedded, settings)
+    assert file.read_bytes() == first, "a seed fixes the training"

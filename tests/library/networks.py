@@ -129,12 +129,11 @@ def check_step(reducer, tokens, regions, attention, groups_of_image):
         assert new_regions.assignment[image].tolist() == [place[token] for token in regions.assignment[image].tolist()]
 
 
-def check_model(reducer, groups_of, weighted=True, **options):
+def check_model(reducer, groups_of, **options):
     """A small DeiT with the reducer gives the logits of the forward pass written out.
 
     Args:
         groups_of: called with (layer, keys [S, d], averaged over heads and float64), returns groups of positions.
-        weighted: average by sizes; else evenly, forgetting sizes after each layer.
     """
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | options).eval()
@@ -146,8 +145,7 @@ def check_model(reducer, groups_of, weighted=True, **options):
     dhtm.unpatch(model)
 
     def merge(layer, x, sizes, keys, output):
-        x, sizes = average(x, sizes, groups_of(layer, keys.mean(0).double().numpy()))
-        return x, sizes if weighted else torch.ones_like(sizes)
+        return average(x, sizes, groups_of(layer, keys.mean(0).double().numpy()))
 
     torch.testing.assert_close(merged, forward(model, image, merge, reducer.proportional_attention), rtol=0, atol=1e-4)
     assert (merged - plain).abs().max() > 1e-3

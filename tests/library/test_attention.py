@@ -76,17 +76,6 @@ def test_no_output_of_attention_before_a_block():
         dhtm.patch(build("deit_tiny"), Gather("before_block", {"output"}))
 
 
-@pytest.mark.parametrize("position", ["after_attention", "before_block"])
-def test_checkpointing_shows_a_reducer_the_same_again(position):
-    model, reducer = build("deit_tiny"), Gather(position, {"keys", "cls"})
-    dhtm.patch(model, reducer).train().set_grad_checkpointing()
-    model(images_for(model)).sum().backward()
-    assert [attention.layer for attention in reducer.seen] == [2, 4, 4, 2]
-    for first, again in zip(reducer.seen[:2], reversed(reducer.seen[2:]), strict=True):
-        torch.testing.assert_close(again.keys, first.keys)
-        torch.testing.assert_close(again.cls, first.cls)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_attention_of_cls_is_float32_in_half_precision(autocast):
     model, inputs = build("deit_tiny"), []

@@ -62,21 +62,16 @@ def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
 
 
 @pytest.mark.parametrize("process", [os.getpid(), 0], ids=["PyTorch's threads", "threads of our own"])
-def test_every_image_is_merged_once_and_errors_are_passed_on(process, monkeypatch):
+def test_errors_in_a_thread_are_passed_on(process, monkeypatch):
     monkeypatch.setattr(compiled, "_PROCESS", process)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
-    def count(first, last, made, k):
-        made[first:last] += 1
-        if k and last == len(made):
+    def interrupted(first, last, made, k):
+        if last == len(made):
             raise KeyboardInterrupt
 
-    for n_images in (0, 1, 2, 100):
-        made = np.zeros(n_images, dtype=np.int64)
-        compiled.in_parallel(count, made, 0)
-        assert (made == 1).all()
     with pytest.raises(KeyboardInterrupt):
-        compiled.in_parallel(count, np.zeros(100, dtype=np.int64), 1)
+        compiled.in_parallel(interrupted, np.zeros(100, dtype=np.int64), 0)
 
 
 def test_numba_without_a_place_for_machine_code(tmp_path):

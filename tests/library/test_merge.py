@@ -272,12 +272,6 @@ def test_bad_arguments_are_named(change, message):
         hierarchical_merge(**arguments)
 
 
-def test_unmerging_gives_every_patch_its_token():
-    merged, regions = hierarchical_merge(torch.randn(2, 12, 3), 7, grid=(3, 4))
-    for image, patches in enumerate(regions.unmerge(merged)):
-        assert torch.equal(patches, torch.stack([merged[image, token] for token in regions.assignment[image]]))
-
-
 @settings(deadline=None)
 @given(st.integers(0, 150), st.integers(1, 12), st.sampled_from((-1, -0.5, 0, 0.3, 1)))
 def test_total_is_shared_between_the_layers(total, n_layers, inflect):

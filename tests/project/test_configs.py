@@ -4,7 +4,6 @@ import re
 
 import pytest
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dhtm.harness import config as door
@@ -38,11 +37,10 @@ def test_every_choice_composes_and_names_what_exists(composed, group, name):
         assert group != "backbone" or run.backbone.bare()
 
 
-def test_help_explains_every_key(script):
+def test_help_explains_every_key(composed, script):
     register_resolvers()
     for name in SCRIPTS:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(name, return_hydra_config=True)
+        config = composed(config_name=name, return_hydra_config=True)
         text = config.hydra.help.template
         groups = {"hydra", "experiment", "backbone", "method", "methods", "data", "recipe", "tracker"}
         assert all(key in text for key in set(config) - groups), name

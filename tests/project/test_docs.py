@@ -15,7 +15,6 @@ import timm
 import torch
 import transformers
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -176,7 +175,7 @@ def test_script(command, shortened, ranks):
 
 
 @pytest.mark.parametrize("command", commands("composed"))
-def test_values_are_composed(command, monkeypatch):
+def test_values_are_composed(composed, command, monkeypatch):
     """Those of the first run, if it is a sweep."""
     name, _, arguments = words_of(command)
     monkeypatch.setattr(sys, "argv", [one for one in arguments if one != "-m"])
@@ -188,8 +187,8 @@ def test_values_are_composed(command, monkeypatch):
         values = list(one.sweep_string_iterator()) if one.is_sweep_override() else [one.value()]
         assert not group.is_dir() or all((group / f"{value}.yaml").exists() for value in values)
         given[key] = str(values[0])
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose(name, [f"{key}={value}" for key, value in given.items()], return_hydra_config=True)
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    config = composed(*overrides, config_name=name, return_hydra_config=True)
     choices = config.hydra.runtime.choices
     assert given == {key: str(choices[key] if key in choices else OmegaConf.select(config, key)) for key in given}
 

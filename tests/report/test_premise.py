@@ -1,47 +1,31 @@
-"""The premise: similarity by distance, what regions look like, and what one merge costs, each against a plain loop."""
+"""The premise: similarity by distance, the merge of one pair, and what regions look like, each against a plain loop."""
 
 import numpy as np
 import pandas as pd
 import pytest
-import timm
 import torch
 
-import dhtm
 from dhtm.harness.locality import OnePair, SimilarityProbe, grid_distances, region_statistics
+from dhtm.reducer import Attention
 from dhtm.regions import Regions
-from dhtm.vit import image_ids
 
 GRID = (14, 14)
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return timm.create_model("deit_micro", depth=3).eval()
-
-
-@torch.inference_mode()
-def tokens_after_attention(model, images, layer):
-    """Patch tokens [B, N, D] after the attention of a layer, by timm's own parts."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    for block in model.blocks[: layer - 1]:
-        x = block(x)
-    block = model.blocks[layer - 1]
-    return x + block.attn(block.norm1(x))
+def reduced(reducer, tokens, ids=None):
+    """What a reducer makes of tokens [B, 196, D] in layer 2."""
+    reducer.image_ids = ids
+    return reducer(tokens, Regions.identity(len(tokens), GRID), Attention(layer=2))
 
 
 def far(p, q):
     return max(abs(p // 14 - q // 14), abs(p % 14 - q % 14))
 
 
-def test_similarity_is_the_mean_over_all_pairs_at_a_distance(model):
-    images = torch.randn(2, 1, 56, 56)
-    probe = SimilarityProbe()
-    with torch.inference_mode():
-        dhtm.patch(model, probe)(images)
-    dhtm.unpatch(model)
-    tokens = tokens_after_attention(model, images, 2)[:, 1:].double().numpy()
-    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+def test_similarity_is_the_mean_over_all_pairs_at_a_distance():
+    tokens, probe = torch.randn(2, 196, 8), SimilarityProbe()
+    assert reduced(probe, tokens)[0] is tokens
+    unit = (tokens / tokens.norm(dim=-1, keepdim=True)).double().numpy()
     for distance in (1, 6, 13):
         pairs = [(p, q) for p in range(196) for q in range(196) if far(p, q) == distance]
         expected = [np.mean([image[p] @ image[q] for p, q in pairs]) for image in unit]
@@ -49,40 +33,26 @@ def test_similarity_is_the_mean_over_all_pairs_at_a_distance(model):
 
 
 @pytest.mark.parametrize("mode", ["most similar", "random"])
-def test_one_pair_at_the_distance_is_merged_and_costs_what_a_plain_forward_says(model, mode):
-    images = torch.randn(3, 1, 56, 56)
-    with torch.inference_mode(), image_ids(dhtm.patch(model, OnePair(2, 5, mode, seed=1)), torch.tensor([7, 8, 9])):
-        logits = model(images)
-    found = dhtm.regions(model)
-    dhtm.unpatch(model)
-    x = tokens_after_attention(model, images, 2)
-    rows = []
-    for image, assignment in zip(x, found.assignment, strict=True):
+def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
+    tokens = torch.randn(3, 196, 8)
+    new, found = reduced(OnePair(2, 5, mode, seed=1), tokens, torch.tensor([7, 8, 9]))
+    for image, got, assignment in zip(tokens, new, found.assignment, strict=True):
         (token,) = torch.nonzero(assignment.bincount() == 2).flatten().tolist()
         p, q = torch.nonzero(assignment == token).flatten().tolist()
         assert far(p, q) == 5
-        patches = image[1:].clone()
         if mode == "most similar":
-            unit = torch.nn.functional.normalize(patches, dim=-1)
+            unit = torch.nn.functional.normalize(image, dim=-1)
             similarity = (unit @ unit.T).masked_fill(grid_distances(GRID) != 5, -2)
             assert similarity[p, q] == pytest.approx(similarity.max().item(), abs=1e-6)
-        patches[p] = (patches[p] + patches[q]) / 2
-        rows.append(torch.cat([image[:1], patches[[i for i in range(196) if i != q]]]))
-    with torch.inference_mode():
-        x = torch.stack(rows)
-        x = x + model.blocks[1].mlp(model.blocks[1].norm2(x))
-        expected = model.forward_head(model.norm(model.blocks[2](x)))
-    assert torch.allclose(logits, expected, atol=1e-5)
+        expected = image.clone()
+        expected[[p, q]] = (image[p] + image[q]) / 2
+        assert torch.equal(got[assignment], expected)
+        assert torch.equal(got, expected[[i for i in range(196) if i != q]])
 
 
-def test_random_pairs_depend_on_the_image_and_the_seed_alone(model):
+def test_random_pairs_depend_on_the_image_and_the_seed_alone():
     def drawn(ids, seed=0):
-        dhtm.patch(model, OnePair(2, 3, "random", seed))
-        with torch.inference_mode(), image_ids(model, torch.tensor(ids)):
-            model(torch.zeros(len(ids), 1, 56, 56))
-        found = dhtm.regions(model).assignment
-        dhtm.unpatch(model)
-        return found
+        return reduced(OnePair(2, 3, "random", seed), torch.zeros(len(ids), 196, 8), torch.tensor(ids))[1].assignment
 
     both = drawn([4, 5])
     assert torch.equal(both[1:], drawn([5])) and not torch.equal(both[0], both[1])

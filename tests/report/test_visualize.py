@@ -6,8 +6,6 @@ import re
 import numpy as np
 import pytest
 import timm
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import dhtm
@@ -60,10 +58,10 @@ def test_a_strip_is_as_wide_as_the_model_sees_the_image(image):
 
 
 @pytest.fixture
-def visualized():
+def visualized(composed):
     """Do what scripts/visualize.py does, with the methods' own knobs."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        yield lambda *more: door.call(visualize, compose("visualize", ["target.reduction_pct=null", *more]))
+    own = "target.reduction_pct=null"
+    return lambda *more: door.call(visualize, composed(own, *more, config_name="visualize"))
 
 
 def test_methods_are_drawn_side_by_side(visualized, image, tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from timm.data import resolve_data_config
 
 import dhtm
 from dhtm.harness.data.scenes import Digits
@@ -13,14 +14,7 @@ from dhtm.report.page import where
 def test_the_tokens_that_an_object_is_in(monkeypatch):
     monkeypatch.setattr(where, "N_SCENES", 24)
     data, model = Digits(), Backbone("deit_micro", "deit_micro", 10).bare()
-    preprocessing = {
-        "input_size": (1, 56, 56),
-        "mean": (0.5,),
-        "std": (0.5,),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-    }
-    split = open_split(data, "test", preprocessing, 10)
+    split = open_split(data, "test", resolve_data_config(model=model), 10)
     digit_patches = (data.patch_classes("test", range(24), (14, 14)) == 1).sum(axis=1)
     counts = {}
     for k in (0, 60):
@@ -40,15 +34,8 @@ def test_top1_by_the_number_of_tokens():
 
 
 def test_flips_are_won_and_lost():
-    of_run = pd.DataFrame(
-        {
-            "label": [0, 0, 0, 0, 0],
-            "class_1": [0, 1, 0, 1, 1],
-            "unmerged_class": [0, 0, 1, 1, 0],
-            "kl": [0.0, 0.2, 0.3, 0.9, 0.4],
-        }
-    )
-    of_run["correct"] = of_run.class_1 == of_run.label
+    of_run = pd.DataFrame({"class_1": [0, 1, 0, 1, 1], "unmerged_class": [0, 0, 1, 1, 0]})
+    of_run = of_run.assign(label=0, kl=[0.0, 0.2, 0.3, 0.9, 0.4], correct=of_run.class_1 == 0)
     (row,) = where.flips({"DHTM": of_run}).to_dict("records")
     assert list(row.values()) == ["DHTM", "1", "2", "2", "4, 1"]
     words = "the greatest KL among the flips"
