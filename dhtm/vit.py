@@ -126,9 +126,7 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
             source = layer - 1 if before else layer
             reduction.read_layers.add(source)
             attn = model.blocks[source - 1].attn
-            has_cls = getattr(
-                model, "has_class_token", getattr(model, "cls_token", None) is not None
-            )  # Eva lacks the first
+            has_cls = getattr(model, "embeds", model).cls_token is not None  # NaFlexVit keeps it in its embedding
             reader = AttentionReader(reduction, source, layer, attn.scale, has_cls)
             if read & {"cls", "received"}:
                 reduction.hooks.append(attn.q_norm.register_forward_hook(reader.read_queries))

@@ -17,7 +17,6 @@ import yaml
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError, validate_call
-from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UnavailableError, UserError, explain
 from dhtm.harness.core.files import lock, require_writable, write_json
 from dhtm.harness.core.ranks import Ranks
-from dhtm.harness.data.splits import choice_images, open_split
+from dhtm.harness.data.splits import choice_images
 from dhtm.harness.locality import Premise
 from dhtm.harness.models.backbones import Backbone, weights_sha256
 from dhtm.harness.models.cost import Target, solve, solve_thresholds
@@ -82,13 +81,12 @@ def _with_thresholds(run: Evaluation, target: Target) -> Evaluation:
 def _images_for_thresholds(run: Evaluation, split: str, model: VisionTransformer) -> Tensor:
     """Return images of a split that has other images than the run's own."""
     what = f"method={run.method.name}: its thresholds are found on images other than data.split={run.data.split}"
-    preprocessing = resolve_data_config(model=model)
     try:
-        found, own = (open_split(run.data, name, preprocessing, model.num_classes) for name in (split, run.data.split))
         images = choice_images(run.data, split, model)
+        found, own = (run.data.open(name, None).fingerprint for name in (split, run.data.split))
     except UserError as error:
         raise UnavailableError(f"{what} ({error})") from error
-    if split != run.data.split and found.fingerprint == own.fingerprint:
+    if split != run.data.split and found == own:
         raise UnavailableError(f"{what}; give a data.root that holds a folder for each split")
     return images
 

@@ -11,7 +11,6 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-import joblib
 import numpy as np
 import torch
 from timm.data import create_transform
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from dhtm.harness.core.errors import explain
 from dhtm.harness.core.files import lock, write_atomically
-from dhtm.harness.data.splits import Split, UnreadableError, load
+from dhtm.harness.data.splits import Split, UnreadableError, default_workers, load
 
 CHUNK = 256  # images in a file
 _PACKAGES = ("Pillow", "timm", "torchvision")  # other versions may decode or resize differently
@@ -59,7 +58,7 @@ def decode_once(data, split: Split, preprocessing: dict, cache_dir: Path, num_wo
             images.folder.mkdir(parents=True, exist_ok=True)
             with lock(images.folder / "lock", f"waiting for another process to fill {images.folder}"):
                 # The other processes of torchrun only wait, so all cores are free.
-                images.fill(joblib.cpu_count() if num_workers is None else num_workers, data.name)
+                images.fill(default_workers() if num_workers is None else num_workers, data.name)
     normalise = functools.partial(_normalise, mean=last.mean, std=last.std)
     return dataclasses.replace(split, dataset=images, normalise=normalise, in_memory=not images.missing_chunks())
 

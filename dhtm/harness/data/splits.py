@@ -150,19 +150,24 @@ def batches(
             yield ids, split.normalise(images) if split.normalise else images, labels
 
 
+def default_workers(n_sharing: int = 1) -> int:
+    """Return one worker process per core that a batch system allots, up to 16, shared among ``n_sharing`` processes."""
+    return min(16, max(1, joblib.cpu_count() // n_sharing))
+
+
 def load(
     dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int | None, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Yield the items of a data set in the given batches.
 
     Args:
-        num_workers: processes that load them; None for one per core, up to 16.
+        num_workers: processes that load them; None for :func:`default_workers`, shared among the processes of torchrun.
 
     Raises:
         UserError: the data set as a whole can no longer be read.
     """
-    if num_workers is None:  # of the cores that a batch system allots, this process's share under torchrun
-        num_workers = min(16, max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if num_workers is None:
+        num_workers = default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = DataLoader(_Batches(dataset, batches), batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
     for batch in loader:
         if isinstance(batch, UserError):
