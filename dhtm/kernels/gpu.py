@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, gpu_pairs
 from dhtm.kernels.batched import all_similarities, discount
-from dhtm.kernels.gpu_common import compare, describe_all, finish, join, scores_to, store_places
+from dhtm.kernels.gpu_common import VARYING, compare, describe_all, finish, join, scores_to, store_places
 from dhtm.regions import Regions
 
 agglomerate = gpu_pairs.agglomerate
@@ -112,7 +112,7 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     with torch.cuda.device_of(regions.sizes):
         _draw_image[(batch,)](
             regions.assignment.contiguous(), image_ids.contiguous(), places, token_map, weights, stuck,
-            seed, k, n, *regions.grid, BLOCK_N=triton.next_power_of_2(n), **edges,
+            seed, k, n, *regions.grid, BLOCK_N=triton.next_power_of_2(n), enable_fp_fusion=False, **edges,
         )  # fmt: skip
     _raise_where_stuck(stuck, k)
     return token_map, weights
@@ -155,7 +155,7 @@ def _edges(assignment, edge, height, width, STEPS: tl.constexpr):
     return tl.minimum(a, b), tl.maximum(a, b), there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _edge_scores(
     x, log_p, inverse, mass, assignment, scores, n, n_features, height, width,
     KIND: tl.constexpr, MASSIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
@@ -173,7 +173,7 @@ def _edge_scores(
     tl.store(scores + image * n_patches * STEPS + edge, score, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "least"])
 def _merge_image(
     carried, measured, log_p, inverse, mass, sizes, scores, neighbours, merged, token_map, weights, stuck,
     k, least, n_left, n, channels, n_features, assignment, height, width,
@@ -247,7 +247,7 @@ def _hash(state, key):
     return state ^ ((state >> 31) & 0x1FFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "seed"])
 def _draw_image(
     assignment, ids, places, token_map, weights, stuck, seed, k, n, height, width,
     STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -9,6 +9,10 @@ from dhtm.kernels import KINDS
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _COSINE, _EUCLIDEAN, _KL = (tl.constexpr(KINDS[name]) for name in ("cosine", "euclidean", "kl"))
 
+# These differ between layers, images and runs. Triton would compile a kernel again where one of them is 1 or a multiple of 16,
+# in the middle of a run, and gain nothing by it: rows of features are aligned whatever their number.
+VARYING = ["k", "n", "n_left"]
+
 
 @triton.jit
 def describe(x, log_p, inverse, n_features, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -39,7 +43,7 @@ def describe(x, log_p, inverse, n_features, KIND: tl.constexpr, BLOCK_D: tl.cons
             tl.store(log_p + start + columns, value - top - log_total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def describe_all(x, log_p, inverse, n, n_features, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
     """Run :func:`describe` with one program per token."""
     token = tl.program_id(0).to(tl.int64) * n + tl.program_id(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
 from dhtm.kernels.batched import all_similarities
-from dhtm.kernels.gpu_common import finish, join, scores_to, store_places
+from dhtm.kernels.gpu_common import VARYING, finish, join, scores_to, store_places
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -29,7 +29,7 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
     return token_map
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_image(
     carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, merged, token_map, weights, stuck,
     k, least, n_left, n, channels, n_features,
@@ -81,7 +81,7 @@ def merge_image(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def cluster_image(scores, scratch, token_map, k, n, LINKAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Merge the clusters of one image. ``scores`` and ``scratch`` are overwritten."""
     image = tl.program_id(0).to(tl.int64)

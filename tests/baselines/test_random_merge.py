@@ -61,7 +61,8 @@ def check_draws(case, backend, device="cpu"):
         reducer.k = (n - k) // 2
         results.append([first, reducer(*first, Attention())])
     for (expected, expected_regions), (merged, regions) in zip(*results, strict=True):
-        assert torch.equal(merged, expected) and torch.equal(regions.assignment, expected_regions.assignment)
+        assert torch.equal(regions.assignment, expected_regions.assignment)
+        torch.testing.assert_close(merged, expected)  # on a GPU the terms of a sum come in any order
     merged, regions = results[1][0]
     for image, image_id in enumerate(ids):
         values, expected = drawn(tokens[image].cpu(), grid, k, connectivity, seed, image_id)
