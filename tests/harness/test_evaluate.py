@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import dhtm
 from dhtm.harness import config
+from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.models import cost
@@ -269,6 +270,25 @@ def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
     )
     assert settings["method"] == by_hydra["method"] and settings["method"]["layers"] == [4, 7, 11]
     assert settings["data"]["limit"] == 4
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_exact_arithmetic_ends_with_the_forward_pass(warn_only, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def settings():
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return torch.are_deterministic_algorithms_enabled(), warns, tf32
+
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        before = settings()
+        with exact(torch.device("cuda")):  # sets flags only, so it needs no GPU
+            assert settings() == (True, True, (False, False))
+        assert settings() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_closed_pipe_ends_a_script_quietly():

@@ -46,6 +46,7 @@ def exact(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS's deterministic kernels
     matmul, deterministic = torch.backends.cuda.matmul, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     tf32, matmul.allow_tf32 = matmul.allow_tf32, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -53,7 +54,7 @@ def exact(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @functools.cache  # once per process, which keeps its GPU for all its runs
