@@ -270,8 +270,11 @@ def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
 
 
 def test_after_a_failure_nothing_more_is_logged(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr("wandb.Run.log", lambda *a, **o: 1 / 0)
+    calls = []
+    for name in ("log", "finish"):
+        monkeypatch.setattr(f"wandb.Run.{name}", lambda *a, name=name, **o: calls.append(name) or 1 / 0)
     log_epochs(2, mode="offline", dir=tmp_path)
+    assert calls == ["log", "finish"]
     assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
 
 
