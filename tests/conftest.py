@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from processes import ROOT, end, start_script
+from processes import ROOT, start_script
 
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, if this is set before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,7 +52,7 @@ def evaluated(composed, tmp_path):
     return evaluate_with
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """Run a script in ``world`` processes, told of each other as torchrun does: ranks(2, "evaluate", "method.k=10").
 
@@ -64,28 +64,22 @@ def ranks(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
-        said = [tmp_path_factory.mktemp("said") for _ in range(world)]
-        processes = []
+        said, processes = [tmp_path_factory.mktemp("said") for _ in range(world)], []
         for rank, folder in enumerate(said):
             torchrun = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
             files = {"stdout": folder / "stdout", "stderr": folder / "stderr"}
             processes.append(start_script(name, *arguments, **files, **torchrun))
         for process in processes:
             process.join(300)
-        late = [process for process in processes if process.is_alive()]
-        for process in late:
-            end(process)
-        assert not late, f"it did not end: {name} {arguments}"
+        codes = [process.exitcode for process in processes]
+        assert None not in codes, f"it did not end: {name} {arguments}"
         texts = [[(folder / file).read_text(encoding="utf-8") for file in ("stdout", "stderr")] for folder in said]
-        return [
-            subprocess.CompletedProcess([name, *arguments], process.exitcode, *text)
-            for process, text in zip(processes, texts, strict=True)
-        ]
+        return [subprocess.CompletedProcess(name, code, *text) for code, text in zip(codes, texts, strict=True)]
 
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script(ranks):
     """Run a script of scripts/ in a process of its own: script("evaluate", "method.k=10"). Returns as subprocess.run."""
     return lambda name, *arguments: ranks(1, name, *arguments)[0]

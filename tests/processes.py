@@ -47,11 +47,11 @@ def start_script(name, *arguments, stdout=os.devnull, stderr=os.devnull, **varia
     options = [name, list(map(str, arguments)), str(stdout), str(stderr), dict(os.environ) | variables]
     process = _server.Process(target=_script, args=options)
     process.start()
-    atexit.register(end, process)  # before multiprocessing waits for it
+    atexit.register(_end, process)  # before multiprocessing waits for it
     return process
 
 
-def end(process):
+def _end(process):
     """Kill a process and those that it has started, if it still is there."""
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError):  # it has no group yet

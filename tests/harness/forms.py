@@ -22,7 +22,6 @@ CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of
 def in_class_folders(root, images):
     for name, (content, synset) in images.items():
         write(root / "val" / synset / name, content)
-    return {}
 
 
 def write(file, content):
@@ -52,7 +51,6 @@ def devkit(root, images):
 def flat_with_devkit(root, images):
     flat(root, images)
     devkit(root, images)
-    return {}
 
 
 def flat_with_packed_devkit(root, images):
@@ -68,7 +66,6 @@ def flat_with_kaggles_csv(root, images):
     flat(root, images)
     lines = [f"{Path(name).stem},{synset} 85 1 499 272 " for name, (_, synset) in reversed(images.items())]
     (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
-    return {}
 
 
 def flat_with_numbers(root, images):
@@ -81,7 +78,6 @@ def flat_with_numbers(root, images):
 def original_tar(root, images):
     write_tar(root / "ILSVRC2012_img_val.tar", {name: content for name, (content, _) in images.items()})
     devkit(root, images)
-    return {}
 
 
 def tar_of_class_folders(root, images):
@@ -105,7 +101,6 @@ def shards(root, images):
 
 def shards_with_json(root, images):
     write_shards(root, images, lambda synset: {"json": {"label": SYNSETS.index(synset), "width": 40}})
-    return {}
 
 
 def write_shards(root, images, label):
@@ -129,12 +124,10 @@ def parquet(root, images):
     for i in range(2):
         table(images).shard(2, i, contiguous=True).to_parquet(root / "data" / f"validation-0000{i}-of-00002.parquet")
     table(dict(list(images.items())[:1])).to_parquet(root / "data" / "train-00000-of-00001.parquet")
-    return {}
 
 
 def arrow_saved(root, images):
     datasets.DatasetDict({"validation": table(images)}).save_to_disk(root)
-    return {}
 
 
 def arrow_files(root, images):
@@ -142,7 +135,6 @@ def arrow_files(root, images):
     (root / "val").mkdir()
     for file in (root / "saved").glob("*.arrow"):
         file.rename(root / "val" / file.name)
-    return {}
 
 
 FORMS = [
@@ -158,4 +150,4 @@ def opened(root, transform=None, **options):
 
 def opened_as(form, root, images, **options):
     """Write images in a form, and open them as ImageNet's."""
-    return opened(**({"root": root, "class_map": "synsets"} | form(root, images) | options))
+    return opened(**({"root": root, "class_map": "synsets"} | (form(root, images) or {}) | options))

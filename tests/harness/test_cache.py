@@ -100,7 +100,7 @@ def test_filling_the_cache_ahead_fails_where_an_image_cannot_be_read(images, com
     main = runpy.run_path(str(ROOT / "scripts/prepare_data.py"))["main"]
     wanted = [
         f"data.root={images.data.root}", f"cache_dir={images.folder}", "num_workers=0", "data=imagefolder",
-        "backbone.architecture=vit_tiny_patch16_224", "backbone.num_classes=3", "method=unmerged",
+        "backbone.architecture=test_vit", "backbone.num_classes=3", "method=unmerged",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"images that cannot be read: 1; fix them, or set data.on_error=skip"):
         main(composed(*wanted))
@@ -124,7 +124,9 @@ def test_a_full_disk_is_one_line_and_the_cache_is_completed_later(images, monkey
         ):
             images.open()
     assert images.chunks() == ["00000.npy"] and not list(images.folder.glob("*/.*"))
+    (unfinished := next(images.folder.iterdir()) / ".00001.npy.7.npy").touch()  # as a killed process leaves it
     images.require_same()
+    assert len(images.chunks()) == 3 and not unfinished.exists()
 
 
 def test_a_damaged_file_is_named_with_the_remedy(images):

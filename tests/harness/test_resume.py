@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from processes import wait_for
+from processes import start_script, wait_for
 
 from dhtm.harness import config as door
 from dhtm.harness.core.command import command
@@ -31,14 +31,20 @@ RUN = ["method=unmerged", "data.limit=40", "batch_size=4", "store_every_s=0", "d
 @pytest.fixture
 def run(composed, tmp_path):
     """Evaluate in this process; returns predictions and metrics."""
-    numbers = itertools.count()
 
-    def evaluate_with(*overrides, results=None):
-        results = results or tmp_path / f"runs{next(numbers)}"
-        metrics = evaluate(door.evaluation(composed(*RUN, *overrides, f"results_dir={results}")))
-        return read(results), metrics
+    def evaluate_with(*overrides):
+        metrics = evaluate(door.evaluation(composed(*RUN, *overrides, f"results_dir={tmp_path}/runs")))
+        return read(tmp_path / "runs"), metrics
 
     return evaluate_with
+
+
+@pytest.fixture(scope="module")
+def expected(composed, tmp_path_factory):
+    """The predictions of a run that nothing disturbs."""
+    results = tmp_path_factory.mktemp("runs")
+    evaluate(door.evaluation(composed(*RUN, f"results_dir={results}")))
+    return read(results)
 
 
 def read(results):
@@ -102,8 +108,7 @@ def killed_until_done(composed, results, n_kills):
 
 
 @pytest.mark.parametrize("n_kills", [4, pytest.param(200, marks=pytest.mark.stress)])
-def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(run, composed, tmp_path, n_kills):
-    expected, _ = run()
+def test_killed_at_any_moment_no_image_is_lost_or_counted_twice(expected, composed, tmp_path, n_kills):
     stored = killed_until_done(composed, tmp_path / "killed", n_kills)
     assert max(stored) > 0, "some were killed half way"
     for results in tmp_path.glob("killed*"):
@@ -124,27 +129,25 @@ def interrupt_the_next(monkeypatch):
     return asked
 
 
-def test_a_run_resumes_from_what_is_stored_without_a_damaged_shard(run, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_from_what_is_stored_without_a_damaged_shard(run, expected, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    expected, _ = run()
     asked = interrupt_the_next(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        run(results=tmp_path / "runs")
+        run()
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
     assert [file.name[:8] for file in shards] == [f"{4 * i:08d}" for i in range(5)]
     os.truncate(shards[1], 100)
     with pytest.raises(UserError, match=rf"{shards[1].name}: damaged .*; remove it, and the same command"):
-        run(results=tmp_path / "runs")
+        run()
     shards[1].unlink()
-    rows, metrics = run(results=tmp_path / "runs")
+    rows, metrics = run()
     assert asked[1] == [4, 5, 6, 7, *range(20, 40)]
     assert "resuming after 16 of 40 images" in caplog.text
     pd.testing.assert_frame_equal(rows, expected)
     assert metrics["n_images"] == 40
 
 
-def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, tmp_path, capfd):
-    expected, _ = run()
+def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, expected, composed, tmp_path, capfd):
     slow = door.evaluation(composed(*RUN, "store_every_s=1000", f"results_dir={tmp_path}/runs"))
     process, n_batches = child(slow, slow=0.5, carry_out=command(resumes=True)(evaluate))
     wait_for(lambda: n_batches() == 3)
@@ -154,26 +157,25 @@ def test_asked_to_stop_a_run_stores_what_it_has_and_says_requeue(run, composed, 
     assert "stopped by SIGUSR1; finished work is kept" in capfd.readouterr().err
     (shard,) = tmp_path.glob("runs/*/shards/*")
     assert 8 <= len(pd.read_parquet(shard)) < 40
-    pd.testing.assert_frame_equal(run(results=tmp_path / "runs")[0], expected)
+    pd.testing.assert_frame_equal(run()[0], expected)
 
 
-def test_a_sweep_tells_its_status_and_hands_the_signal_on(script, tmp_path):
-    sweep = [
-        sys.executable, str(ROOT / "scripts/sweep.py"), "experiment=figure4", "method=unmerged", "method.k=0",
-        "data.limit=600,601", "device=cpu", f"results_dir={tmp_path}/runs", "batch_size=1", "store_every_s=0",
-    ]  # fmt: skip
-    process = subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def test_a_sweep_tells_its_status_while_it_runs_and_when_it_was_stopped(script, tmp_path):
+    results = f"results_dir={tmp_path}/runs"
+    sweep = ["-m", "method=unmerged", "data.limit=600,601", "device=cpu", results, "batch_size=1", "store_every_s=0"]
+    process = start_script("evaluate", *sweep, stderr=tmp_path / "errors")
     wait_for(lambda: len(list(tmp_path.glob("runs/*/shards/*"))) >= 3)
-    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    told = script("status", results).stdout
     assert re.search(
         r"\ndata.limit=600 +running +[1-9]\d* of 600 images stored, .*\n.* waiting\n1 running, 1 waiting\n$", told
     )
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 75
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 75
+    said = (tmp_path / "errors").read_text()
     assert "stopped by SIGTERM" in said and "Traceback" not in said
     assert 3 <= len(list(tmp_path.glob("runs/*/shards/*"))) < 600
-    told = script("status", f"results_dir={tmp_path}/runs").stdout
+    told = script("status", results).stdout
     assert re.search(r" stopped +.* of 600 images .*\n.* waiting\n1 stopped, 1 waiting; the same command", told)
 
 
@@ -195,9 +197,7 @@ def test_two_runs_that_need_the_unmerged_model_carry_it_out_once(composed, tmp_p
     assert len(list(tmp_path.glob("runs/*/outputs.parquet"))) == 1
 
 
-def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
-    expected, metrics = run()
-    assert metrics["batch_size"] == 4
+def test_out_of_memory_the_batch_is_halved(run, expected, monkeypatch, caplog):
     predict = evaluation.predict
 
     def small_device(model, split, indices, batch_size, *arguments):
@@ -214,7 +214,7 @@ def test_out_of_memory_the_batch_is_halved(run, monkeypatch, caplog):
     assert "out of memory: resuming with batch_size=2" in caplog.text
     least = 0
     with pytest.raises(UserError, match="out of memory with one image at a time"):
-        run("batch_size=3")
+        run("batch_size=3", "force=true")
 
 
 def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatch):
@@ -229,14 +229,13 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(run, tmp_path, monkeypatc
     with pytest.raises(
         UserError, match=r"cannot be written \(.*No space left on device\); stored predictions are kept"
     ):
-        run(results=tmp_path / "runs")
+        run()
     assert len(list(tmp_path.glob("runs/*/shards/*"))) >= 3
-    rows, _ = run(results=tmp_path / "runs")
+    rows, _ = run()
     assert rows["index"].tolist() == list(range(40))
 
 
 def test_logits_that_are_not_finite_are_counted_and_the_first_is_named(run, monkeypatch, caplog):
-    assert run()[1]["first_nonfinite"] is None
     predict = evaluation.predict
 
     def broken(*arguments):
@@ -274,10 +273,10 @@ def over_ranks(world, *overrides):
 @pytest.mark.stress
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_any_number_of_ranks(run, tmp_path, world, batch_size):
+def test_any_number_of_ranks(expected, tmp_path, world, batch_size):
     ranks = over_ranks(world, f"results_dir={tmp_path}/runs", f"batch_size={batch_size}")
     subprocess.run(ranks, cwd=ROOT, capture_output=True, timeout=600, check=True)
-    pd.testing.assert_frame_equal(read(tmp_path / "runs"), run()[0])
+    pd.testing.assert_frame_equal(read(tmp_path / "runs"), expected)
 
 
 @pytest.mark.stress

@@ -38,8 +38,8 @@ def swept(script):
     return run
 
 
-def status(results):
-    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir={results}"]
+def status(results, *more):
+    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir={results}", *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -131,15 +131,16 @@ def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher):
 
 
 def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
-    """But not after a mistake in the overrides, where no run is begun. The scripts that it runs are stubs."""
+    """But not after a mistake in the overrides, where no run is begun, or a signal. The scripts that it runs are stubs."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/sweep.py", tmp_path / "scripts")
     stub = "import pathlib, sys; print(pathlib.Path(__file__).stem, *sys.argv[1:], flush=True)\n"
     for name in ("evaluate", "report", "status"):
         (tmp_path / f"scripts/{name}.py").write_text(stub)
 
+    command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
+
     def make_sweep():
-        command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout.splitlines()
 
@@ -152,6 +153,14 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (begins + fails, (1, expected))):
         (tmp_path / "scripts/evaluate.py").write_text(stub + more)
         assert make_sweep() == outcome
+
+    (tmp_path / "scripts/evaluate.py").write_text(stub + "import signal; signal.pause()\n")
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == f"{expected[0]}\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 75, (
+        "the script is stopped, and all others"
+    )
 
 
 def test_slurm_gets_a_job_array(tmp_path):
@@ -230,6 +239,7 @@ def test_the_status_of_nothing(tmp_path):
     told = status(tmp_path)
     assert (told.returncode, told.stderr.count("\n")) == (1, 1)
     assert "no sweep was started there" in told.stderr
+    assert status(tmp_path, "limit=3").stderr == "error: limit: only results_dir=DIR can be set here\n"
 
 
 def test_the_status_is_there_at_once():

@@ -44,12 +44,13 @@ def run(described, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """DeiT-Tiny with three outputs, and overrides that start from a file of its weights."""
-    model, file = Backbone("tiny", "deit_tiny_patch16_224", 3).bare(), tmp_path_factory.mktemp("tiny") / "w.safetensors"
+def on_photographs(tmp_path_factory):
+    """timm's smallest ViT with three outputs, and overrides that start from a file of its weights."""
+    model, file = Backbone("tiny", "test_vit", 3).bare(), tmp_path_factory.mktemp("tiny") / "w.safetensors"
     save_file(model.state_dict(), file)
-    options = ["backbone=deit_tiny", f"backbone.checkpoint={file}", "backbone.num_classes=3", "data=imagefolder"]
-    return model, [*options, "method=tome", "epochs=1", "warmup_epochs=0", "batch_size=2", "device=cpu"]
+    options = ["backbone.architecture=test_vit", f"backbone.checkpoint={file}", "backbone.num_classes=3"]
+    options += ["data=imagefolder", "method=tome", "epochs=1", "warmup_epochs=0", "batch_size=2", "device=cpu"]
+    return model, options
 
 
 def state(folder):
@@ -91,9 +92,9 @@ def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run
         run("epochs=2")
 
 
-def test_a_training_whose_images_moved_resumes(described, tiny, photos, tmp_path):
+def test_a_training_whose_images_moved_resumes(described, on_photographs, photos, tmp_path):
     """As on a cluster, where each job copies them to a disk of its own."""
-    options = [*tiny[1], f"output={tmp_path}/out"]
+    options = [*on_photographs[1], f"output={tmp_path}/out"]
     last = trainer.train(described(*options, f"data.root={photos}"))
     moved = shutil.copytree(photos, tmp_path / "moved")
     assert trainer.train(described(*options, f"data.root={moved}")) == last
@@ -113,6 +114,14 @@ def test_one_process_at_a_time_trains_into_a_folder(run, monkeypatch, tmp_path):
     with pytest.raises(InterruptedError):
         run()
     FileLock(tmp_path / "out/.lock").acquire(timeout=0).lock.release()
+
+
+def test_ranks_that_find_other_checkpoints_do_not_resume(run, monkeypatch):
+    monkeypatch.setattr(trainer.Ranks, "gather", lambda self, n_epochs: [n_epochs, 1])
+    with pytest.raises(
+        UserError, match=r"would resume after epochs \[0, 1\]; set output=DIR on a disk that all machines"
+    ):
+        run()
 
 
 def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
@@ -160,9 +169,9 @@ def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, ranks, tmp_pat
     assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"
 
 
-def test_photographs_with_the_whole_protocol(described, tiny, photos, tmp_path):
+def test_photographs_with_the_whole_protocol(described, on_photographs, photos, tmp_path):
     """From a checkpoint, with mixup, cutmix, RandAugment and erasing, in bfloat16, with ToMe on."""
-    model, options = tiny
+    model, options = on_photographs
     more = ["batch_size=4", "amp=bfloat16", "num_workers=1", "clip_grad=1.0", f"output={tmp_path}/out"]
     last = trainer.train(described(*options, f"data.root={photos}", *more))
     assert np.isfinite(last["loss"]) and 0 <= last["top1"] <= 100
@@ -171,8 +180,8 @@ def test_photographs_with_the_whole_protocol(described, tiny, photos, tmp_path):
     assert not torch.equal(trained["head.weight"], model.head.weight)
 
 
-def test_the_splits_must_be_other_images_of_the_same_classes(described, tiny, photos, tmp_path):
-    options = [*tiny[1], f"output={tmp_path}/out"]
+def test_the_splits_must_be_other_images_of_the_same_classes(described, on_photographs, photos, tmp_path):
+    options = [*on_photographs[1], f"output={tmp_path}/out"]
     with pytest.raises(UserError, match=r"data.train_split=train and data.split=val are the same images"):
         trainer.train(described(*options, f"data.root={photos}/train"))
     shutil.copytree(photos, tmp_path / "data")

@@ -1,7 +1,6 @@
 """Every command and Python snippet of README.md and docs/ runs, links lead somewhere, copied tables are the committed ones."""
 
 import itertools
-import os
 import re
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import baselines
 from dhtm.harness.core.command import accept_method_lists
 from dhtm.harness.models.backbones import Backbone
 from dhtm.report.runs import load_runs
@@ -40,27 +40,17 @@ KINDS = {
     "make sweep ": "composed",  # test_make_sweep has overrides too
     "make sweep": "sweep",
     "make status": "sweep",
-    'make bench ARGS="backbone=deit_base': "composed",  # that of deit_mini is run
-    'make bench ARGS="backbone.arch': "composed",
-    "make bench ": "script",
+    "make bench ": "composed",  # tests/harness/test_benchmark.py
     "make bench": "bench",
     "make test": "test",
-    # These differ from a command that is run, here or in the named test, in values alone.
     "--cfg ": "script",
-    "hydra/launcher=": "composed",  # tests/harness/test_sweep.py
-    "premise.py": "composed",  # tests/report/test_premise.py
-    "data=imagefolder": "composed",  # tests/harness/test_photographs.py
-    "output=regions.png": "composed",
-    "method.k=": "composed",
-    "method.threshold=": "composed",
-    "torchrun ": "script",
-    "recipe=embedded method=": "composed",
-    "method=patch_merger,": "composed",
-    "amp=bfloat16": "composed",  # a training on ImageNet
+    "visualize.py image=": "script",
+    "train_micro.py": "script",
     "init=pretrained": "script",
-    "recipe=imagenette ": "composed",
-    "target.reduction_pct=30 method=sit": "composed",
-    "python scripts/": "script",
+    "imagenette/weights": "script",
+    # The same scripts run with other values in the tests of what they do.
+    "python scripts/": "composed",
+    "torchrun ": "composed",
 }
 
 
@@ -80,69 +70,37 @@ def run(*command, cwd=ROOT, **options):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Checkpoints of random weights: a test cannot download pretrained ones."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), folder / "deit_tiny.pth")
-    save_file(Backbone("deit_mini", "deit_mini", 10).bare().state_dict(), folder / "deit_mini.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def imagenette(photos, tmp_path_factory):
-    """The ten classes of Imagenette, each with ten copies of one photograph."""
-    root, photograph = tmp_path_factory.mktemp("imagenette"), next((photos / "val").glob("*/*"))
-    numbers = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777 03888257"
-    for split, number, i in itertools.product(("train", "val"), numbers.split(), range(10)):
-        folder = root / split / f"n{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(photograph, folder / f"{i}.JPEG")
-    return root
-
-
 @pytest.fixture
-def shortened(photos, imagenette, weights, tmp_path):
+def shortened(photos, tmp_path):
     """Shorten a command's arguments: small data, and results in a folder of the test's own."""
-    places = {"/imagenette": imagenette, "/imagenet": photos, "/photos": photos / "val", "/weights": weights}
+    (tmp_path / "weights").mkdir()
+    weights = Backbone("deit_mini", "deit_mini", 10).bare().state_dict()
+    save_file(weights, tmp_path / "weights" / "deit_mini.safetensors")
+    numbers = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777 03888257"
+    photograph = next((photos / "val").glob("*/*"))
+    for split, number in itertools.product(("train", "val"), numbers.split()):  # the ten classes of Imagenette
+        folder = tmp_path / "imagenette" / split / f"n{number}"
+        folder.mkdir(parents=True)
+        for i in range(2):  # the first is held out of the training
+            shutil.copy(photograph, folder / f"{i}.JPEG")
     small = {
-        "benchmark": [
-            "backbone=deit_micro", "scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2",
-            "device=cpu", "dtype=float32", f"output_dir={tmp_path}",
-        ],
         "train_micro": [
             "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]", "data.limit=4",
             f"output={tmp_path}/micro.safetensors",
         ],
-        "train": ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}", "data.limit=8"],
-        "visualize": [],
-        "choose": ["data.limit=2", "rounds=1", *(f"{name}_dir={tmp_path}/{name}" for name in ("output", "results", "cache"))],
+        "train": ["epochs=1", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}", "data.limit=8"],
+        "visualize": ["backbone=deit_mini"],
+        "evaluate": ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"],
     }  # fmt: skip
-    evaluation = ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
 
     def shorten(script, *arguments):
         if "--cfg" in arguments:
             return arguments
-        for place, own in places.items():
-            arguments = [one.replace(f"={place}", f"={own}") for one in arguments]
-        more = list(small.get(script, evaluation))
-        if "backbone=deit_small" in arguments:
-            file = "deit_tiny.pth" if "data=imagenet" in arguments else "deit_mini.safetensors"
-            arguments = [one for one in arguments if not one.startswith("backbone")]
-            more += [f"backbone={Path(file).stem}", f"backbone.checkpoint={weights / file}"]
-        if script == "benchmark":
-            arguments = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", one) for one in arguments if one != "backbone=deit_mini"]
-            methods = re.findall(r"@methods\.(\w+)", (ROOT / "configs" / "benchmark.yaml").read_text())
-            more += [f"~methods.{name}" for name in methods if name != "dhtm"]
-        if script in ("train", "choose"):
-            arguments = [one.split(",")[0] for one in arguments]  # of several methods
-        if script == "visualize":
-            image = next((photos / "val").glob("*/*"))
-            arguments = [one.replace("output=", f"output={tmp_path}/") for one in arguments]
-            arguments = [f"image={image}" if one.startswith("image=") else one for one in arguments]
-        if "tracker=wandb" in arguments:
-            more += ["method.k=40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
-        return [*arguments, *more]
+        for place in ("imagenette", "weights"):
+            arguments = [one.replace(f"=/{place}", f"={tmp_path}/{place}") for one in arguments]
+        arguments = [one.replace("output=", f"output={tmp_path}/") for one in arguments]
+        arguments = [f"image={photograph}" if one.startswith("image=") else one for one in arguments]
+        return [*arguments, *small[script]]
 
     return shorten
 
@@ -153,33 +111,33 @@ def test_every_command_is_run_by_a_test():
 
 
 def words_of(command):
-    """The script behind a command, the words before it, and its arguments."""
+    """The script behind a command, or that which has its config, and its arguments."""
     words = shlex.split(command)
     if words[0] == "make":
         script = {"sweep": "evaluate", "bench": "benchmark"}[words[1]]
         arguments = shlex.split(words[2].removeprefix("ARGS="))
-        return script, [], [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
+        return script, [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
     at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
-    return Path(words[at]).stem, words[:at], words[at + 1 :]
+    if words[0] == "torchrun":
+        torchrun_parser().parse_args(words[1 : at + 1])
+    script = Path(words[at]).stem
+    return "evaluate" if script == "prepare_data" else script, words[at + 1 :]
 
 
 @pytest.mark.parametrize("command", commands("script"))
-def test_script(command, shortened, ranks):
-    name, before, arguments = words_of(command)
-    processes = 1
-    if before[:1] == ["torchrun"]:
-        processes = int(torchrun_parser().parse_args([*before[1:], name]).nproc_per_node)
-    for result in ranks(processes, name, *shortened(name, *arguments)):
-        assert result.returncode == 0, result.stderr
-        assert "Traceback" not in result.stderr
+def test_script(command, shortened, script):
+    name, arguments = words_of(command)
+    result = script(name, *shortened(name, *arguments))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("command", commands("composed"))
 def test_values_are_composed(composed, command, monkeypatch):
     """Those of the first run, if it is a sweep."""
-    name, _, arguments = words_of(command)
+    name, arguments = words_of(command)
     monkeypatch.setattr(sys, "argv", [one for one in arguments if one != "-m"])
-    if name == "visualize":
+    if name in ("visualize", "choose"):
         accept_method_lists()
     given = {}
     for one in OverridesParser.create().parse_overrides(sys.argv):
@@ -257,21 +215,21 @@ def test_snippets(monkeypatch, tmp_path, capsys):
     assert float(printed[-1]) == pytest.approx(library["metrics"]["top1"] / 100)
 
 
-def test_adding_a_method_takes_what_its_page_says(tmp_path):
-    """In a copy of the project, the two files of the page and its command give the method its row."""
+def test_adding_a_method_takes_what_its_page_says(evaluated, monkeypatch, tmp_path):
+    """The two files of the page give the method its row, by the runs of its command."""
     page = PAGES[ROOT / "docs" / "adding-a-method.md"]
     names = re.findall(r"^`((?:baselines|configs)/[\w/]+\.(?:py|yaml))`:$", page, re.MULTILINE)
     files = blocks(page, "py") + blocks(page, "yaml")
     assert sum(block.count("\n") for block in files) <= 40
-    for folder in ("baselines", "configs", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, block in zip(names, files, strict=True):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(block, encoding="utf-8")
-    (evaluate,) = commands("method")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    result = run(sys.executable, *shlex.split(f"{evaluate} data.limit=20")[1:], cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
-    results = tmp_path / "results" / "runs"
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path / "baselines")])
+    (command,) = commands("method")
+    *_, experiment, methods = shlex.split(command)
+    for method in methods.removeprefix("method=").split(","):
+        evaluated(experiment, f"method={method}", "data.limit=20", f"hydra.searchpath=[file://{tmp_path}/configs]")
+    results = tmp_path / "runs"
     table = table2(load_runs(results), results)
     ours = table.data.set_index(["data", "method"]).loc[("digits", "checkerboard")]
     assert ours.flops_reduction_pct == pytest.approx(30, abs=1.5)
