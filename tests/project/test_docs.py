@@ -40,17 +40,27 @@ KINDS = {
     "make sweep ": "composed",  # test_make_sweep has overrides too
     "make sweep": "sweep",
     "make status": "sweep",
-    "make bench ": "composed",  # tests/harness/test_benchmark.py
+    'make bench ARGS="backbone=deit_base': "composed",  # that of deit_mini is run
+    'make bench ARGS="backbone.arch': "composed",
+    "make bench ": "script",
     "make bench": "bench",
     "make test": "test",
+    # These differ from a command that is run, here or in the named test, in values alone.
     "--cfg ": "script",
-    "visualize.py image=": "script",
-    "train_micro.py": "script",
+    "hydra/launcher=": "composed",  # tests/harness/test_sweep.py
+    "premise.py": "composed",  # tests/report/test_premise.py
+    "data=imagefolder": "composed",  # tests/harness/test_photographs.py
+    "output=regions.png": "composed",
+    "method.k=": "composed",
+    "method.threshold=": "composed",
+    "torchrun ": "script",
+    "recipe=embedded method=": "composed",
+    "method=patch_merger,": "composed",
+    "amp=bfloat16": "composed",  # a training on ImageNet
     "init=pretrained": "script",
-    "imagenette/weights": "script",
-    # The same scripts run with other values in the tests of what they do.
-    "python scripts/": "composed",
-    "torchrun ": "composed",
+    "recipe=imagenette ": "composed",
+    "target.reduction_pct=30 method=sit": "composed",
+    "python scripts/": "script",
 }
 
 
@@ -70,37 +80,69 @@ def run(*command, cwd=ROOT, **options):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
-@pytest.fixture
-def shortened(photos, tmp_path):
-    """Shorten a command's arguments: small data, and results in a folder of the test's own."""
-    (tmp_path / "weights").mkdir()
-    weights = Backbone("deit_mini", "deit_mini", 10).bare().state_dict()
-    save_file(weights, tmp_path / "weights" / "deit_mini.safetensors")
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Checkpoints of random weights: a test cannot download pretrained ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), folder / "deit_tiny.pth")
+    save_file(Backbone("deit_mini", "deit_mini", 10).bare().state_dict(), folder / "deit_mini.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imagenette(photos, tmp_path_factory):
+    """The ten classes of Imagenette, each with ten copies of one photograph."""
+    root, photograph = tmp_path_factory.mktemp("imagenette"), next((photos / "val").glob("*/*"))
     numbers = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777 03888257"
-    photograph = next((photos / "val").glob("*/*"))
-    for split, number in itertools.product(("train", "val"), numbers.split()):  # the ten classes of Imagenette
-        folder = tmp_path / "imagenette" / split / f"n{number}"
-        folder.mkdir(parents=True)
-        for i in range(2):  # the first is held out of the training
-            shutil.copy(photograph, folder / f"{i}.JPEG")
+    for split, number, i in itertools.product(("train", "val"), numbers.split(), range(10)):
+        folder = root / split / f"n{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photograph, folder / f"{i}.JPEG")
+    return root
+
+
+@pytest.fixture
+def shortened(photos, imagenette, weights, tmp_path):
+    """Shorten a command's arguments: small data, and results in a folder of the test's own."""
+    places = {"/imagenette": imagenette, "/imagenet": photos, "/photos": photos / "val", "/weights": weights}
     small = {
+        "benchmark": [
+            "backbone=deit_micro", "scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2",
+            "device=cpu", "dtype=float32", f"output_dir={tmp_path}",
+        ],
         "train_micro": [
             "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]", "data.limit=4",
             f"output={tmp_path}/micro.safetensors",
         ],
-        "train": ["epochs=1", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}", "data.limit=8"],
-        "visualize": ["backbone=deit_mini"],
-        "evaluate": ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"],
+        "train": ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}", "data.limit=8"],
+        "visualize": [],
+        "choose": ["data.limit=2", "rounds=1", *(f"{name}_dir={tmp_path}/{name}" for name in ("output", "results", "cache"))],
     }  # fmt: skip
+    evaluation = ["data.limit=2", f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
 
     def shorten(script, *arguments):
         if "--cfg" in arguments:
             return arguments
-        for place in ("imagenette", "weights"):
-            arguments = [one.replace(f"=/{place}", f"={tmp_path}/{place}") for one in arguments]
-        arguments = [one.replace("output=", f"output={tmp_path}/") for one in arguments]
-        arguments = [f"image={photograph}" if one.startswith("image=") else one for one in arguments]
-        return [*arguments, *small[script]]
+        for place, own in places.items():
+            arguments = [one.replace(f"={place}", f"={own}") for one in arguments]
+        more = list(small.get(script, evaluation))
+        if "backbone=deit_small" in arguments:
+            file = "deit_tiny.pth" if "data=imagenet" in arguments else "deit_mini.safetensors"
+            arguments = [one for one in arguments if not one.startswith("backbone")]
+            more += [f"backbone={Path(file).stem}", f"backbone.checkpoint={weights / file}"]
+        if script == "benchmark":
+            arguments = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", one) for one in arguments if one != "backbone=deit_mini"]
+            methods = re.findall(r"@methods\.(\w+)", (ROOT / "configs" / "benchmark.yaml").read_text())
+            more += [f"~methods.{name}" for name in methods if name != "dhtm"]
+        if script in ("train", "choose"):
+            arguments = [one.split(",")[0] for one in arguments]  # of several methods
+        if script == "visualize":
+            image = next((photos / "val").glob("*/*"))
+            arguments = [one.replace("output=", f"output={tmp_path}/") for one in arguments]
+            arguments = [f"image={image}" if one.startswith("image=") else one for one in arguments]
+        if "tracker=wandb" in arguments:
+            more += ["method.k=40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+        return [*arguments, *more]
 
     return shorten
 
@@ -111,33 +153,33 @@ def test_every_command_is_run_by_a_test():
 
 
 def words_of(command):
-    """The script behind a command, or that which has its config, and its arguments."""
+    """The script behind a command, the words before it, and its arguments."""
     words = shlex.split(command)
     if words[0] == "make":
         script = {"sweep": "evaluate", "bench": "benchmark"}[words[1]]
         arguments = shlex.split(words[2].removeprefix("ARGS="))
-        return script, [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
+        return script, [], [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
     at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
-    if words[0] == "torchrun":
-        torchrun_parser().parse_args(words[1 : at + 1])
-    script = Path(words[at]).stem
-    return "evaluate" if script == "prepare_data" else script, words[at + 1 :]
+    return Path(words[at]).stem, words[:at], words[at + 1 :]
 
 
 @pytest.mark.parametrize("command", commands("script"))
-def test_script(command, shortened, script):
-    name, arguments = words_of(command)
-    result = script(name, *shortened(name, *arguments))
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
+def test_script(command, shortened, ranks):
+    name, before, arguments = words_of(command)
+    processes = 1
+    if before[:1] == ["torchrun"]:
+        processes = int(torchrun_parser().parse_args([*before[1:], name]).nproc_per_node)
+    for result in ranks(processes, name, *shortened(name, *arguments)):
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("command", commands("composed"))
 def test_values_are_composed(composed, command, monkeypatch):
     """Those of the first run, if it is a sweep."""
-    name, arguments = words_of(command)
+    name, _, arguments = words_of(command)
     monkeypatch.setattr(sys, "argv", [one for one in arguments if one != "-m"])
-    if name in ("visualize", "choose"):
+    if name == "visualize":
         accept_method_lists()
     given = {}
     for one in OverridesParser.create().parse_overrides(sys.argv):
