@@ -22,7 +22,7 @@ class FlopCount:
 
     Attributes:
         total: of the whole model, merging included.
-        merging: of the reducer, summed over all layers.
+        merging: of the reducer, summed over all layers. The attention that it reads counts in the layer where it is read.
         by_layer: of each block, its merging included.
     """
 

@@ -307,6 +307,71 @@ def test_the_evidence_is_that_of_the_runs():
             assert found == ([] if kl == "–" else [pytest.approx(float(kl), rel=0.06, abs=5.1e-7)]), (target, method)
 
 
+def table_below(page, heading):
+    """The cells of the first table below a heading of a page, row by row without the header; bold is dropped."""
+    text = PAGES[ROOT / "docs" / page].partition(f"## {heading}\n")[2]
+    lines = re.search(r"^(\|.*\|\n)+", text, re.MULTILINE)[0].replace("**", "").splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+
+
+def shows(cell, values):
+    """Whether a cell is the one value, rounded, or the range of several; a dash if there is none."""
+    bounds = [min(values), max(values)] if len(values) > 1 else values
+    shown = [] if cell == "–" else cell.split(" to ")
+    return shown == [f"{value:.{len(text.partition('.')[2])}f}" for value, text in zip(bounds, shown, strict=True)]
+
+
+def test_the_ablation_of_the_evidence_is_the_committed_one():
+    runs = (
+        pd.read_csv(ROOT / "results" / "ablation" / "ablation.csv")
+        .fillna({"options": ""})
+        .query("data == 'imagenette'")
+    )
+    plus = [[value] for value in ("", "proportional_attention=False", "linkage=mean")]
+    features = ["similarity=euclidean", "similarity=manhattan", "similarity=kl", "features=keys"]
+    rows = [("dhtm", "4,7,11", [""]), ("dhtm", "4,7,11", ["proportional_attention=True"])]
+    rows += [("dhtm_plus", "all", options) for options in plus] + [("dhtm_plus", "4,7,10", [""])]
+    rows += [("dhtm_plus", "all", options) for options in (features, ["inflect=0"], ["connectivity=all"])]
+    (_, *targets), *shown = table_below("evidence.md", "Where it comes from")
+    for (method, layers, options), (label, *cells) in zip(rows, shown, strict=True):
+        for target, cell in zip(targets, cells, strict=True):
+            found = runs[runs.method.eq(method) & runs.layers.eq(layers) & runs.target.eq(float(target.rstrip("%")))]
+            assert shows(cell, found.kl[found.options.isin(options)].tolist()), (label, target)
+
+
+def test_the_miou_of_the_page_is_the_committed_one():
+    runs = pd.read_csv(ROOT / "results" / "dense" / "dense.csv")
+    names = {"DHTM+": "dhtm_plus", "DHTM+ threshold": "dhtm_threshold"}
+    (_, *methods), *rows = table_below("dense.md", "What merging costs a segmentation")
+    for target, *cells in rows:
+        for method, cell in zip(methods, cells, strict=True):
+            found = runs[runs.target.eq(float(target.rstrip("%"))) & runs.method.eq(names.get(method, method.lower()))]
+            assert shows(cell, found.miou.tolist()), (target, method)
+
+
+def test_the_thresholds_of_the_page_are_the_committed_ones():
+    runs = pd.read_csv(ROOT / "results" / "thresholds" / "thresholds.csv")
+    data = {"photographs": "imagenette", "embedded task": "digits"}
+    _, *rows = table_below("thresholds.md", "What it changes")
+    for (label, *_), row in zip(
+        [rows[i - i % 2] for i in range(len(rows))], rows, strict=True
+    ):  # a label is for two rows
+        method, where = label.split(", ")
+        found = runs[runs.data.eq(data[where]) & runs.target.eq(float(row[1].rstrip("%")))].set_index("label")
+        without, thresholds = found.loc[method], found.loc[f"{method}, thresholds"]
+        assert shows(row[2], [without.kl]) and shows(row[3], [thresholds.kl]), (label, row)
+        assert shows(row[4], [thresholds.kl_p]) or (row[4] == "<0.0001" and thresholds.kl_p < 0.0001), (label, row)
+
+
+def test_where_dhtm_is_better_than_lotm_and_tome_is_as_the_evidence_says():
+    folders = (EMBEDDED, ROOT / "results" / "imagenette" / "tables")
+    rows = pd.concat(pd.read_csv(folder / "table2.csv") for folder in folders)
+    rows = rows[rows.reference.eq("DHTM") & rows.method.isin(["LoTM", "ToMe OTS"]) & rows.p_holm.lt(0.05)]
+    (found,) = rows.itertuples()
+    assert (found.data, found.target, found.method, found.group) == ("digits", 40, "LoTM", "w/o train")
+    assert f"against {found.top1:.2f}%, {found.difference:+.2f} points" in PAGES[ROOT / "docs" / "evidence.md"]
+
+
 def test_the_configuration_page_names_every_choice():
     page = PAGES[ROOT / "docs" / "configuration.md"]
     for group in ("backbone", "data", "experiment", "method", "tracker"):
