@@ -135,11 +135,12 @@ def _flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """Return the FLOPs of a module for an input, under the key "", and those of all modules in it, by name."""
     with warnings.catch_warnings():  # fvcore compiles a loss when imported, in a way that PyTorch has deprecated
         warnings.simplefilter("ignore")
-        from fvcore.nn import FlopCountAnalysis  # imported here so that merging alone needs no fvcore
+        from fvcore.nn import FlopCountAnalysis, jit_handles  # imported here so that merging alone needs no fvcore
 
     count = FlopCountAnalysis(model, inputs).ancestor_mode("caller")
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     count.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+    count.set_op_handle("aten::rms_norm", jit_handles.norm_flop_counter(2))  # its third argument is the weight
     count.set_op_handle("dhtm::hierarchical_merge", _merge_flops)
     count.set_op_handle("dhtm::agglomerate", _agglomerate_flops)
     with torch.no_grad():

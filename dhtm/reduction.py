@@ -47,7 +47,8 @@ class Reduction:
         self.read_layers: set[int] = set()  # layers whose attention is read, so that all images are computed at once
         self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.thread = 0  # that started the last forward pass
+        self.thread: int | None = None  # that started the last forward pass; None if that was compiled code
+        self.attached = (reducer.schedule, reducer.n_prefix)
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
@@ -57,8 +58,12 @@ class Reduction:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         if getattr(patch_embed, "_is_replica", False):
             raise RuntimeError("the replicas of nn.DataParallel would share one state: use DistributedDataParallel")
-        if not torch.compiler.is_compiling():
-            self.thread = threading.get_ident()
+        if (self.reducer.schedule, self.reducer.n_prefix) != self.attached:
+            raise RuntimeError(
+                f"this {type(self.reducer).__name__} was since patched into a model with other layers or prefix tokens: give "
+                "each model a reducer of its own"
+            )
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         images = args[0]
         if images.dim() != 4:
             raise ValueError(f"a patched model takes images [B, C, H, W] of one size, not patches {list(images.shape)}")
@@ -71,8 +76,10 @@ class Reduction:
         self.regions = {0: Regions.identity(images.shape[0], grid, images.device)}
 
     def _require_own_thread(self) -> None:
-        # With gradients, checkpointing may run a layer again in a thread of autograd.
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and self.thread != threading.get_ident():
+        if torch.compiler.is_compiling() or self.thread in (None, threading.get_ident()):
+            return
+        # In a backward pass, checkpointing may run a layer again in a thread of autograd.
+        if torch._C._current_graph_task_id() == -1:
             raise RuntimeError("two threads use one patched model at the same time: give each a copy.deepcopy(model)")
 
     def regions_before(self, layer: int) -> Regions:
@@ -120,11 +127,11 @@ class Reduction:
         """Cut the regions after a layer to the longest image, and group images with similar numbers of tokens."""
         regions = self.regions[layer]
         lengths = regions.n_tokens_of_images.cpu()
-        longest, device = int(lengths.amax()), regions.sizes.device
+        longest, device = max(lengths.tolist(), default=1), regions.sizes.device
         self.regions[layer] = Regions(regions.assignment, regions.sizes[:, :longest], regions.grid)
         self.batches[layer] = None
         if (lengths < longest).any():
-            used = torch.arange(self.n_prefix + longest) < self.n_prefix + lengths[:, None]
+            used = torch.arange(self.n_prefix + longest, device="cpu") < self.n_prefix + lengths[:, None]
             rounded = (-(-lengths // _SIMILAR) * _SIMILAR).clamp(max=longest)
             groups = [(int(n), (rounded == n).nonzero()[:, 0].to(device)) for n in rounded.unique()]
             self.batches[layer] = _UnevenBatch(used.flatten().nonzero()[:, 0].to(device), groups)
@@ -157,13 +164,16 @@ class Reduction:
         rows = x.flatten(0, 1)
         return rows.index_add(0, uneven.used, branch(rows[uneven.used]).to(x.dtype)).view_as(x)
 
-    def fill_up(self, norm: nn.Module, args: tuple[Tensor, ...], x: Tensor, first: int) -> Tensor:
+    def fill_up(self, model: nn.Module, norm: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> Tensor:
         """Replace the zeros that fill up images by the mean of the image's own tokens, so that pooling is not affected.
 
         Args:
+            model: says what it pools now; ``reset_classifier`` may have changed it since it was patched.
             x: the normalised tokens, the output of ``norm``; this is its forward hook.
-            first: the first token that is pooled.
         """
+        if model.global_pool == "token":
+            return x
+        first = 0 if getattr(model, "pool_include_prefix", False) else self.n_prefix
         sizes = self.regions[max(self.regions)].sizes
         used = torch.cat([sizes.new_ones(sizes.shape[0], self.n_prefix), sizes], dim=1)[:, first:, None] > 0
         mean = (x[:, first:] * used).sum(dim=1, keepdim=True) / used.sum(dim=1, keepdim=True)

@@ -114,9 +114,8 @@ def patch(model: ViT, reducer: Reducer, rope: str = "unit") -> ViT:
     rotary = getattr(model, "rope", None) is not None
     reduction = Reduction(reducer, layers, model.num_prefix_tokens, rope if rotary else None)
     reduction.hooks.append(_embedding(model).register_forward_pre_hook(reduction.start))
-    if reducer.adaptive and model.global_pool != "token":
-        first = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
-        reduction.hooks.append(model.norm.register_forward_hook(functools.partial(reduction.fill_up, first=first)))
+    if reducer.adaptive:
+        reduction.hooks.append(model.norm.register_forward_hook(functools.partial(reduction.fill_up, model)))
     for layer, block in enumerate(model.blocks, start=1):
         # A bias, rotations, and different numbers of tokens per image also affect the attention of later layers.
         later = reducer.proportional_attention or reducer.adaptive or rotary
@@ -166,9 +165,9 @@ def _forward_intermediates(
 ) -> Any:
     """Run timm's method of this name, which its other feature interfaces call; every patch gets the token that it is in."""
     plain = type(model).forward_intermediates
-    options = {"return_prefix_tokens": True, "norm": norm, "stop_early": stop_early, "output_fmt": "NLC"}
-    final, found = plain(model, x, indices, **options, **kwargs)
     n_prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    options = {"return_prefix_tokens": n_prefix > 0, "norm": norm, "stop_early": stop_early, "output_fmt": "NLC"}
+    final, found = plain(model, x, indices, **options, **kwargs)
     if indices is None or isinstance(indices, int):
         taken = range(depth - (indices or depth), depth)
     else:

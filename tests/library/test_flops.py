@@ -57,6 +57,14 @@ def test_count_does_not_depend_on_how_the_model_runs(change):
     assert dhtm.count_flops(model.train(change == "train")) == expected
 
 
+def test_norms_of_either_kind_count_the_same():
+    counts = []
+    for norm in ("layernorm", "rmsnorm"):
+        model = timm.create_model("deit_tiny_patch16_224", depth=2, norm_layer=norm, qk_norm=True)
+        counts.append(dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=20, layers=(2,)))))
+    assert counts[0] == counts[1]
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = dhtm.patch(build("112"), dhtm.DHTM(k=20, layers=(2, 3))).train()
     model(torch.randn(2, 3, 112, 112))

@@ -37,6 +37,19 @@ def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
         assert torch.equal(dhtm.regions(model).assignment[0], assignment[image])
 
 
+def test_the_pooling_may_change_after_patching_and_a_batch_may_be_empty():
+    before, after = build("112"), build("112")
+    images = images_for(before, 3)
+    before.reset_classifier(7, "avg")
+    for model in (before, after):
+        dhtm.patch(model, dhtm.DHTM(threshold=0.8, layers=(2, 4)))
+    after.reset_classifier(7, "avg")
+    after.head.load_state_dict(before.head.state_dict())
+    assert torch.equal(logits(after, images), logits(before, images))
+    assert len(dhtm.regions(after).n_tokens_of_images.unique()) > 1
+    assert logits(after, images[:0]).shape == (0, 7)
+
+
 @pytest.mark.parametrize("connectivity", [8, "all"])
 def test_an_image_costs_what_it_costs_with_as_many_merges(connectivity):
     model, options, expected = build("deit_tiny_distilled"), {"layers": (2, 3, 5), "connectivity": connectivity}, []

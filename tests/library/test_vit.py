@@ -1,6 +1,7 @@
 """dhtm.patch on the models it promises to work for."""
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -99,24 +100,43 @@ def test_wrong_use_is_explained():
         model(images_for(model), attn_mask=torch.zeros(197, 197))
 
 
-def test_threads_that_share_a_model_are_refused():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_threads_that_share_a_model_are_refused(gradients):
     """A forward pass in another thread, in the middle of one, would change the regions under its feet."""
-    model = dhtm.patch(build("deit_tiny"), dhtm.DHTM(k=20, layers=(2, 4)))
-    mine, other = images_for(model, seed=1), images_for(model, batch=3, seed=2)
-    expected = [logits(model, images) for images in (mine, other)]
+    model = dhtm.patch(build("112"), dhtm.DHTM(k=15, layers=(2, 4)))
+    mine, other = images_for(model, seed=1), images_for(model, seed=2)
+    run = (lambda images: model(images).detach()) if gradients else functools.partial(logits, model)
+    expected = [run(images) for images in (mine, other)]
     with ThreadPoolExecutor(1) as thread:
-        assert torch.equal(thread.submit(logits, model, mine).result(), expected[0]), "one after the other is fine"
+        assert torch.equal(thread.submit(run, mine).result(), expected[0]), "one after the other is fine"
         results = []
 
         def interrupt(*_):
             handle.remove()
-            results.append(thread.submit(logits, model, other).result())
+            results.append(thread.submit(run, other).result())
 
         handle = model.blocks[2].register_forward_hook(interrupt)
         with pytest.raises(RuntimeError, match=r"two threads use one patched model .* copy.deepcopy\(model\)"):
-            logits(model, mine)
+            run(mine)
     assert torch.equal(results[0], expected[1])
-    assert torch.equal(logits(model, mine), expected[0])
+    assert torch.equal(run(mine), expected[0])
+
+
+def test_a_backward_pass_may_run_checkpointed_layers_again_in_another_thread():
+    model = dhtm.patch(build("112").train(), dhtm.DHTM(k=15, layers=(2, 4)))
+    model.set_grad_checkpointing()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(model(images_for(model)).sum().backward).result()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_models_of_unlike_layers_cannot_share_a_reducer():
+    """The reducer counts the layers of the model that it was last patched into."""
+    reducer, deep = dhtm.DHTMPlus(30), build("112")
+    for model in (deep, build("112", depth=4)):
+        assert logits(dhtm.patch(model, reducer), images_for(model)).shape == (2, 1000)
+    with pytest.raises(RuntimeError, match="give each model a reducer of its own"):
+        logits(deep, images_for(deep))
 
 
 def test_patch_dropout_is_refused_while_training():
@@ -150,6 +170,14 @@ def test_feature_interfaces_give_full_grids(name):
     assert model.forward_intermediates(images)[0].shape[1] == 196 + model.num_prefix_tokens
     dhtm.unpatch(model)
     assert model.forward_intermediates.__func__ is type(model).forward_intermediates
+
+
+def test_features_of_an_eva_model_without_prefix_tokens():
+    model = build("perception encoder", class_token=False)
+    images = images_for(model)
+    final, (grid,) = model.forward_intermediates(images, [1])
+    dhtm.patch(model, dhtm.DHTM(k=0, layers=(2,)))
+    torch.testing.assert_close(model.forward_intermediates(images, [1]), (final, [grid]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
