@@ -24,14 +24,16 @@ class Gather(dhtm.Reducer):
         return new, regions.merge(token_map, tokens.shape[1] - 20)
 
 
-@pytest.mark.parametrize(("needs", "proportional"), [({"keys"}, False), ({"cls"}, True), ({"received", "cls"}, True)])
+@pytest.mark.parametrize(
+    ("needs", "proportional"), [({"keys", "received", "output"}, False), ({"cls"}, True), ({"received", "cls"}, True)]
+)
 @pytest.mark.parametrize("position", ["after_attention", "before_block"])
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "q/k norm, average pooling", "eva without rotations"])
 def test_a_reducer_sees_the_last_attention(name, position, needs, proportional):
     """Prefix tokens pay attention too; in a model without CLS its attention is that of all tokens."""
     model, inputs = build(name), []
     before = position == "before_block"
-    reducer = Gather(position, needs if before else {"output", *needs}, proportional)
+    reducer = Gather(position, needs - {"output"} if before else needs, proportional)
     dhtm.patch(model, reducer)
     for block in model.blocks:
         block.attn.register_forward_hook(lambda module, args, output: inputs.append((module, args[0], output)))
