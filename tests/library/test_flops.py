@@ -23,11 +23,17 @@ def closed_form(width, in_attention, in_mlp):
     return flops
 
 
+def without_weights(name):
+    """A model whose numbers are whatever memory holds: drawing those of DeiT-Base takes seconds."""
+    with torch.device("meta"):
+        return timm.create_model(f"{name}_patch16_224").to_empty(device="cpu")
+
+
 @pytest.mark.parametrize("name", DEIT)
 def test_count_is_the_published_one_and_the_closed_form(name):
-    (width, gflops), model = DEIT[name], timm.create_model(f"{name}_patch16_224")
+    (width, gflops), model = DEIT[name], without_weights(name)
     assert round(dhtm.count_flops(model).total / 1e9, 4) == gflops
-    for k, layers in ((0, (4, 7, 11)), (56, (4, 7, 11)), (40, (4, 7, 10))):
+    for k, layers in ((0, (4, 7, 11)), (40, (4, 7, 10))):
         dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
         left = [196 - k * sum(layer >= merging for merging in layers) for layer in range(13)]
         count, expected = dhtm.count_flops(model), closed_form(width, left[:-1], left[1:])
@@ -43,18 +49,17 @@ def test_layers_add_up():
     assert count.by_layer[0] > count.by_layer[4] > count.by_layer[7] > count.by_layer[11]
 
 
-@pytest.mark.parametrize("change", ["backend", "unfused", "bfloat16", "train", "proportional"])
-def test_count_does_not_depend_on_how_the_model_runs(change):
-    options = {"backend": {"backend": "reference"}, "proportional": {"proportional_attention": True}}.get(change, {})
-    model = timm.create_model("deit_tiny_patch16_224", depth=4)
-    expected = dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=20, layers=(2, 3))))
-    dhtm.unpatch(model)
-    dhtm.patch(model, dhtm.DHTM(k=20, layers=(2, 3), **options))
-    if change == "unfused":
-        for block in model.blocks:
-            block.attn.fused_attn = False
-    model = model.to(torch.bfloat16) if change == "bfloat16" else model
-    assert dhtm.count_flops(model.train(change == "train")) == expected
+def test_count_does_not_depend_on_how_the_model_runs():
+    model, counts = build("112"), []
+    for options in ({}, {"backend": "reference"}, {"proportional_attention": True}):
+        counts.append(dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3), **options))))
+        dhtm.unpatch(model)
+    dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    for change in (torch.nn.Module.eval, torch.nn.Module.train, torch.nn.Module.bfloat16):
+        counts.append(dhtm.count_flops(change(model)))
+    assert counts == [counts[0]] * 6
 
 
 def test_norms_of_either_kind_count_the_same():

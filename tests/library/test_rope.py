@@ -31,8 +31,9 @@ def rotation(table, patches, rope):
     return mean
 
 
-@pytest.mark.parametrize("rope", ["unit", "mean"])
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize(
+    ("name", "rope"), [*((name, "unit") for name in ROTARY), ("rope, mixed axes for each head", "mean")]
+)
 def test_the_forward_written_out_token_by_token(name, rope):
     model = build(name)
     images = images_for(model, batch=1)

@@ -8,12 +8,25 @@ import pandas as pd
 
 from dhtm.harness.runs.dense import segmentation
 from dhtm.harness.runs.metrics import faithfulness
+from dhtm.report import table1
 
 KS = [0, 10, 20, 30, 40, 48, 56]
 
 
+def without_counting(monkeypatch):
+    """Give Table 1 made-up GFLOPs: counting those of DeiT takes seconds."""
+
+    def gflops(backbone, ks):
+        return {layers: [len(backbone) - k * sum(layers) / 1000 for k in ks] for layers in table1.SCHEDULES}
+
+    monkeypatch.setattr(table1, "gflops", gflops)
+
+
 def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None, **changes):
-    """Write a finished run's metrics.json; its predictions too, if ``correct`` has one bool per image, and ``kl`` a number."""
+    """Write a finished run's metrics.json; its predictions too, if ``correct`` has one bool per image, and ``kl`` a number.
+
+    Without predictions ``kl`` is the mean.
+    """
     k, knobs = changes.pop("k", 40), changes.pop("knobs", {})
     if changes.get("method", "dhtm") in ("dhtm", "random"):
         options = {"connectivity": 8, "similarity": "cosine", "linkage": "mean", "features": "tokens"}
@@ -28,6 +41,8 @@ def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None
         "code_version": "2" * 64, "library_version": "5" * 64, "versions": {},
         "finished": f"2026-01-01T00:{number % 60:02d}:00+00:00",
     }  # fmt: skip
+    if correct is None and kl is not None:
+        changes = {"kl": kl, "kl_ci95": [0.9 * kl, 1.1 * kl]} | changes
     path = folder / metrics["run_id"]
     path.mkdir(parents=True)
     if correct is not None:

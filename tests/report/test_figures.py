@@ -28,7 +28,8 @@ def runs_over_targets(folder, targets=TARGETS, **changes):
             top1 = 90 - i - j / 10
             layers = "all" if series.layers == "all" else [int(layer) for layer in series.layers.split(",")]
             numbers = {"top1": top1, "top1_ci95": [top1 - 0.7, top1 + 0.5], "flops_reduction_pct": target + i / 10}
-            settings = {"layers": layers, "trained": series.trained} | numbers | changes
+            kl = None if series.trained else 0.01 * (i + 1) * (j + 1)
+            settings = {"layers": layers, "trained": series.trained, "kl": kl} | numbers | changes
             write_solved_run(folder, 100 * i + j, series.method, target, **settings)
     write_solved_run(folder, 99_000, "unmerged", top1=95.0, **changes)
     return load_runs(folder)
@@ -50,9 +51,10 @@ def require_colours(figure, path, methods):
 def test_a_panel_of_figure_1_has_the_numbers_of_the_runs(tmp_path):
     write_run(tmp_path, 5000, k=40, top1=10.0)  # for no target
     figure = figure1(runs_over_targets(tmp_path))
-    ax, paper = figure.axes
+    ax, ax_kl, paper, zoom = figure.axes
     assert ax.get_title() == "deit_micro (embedded), digits\n2,000 images, 95% intervals"
     drawn, looks = lines_of(ax), set()
+    kls = {label: bars.lines[0].get_ydata().tolist() for label, bars in lines_of(ax_kl).items()}
     assert drawn.keys() == DRAWN.keys()
     for i, (label, series) in enumerate(DRAWN.items()):
         line, _, (bars,) = drawn[label].lines
@@ -62,7 +64,13 @@ def test_a_panel_of_figure_1_has_the_numbers_of_the_runs(tmp_path):
         assert (low, high) == pytest.approx((90 - i - 0.7, 90 - i + 0.5))
         assert line.get_color() == METHODS[series.method].colour
         looks.add((line.get_color(), line.get_linestyle(), line.get_marker()))
+        kl = [] if series.trained else [0.01 * (i + 1) * (j + 1) for j in range(len(TARGETS))]
+        assert kls[label] == pytest.approx(kl), "a trained model is compared with nothing"
     assert len(looks) == len(DRAWN), "no two series look alike"
+    assert lines_of(zoom).keys() == DRAWN.keys() and zoom.get_ylim() == (93, 96)
+    (text,) = figure.texts
+    said = text.get_text().replace("\n", " ")
+    assert "DPC-KNN changes the outputs least (KL 0.12 nats, top-1 86.8%), DHTM+ threshold most" in said
     assert 95 in [line.get_ydata()[0] for line in ax.get_lines() if len(set(line.get_ydata())) == 1], (
         "the unmerged model"
     )
@@ -88,7 +96,9 @@ def test_every_method_has_a_colour_of_its_own():
 
 
 def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
-    runs = runs_over_targets(tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000)
+    runs = runs_over_targets(
+        tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000, kl=None
+    )
     (ax,) = figure1(runs).axes
     assert ax.get_title() == "DeiT-Small, ImageNet-1K\n50,000 images, 95% intervals"
     assert len(ax.containers) == len(DRAWN)
@@ -106,12 +116,15 @@ def test_untrained_methods_are_not_drawn_and_unknown_ones_are(tmp_path):
 
 def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
     for number, k in enumerate(KS):
-        write_run(tmp_path, number, k=k)
-        write_run(tmp_path, 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0])
+        write_run(tmp_path, number, k=k, kl=k / 1000)
+        write_run(tmp_path, 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0], kl=k * k / 1000)
         write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet")
     figure = figure4(load_runs(tmp_path))
-    ax, paper = figure.axes
+    ax, ax_kl, paper = figure.axes
     assert ax.get_title().startswith("deit_micro (embedded), digits\n2,000 images")
+    (text,) = figure.texts
+    assert text.get_text().endswith("random merging has 10 to 56 times the KL of DHTM at the same k.")
+    assert all(len(bars.lines[0].get_xdata()) == 6 for bars in lines_of(ax_kl).values()), "0 has no logarithm"
     drawn = {label: container.lines[0].get_ydata().tolist() for label, container in lines_of(ax).items()}
     assert drawn == {"DHTM": [90] * 7, "random merging": [80] * 7}
     assert [text.get_text() for text in paper.get_legend().get_texts()] == [

@@ -7,9 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from made_up import write_solved_run
+from made_up import without_counting, write_solved_run
 
-from dhtm.report import table1 as table1_module
 from dhtm.report.report import report
 
 BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -30,10 +29,8 @@ def page(tmp_path_factory):
     overrides = [["method=sit", "seed=0"], ["method=lotm", "seed=0"]]
     (sweep / "sweep.json").write_text(json.dumps({"command": "evaluate -m", "runs": overrides}))
     (sweep / "001.json").write_text(json.dumps({"state": "skipped", "reason": "out of reach"}))
-    with pytest.MonkeyPatch.context() as patch:  # without counting the FLOPs of DeiT 42 times
-        patch.setattr(
-            table1_module, "gflops", lambda backbone, ks: dict.fromkeys(table1_module.SCHEDULES, [1.0] * len(ks))
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        without_counting(patch)
         report(folder / "runs", folder / "out")
     return folder / "out" / "report.html"
 

@@ -6,24 +6,18 @@ import pandas as pd
 import pytest
 import timm
 from conftest import ROOT
-from made_up import KS, write_run
+from made_up import KS, without_counting, write_run
 
 import dhtm
 from dhtm.harness.core.errors import UserError
-from dhtm.report import table1 as table1_module
 from dhtm.report.report import report
 from dhtm.report.runs import load_runs, read_published
-from dhtm.report.table1 import gflops
+from dhtm.report.table1 import gflops, table1
 
 
 @pytest.fixture(autouse=True)
-def closed_form(monkeypatch):
-    """Counting the FLOPs of DeiT 42 times takes seconds."""
-
-    def gflops(backbone, ks):
-        return {layers: [len(backbone) - k * sum(layers) / 1000 for k in ks] for layers in table1_module.SCHEDULES}
-
-    monkeypatch.setattr(table1_module, "gflops", gflops)
+def fast(monkeypatch):
+    without_counting(monkeypatch)
 
 
 def test_flops_of_the_published_backbones_are_counted():
@@ -38,7 +32,7 @@ def test_our_runs_stand_beside_the_published_numbers(tmp_path):
     write_run(tmp_path, 1000, k=40, backbone="deit_small", data="imagenet", **numbers)
     for number, k in enumerate(KS):
         write_run(tmp_path, number, k=k)
-    table = table1_module.table1(load_runs(tmp_path))
+    table = table1(load_runs(tmp_path))
     deit = table.data[table.data.data == "imagenet"].set_index(["backbone", "k"])
     row = deit.loc["deit_small", 40]
     assert (row.published_top1, row.top1_difference) == (79.46, pytest.approx(-0.06))

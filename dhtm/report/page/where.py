@@ -1,14 +1,13 @@
-"""Where the accuracy goes: by class, by image, and between methods."""
+"""Where the accuracy goes: by class and by image."""
 
 import io
-from itertools import combinations_with_replacement, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import cohen_kappa_score
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
@@ -36,8 +35,8 @@ MAX_METHODS = 6  # side by side
 
 def where_it_goes(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str, Any] | None:
     """Return what to show of a backbone on a data set: tables by caption, and pictures; None if there is nothing."""
-    target, frame = methods_at_one_cost(runs, pair)
-    if target is None or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
+    frame = methods_at_one_cost(runs, pair)
+    if frame.empty or not all((results_dir / run_id / "predictions.parquet").exists() for run_id in frame.run_id):
         return None
     merged = frame[frame.method != "unmerged"]
     found = {run.label: predictions(results_dir / run.run_id) for run in frame.itertuples()}
@@ -52,7 +51,6 @@ def where_it_goes(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str
             parts["Flips: won if only the merged model is right, lost if only the unmerged model is"] = flips(of_merged)
             first = merged.label.iloc[0]
             notable = {image: f"with {words} under {first}" for image, words in notable_images(found[first]).items()}
-    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
     pictures, reason = [], ""
     try:
         models, split, data = _load(merged, results_dir)
@@ -64,7 +62,7 @@ def where_it_goes(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str
             parts["Top-1 by the number of tokens that the digit is in, % (images)"] = by_regions(found, kept)
     except UserError as error:
         reason = str(error)
-    title = f"{title_of(*pair)}, {target}% fewer FLOPs"
+    title = f"{title_of(*pair)}, {frame.target.max():g}% fewer FLOPs"
     return {"title": title, "tables": parts, "pictures": pictures, "reason": reason}
 
 
@@ -95,22 +93,16 @@ def _pictures(
     return pictures
 
 
-def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> tuple[int | None, pd.DataFrame]:
-    """Return the target with most methods, and the off-the-shelf runs that were solved for it, the unmerged one first.
-
-    The target is None if no run was solved for one.
-    """
-    found = {target: at_target(runs, *pair, target) for target in TARGETS}
-    found = {
-        target: frame[~frame.trained.astype(bool) & ~frame.untrained.astype(bool)] for target, frame in found.items()
-    }
-    target = max(found, key=lambda target: found[target].target.notna().sum())
-    frame = found[target]
+def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """Return the off-the-shelf runs solved for the target with most methods, the unmerged one first; none without a target."""
+    found = [at_target(runs, *pair, target) for target in TARGETS]
+    found = [frame[~frame.trained.astype(bool) & ~frame.untrained.astype(bool)] for frame in found]
+    frame = max(found, key=lambda frame: frame.target.notna().sum())
     if not frame.target.notna().any() or not (frame.method == "unmerged").any():
-        return None, frame
+        return frame.head(0)
     frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
     places = {method: place for place, method in enumerate(METHODS)}  # those of unknown methods are the last
-    return target, frame.sort_values("method", key=lambda methods: methods.map(places), kind="stable")
+    return frame.sort_values("method", key=lambda methods: methods.map(places), kind="stable")
 
 
 def by_class(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -163,14 +155,6 @@ def notable_images(of_run: pd.DataFrame) -> dict[int, str]:
 def _flips(of_run: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     was_right = of_run.unmerged_class == of_run.label
     return of_run.correct & ~was_right, ~of_run.correct & was_right
-
-
-def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return Cohen's kappa of the best classes of every two methods: 1 if they always agree, 0 if as often as by chance."""
-    table = pd.DataFrame("", index=list(found), columns=list(found))
-    for a, b in combinations_with_replacement(found, 2):
-        table.loc[b, a] = number(cohen_kappa_score(found[a].class_1, found[b].class_1), 3)
-    return table.rename_axis("kappa").reset_index()
 
 
 @torch.inference_mode()
