@@ -41,3 +41,10 @@ def test_flips_are_won_and_lost():
     words = "the greatest KL among the flips"
     assert where.notable_images(of_run) == {3: "the greatest KL", 2: f"{words} won", 4: f"{words} lost"}
     assert where.notable_images(of_run.iloc[:1]) == {0: "the greatest KL"}
+
+
+def test_agreement_between_methods_is_beyond_chance():
+    found = {"a": pd.DataFrame({"class_1": [0, 0, 1, 1]}), "b": pd.DataFrame({"class_1": [0, 1, 1, 1]})}
+    table = where.agreement_between(found).set_index("kappa")
+    # They agree on 3 of 4 images; by chance they would on 1/2 · 1/4 + 1/2 · 3/4 = 1/2 of them.
+    assert (table.loc["a", "a"], table.loc["b", "a"], table.loc["a", "b"]) == ("1.000", "0.500", "")

@@ -1,13 +1,14 @@
-"""Where the accuracy goes: by class and by image."""
+"""Where the accuracy goes: by class, by image, and between methods."""
 
 import io
-from itertools import pairwise
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import cohen_kappa_score
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 
@@ -51,6 +52,7 @@ def where_it_goes(runs: pd.DataFrame, pair: Pair, results_dir: Path) -> dict[str
             parts["Flips: won if only the merged model is right, lost if only the unmerged model is"] = flips(of_merged)
             first = merged.label.iloc[0]
             notable = {image: f"with {words} under {first}" for image, words in notable_images(found[first]).items()}
+    parts["Agreement of the best classes beyond chance (Cohen's kappa)"] = agreement_between(found)
     pictures, reason = [], ""
     try:
         models, split, data = _load(merged, results_dir)
@@ -155,6 +157,14 @@ def notable_images(of_run: pd.DataFrame) -> dict[int, str]:
 def _flips(of_run: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     was_right = of_run.unmerged_class == of_run.label
     return of_run.correct & ~was_right, ~of_run.correct & was_right
+
+
+def agreement_between(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return Cohen's kappa of the best classes of every two methods: 1 if they always agree, 0 if as often as by chance."""
+    table = pd.DataFrame("", index=list(found), columns=list(found))
+    for a, b in combinations_with_replacement(found, 2):
+        table.loc[b, a] = number(cohen_kappa_score(found[a].class_1, found[b].class_1), 3)
+    return table.rename_axis("kappa").reset_index()
 
 
 @torch.inference_mode()
