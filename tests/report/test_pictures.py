@@ -121,7 +121,7 @@ def test_a_strip_is_the_image_and_the_regions_after_each_layer(image):
 def test_a_strip_is_as_wide_as_the_model_sees_the_image(image):
     model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=(64, 128), num_classes=2).double()
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 128)}
-    figure = draw_strips([("wide", dhtm.patch(model, dhtm.DHTM(k=5, layers=(2,))))], image)
+    figure = draw_strips([("wide", dhtm.patch(model, dhtm.DHTM(k=5, layers=(2,), backend="torch")))], image)
     assert [ax.get_xlabel() for ax in figure.axes] == ["32 patches", "27 tokens"]
     assert [ax.images[0].get_array().shape for ax in figure.axes] == [(256, 512, 3)] * 2
 
