@@ -48,7 +48,6 @@ class Reduction:
         self.batches: dict[int, _UnevenBatch | None] = {}  # after each layer that reduces by a threshold
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.thread: int | None = None  # that started the last forward pass; None if that was compiled code
-        self.attached = (reducer.schedule, reducer.n_prefix)
 
     def __getstate__(self) -> dict:
         # A copy has seen no image. The last forward's tensors may be those of a trace, which cannot be copied.
@@ -58,7 +57,7 @@ class Reduction:
         """Start a forward pass, before the patch embedding: every patch is a token."""
         if getattr(patch_embed, "_is_replica", False):
             raise RuntimeError("the replicas of nn.DataParallel would share one state: use DistributedDataParallel")
-        if (self.reducer.schedule, self.reducer.n_prefix) != self.attached:
+        if (self.reducer.schedule, self.reducer.n_prefix) != (self.layers, self.n_prefix):
             raise RuntimeError(
                 f"this {type(self.reducer).__name__} was since patched into a model with other layers or prefix tokens: give "
                 "each model a reducer of its own"
