@@ -78,7 +78,7 @@ def clusterings(draw):
     return features.astype(np.float32), draw(st.integers(0, n - 1)), draw(st.sampled_from(LINKAGES))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(clusterings(), st.sampled_from(BACKENDS))
 def test_ties_go_to_the_first_pair(case, backend):
     features, k, linkage = case

@@ -28,7 +28,7 @@ def density_peaks(tokens, m, neighbours):
     return centres, [i if i in centres else min(centres, key=lambda c: distance[i][c]) for i in range(n)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(1, 24),
     share=st.floats(0, 1),

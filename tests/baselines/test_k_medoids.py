@@ -32,7 +32,7 @@ def k_medoids(tokens, weights, m, rounds, cost_is):
     return medoids, join()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(1, 24),
     share=st.floats(0, 1),

@@ -1,11 +1,11 @@
-"""ToMe against a literal statement of bipartite soft matching over the full sequence."""
+"""ToMe against a literal statement of bipartite soft matching over the full sequence, alone and in whole models."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import build, check_step, unequal_regions
+from networks import build, check_model, check_step, unequal_regions
 
 import dhtm
 from baselines import ToMe
@@ -45,6 +45,11 @@ def test_one_step(n, n_prefix, r, seed):
     groups = [soft_matching(image.double().mean(0).numpy(), n_prefix, r)[n_prefix:] for image in keys]
     groups = [[[position - n_prefix for position in group] for group in image] for image in groups]
     check_step(tome, tokens, regions, Attention(1, keys=keys[:, :, n_prefix:]), groups)
+
+
+@pytest.mark.parametrize(("r", "proportional"), [(8, True), (13, True), (13, False)])
+def test_the_whole_model_gives_the_logits_of_the_written_out_one(r, proportional):
+    check_model(ToMe(r, proportional_attention=proportional), lambda layer, keys: soft_matching(keys, 2, r), depth=12)
 
 
 @pytest.mark.parametrize(

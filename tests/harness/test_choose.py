@@ -84,7 +84,7 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
     assert missed in choice_table(frame, [missed], bounded).markdown()
 
 
-def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, coarse, monkeypatch):
+def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch):
     """One image takes 100 ms by the unmerged model, and half a millisecond less for each k; later all take twice as long."""
     load = itertools.chain([1], itertools.repeat(2))
 
@@ -93,11 +93,10 @@ def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, coarse, mon
         frame = pd.DataFrame({"method": ["unmerged", *benchmark.methods], "latency_speedup": 100 / ms})
         return frame.assign(latency_ms=ms * next(load), speedup=1.0, speedup_q1=1.0, speedup_q3=1.0, images_per_s=1.0)
 
-    monkeypatch.setattr(module, "STEP", 20)
+    monkeypatch.setattr(module, "STEP", 30)
     monkeypatch.setattr(module, "time_methods", time_methods)
-    frame, chosen, _ = choose(on_digits("max_latency_ms=80", "data.limit=2"))
-    less, more = sorted(frame[frame.part == "choose"].value)
-    assert 100 - less / 2 > 80 > 100 - more / 2 and chosen["dhtm"].setting == more
+    _, chosen, _ = choose(on_digits("max_latency_ms=90.3", "data.limit=2"))
+    assert chosen["dhtm"].setting == 20
 
 
 def test_the_script_compares_methods_on_any_folder_of_images(composed, photos, coarse, caplog, tmp_path):
@@ -139,7 +138,10 @@ def test_mistakes_get_one_line(on_digits, overrides, message):
 
 def test_the_line_of_python_has_the_options_that_are_not_defaults():
     method = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5], "linkage": "size"})
-    assert python_line(method) == "dhtm.patch(model, dhtm.DHTM(k=3, layers=(2, 5), linkage='size'))"
+    line = python_line(method)
+    assert line == "dhtm.patch(model, dhtm.DHTM(k=3, layers=(2, 5), linkage='size'))"
+    model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
+    exec(line)
 
 
 def test_thresholds_are_chosen_through_the_merges_they_make_on_average(on_digits, coarse):

@@ -83,6 +83,7 @@ def test_a_target_out_of_reach_raises_with_the_range(method):
         (["target.reduction_pct=30", "target.flops_g=0.1"], "give target.reduction_pct or target.flops_g, not both"),
         (["target.reduction_pct=-5"], "target.reduction_pct=-5: Input should be greater than or equal to 0"),
         (["target=30"], "target=30: it has keys of its own, set target.KEY=VALUE"),
+        (["target.reduction_pct=30", "method.layers=[4,7,13]"], r"layers=\[4, 7, 13\]: the model has layers 1 to 12"),
         (["target.reduction_pct=30", "backbone.architecture=resnet18"], "cannot patch a ResNet"),
     ],
 )

@@ -25,7 +25,7 @@ VALUES = [
 NAMES = ["abc", "''", "../..", "/dev/null", "ü", "${nothing}", "'a b'", "["]
 
 
-@pytest.mark.parametrize("n_commands", [5, pytest.param(300, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("n_commands", [12, pytest.param(300, marks=pytest.mark.stress)])
 def test_overrides(composed, script, tmp_path, n_commands):
     config = composed("target.reduction_pct=20", "data.limit=2")
     fixed = ["data.limit=2", "num_workers=0", "device=cpu"]
