@@ -1,5 +1,7 @@
 """Backbones and the files that their weights may come from."""
 
+import os
+
 import pytest
 import timm
 import torch
@@ -33,10 +35,19 @@ class Evil:
 
 
 def test_files_that_are_not_its_weights_are_refused_in_one_line(tmp_path):
-    for name, content in {"nothing.pth": {"epoch": 3}, "evil.pth": {"model": Evil(tmp_path / "executed")}}.items():
+    save_file(timm.create_model(ARCHITECTURE, num_classes=3).state_dict(), tmp_path / "cut.safetensors")
+    os.truncate(tmp_path / "cut.safetensors", 20_000)
+    contents = {
+        "other_head.pth": timm.create_model(ARCHITECTURE, num_classes=5).state_dict(),
+        "nothing.pth": {"epoch": 3},
+        "evil.pth": {"model": Evil(tmp_path / "executed")},
+    }
+    for name, content in contents.items():
         torch.save(content, tmp_path / name)
-        message = rf"^backbone.checkpoint={tmp_path / name}: not the weights of test_vit \(.*\); give .*num_classes .*$"
-        with pytest.raises(UserError, match=message) as error:
+    whys = {"other_head.pth": "size mismatch for head.weight", "nothing.pth": "Missing key"}
+    for name in (*contents, "cut.safetensors"):
+        refused = rf"^backbone.checkpoint={tmp_path / name}: not the weights of test_vit \(.*"
+        with pytest.raises(UserError, match=refused + whys.get(name, "") + r".*\); give .*num_classes .*$") as error:
             Backbone("own", ARCHITECTURE, 3, tmp_path / name).load()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists(), "a pickle was executed"

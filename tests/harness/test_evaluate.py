@@ -5,12 +5,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from processes import ROOT, start_script, wait_for
 from safetensors.torch import save_file
@@ -148,6 +151,28 @@ def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, 
     assert metrics["flops_g"] == dhtm.count_flops(model).total / 1e9
 
 
+def test_results_depend_neither_on_batch_size_nor_on_what_else_is_evaluated(evaluated, tmp_path):
+    for method in ("dhtm", "random"):
+        parts = []
+        for overrides in (["batch_size=1", "data.limit=6"], ["batch_size=7", "data.limit=16"]):
+            metrics = evaluated(f"method={method}", "method.k=56", "force=true", *overrides)
+            parts.append(read(metrics, tmp_path)[1][CLASSES][:6])
+        assert np.array_equal(*parts)
+
+
+def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
+    first = evaluated("data.limit=8", "batch_size=8")
+    file = tmp_path / "runs" / first["run_id"] / "metrics.json"
+    written = file.stat().st_mtime_ns
+    # The batch size is no part of what determines the result.
+    (file.parent / ".ipynb_checkpoints").mkdir()  # as somebody leaves who looks at the run in Jupyter
+    assert evaluated("data.limit=8", "batch_size=2") == first
+    assert file.stat().st_mtime_ns == written
+    forced = evaluated("data.limit=8", "force=true")
+    assert file.stat().st_mtime_ns > written
+    assert forced["run_id"] == first["run_id"]
+
+
 def test_a_run_id_has_what_determines_the_result_and_nothing_else(composed, tmp_path):
     changes = [
         "method.k=41", "method.layers=[4,7,10]", "data.limit=5", "dtype=bfloat16", "data.seed=1", "method=random",
@@ -241,6 +266,12 @@ def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
     )
     metrics = evaluated("method.k=40", "data.limit=4")
     assert {key: evaluate(run)[key] for key in ("run_id", "top1")} == {key: metrics[key] for key in ("run_id", "top1")}
+    settings, by_hydra = (
+        yaml.safe_load((tmp_path / folder / metrics["run_id"] / "config.yaml").read_text())
+        for folder in ("python", "runs")
+    )
+    assert settings["method"] == by_hydra["method"] and settings["method"]["layers"] == [4, 7, 11]
+    assert settings["data"]["limit"] == 4
 
 
 @pytest.mark.parametrize("warn_only", [False, True])
@@ -262,27 +293,33 @@ def test_exact_arithmetic_ends_with_the_forward_pass(warn_only, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_closed_pipe_ends_a_script_quietly(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    process = start_script("evaluate", "--help", stdout=tmp_path / "pipe", stderr=tmp_path / "errors")
-    (tmp_path / "pipe").open().close()  # as `head -0` does
-    process.join(60)
-    assert (process.exitcode, (tmp_path / "errors").read_text()) == (0, "")
+def test_a_closed_pipe_ends_a_script_quietly():
+    command = f"{sys.executable} scripts/evaluate.py --help | head -1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("Evaluate one backbone")
+    assert not result.stderr
 
 
 def test_damaged_metrics_are_named(evaluated, tmp_path):
     folder = tmp_path / "runs" / evaluated("data.limit=2")["run_id"]
-    (folder / ".ipynb_checkpoints").mkdir()  # as somebody leaves who looks at the run in Jupyter
     (folder / "metrics.json").write_text('{"top1": 9')
     with pytest.raises(UserError, match=r"metrics.json: damaged .*force=true"):
         evaluated("data.limit=2")
     assert evaluated("data.limit=2", "force=true")["n_images"] == 2
 
 
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(script):
-    result = script("evaluate", "batchsize=3")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.k=100"], r"error: backbone=deit_micro, method=dhtm: k=100 merges in layer 7.*\n"),
+        (["backbone=deit_huge"], r"error: .*Could not find 'backbone/deit_huge'.*\n"),
+        (["batchsize=3"], r"error: .*batchsize.* \(Key 'batchsize' is not in struct.*\)\n"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(script, overrides, message, tmp_path):
+    result = script("evaluate", *overrides, f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
     assert result.returncode == 1
-    assert re.fullmatch(r"error: .*batchsize.* \(Key 'batchsize' is not in struct.*\)\n", result.stderr)
+    assert re.fullmatch(message, result.stderr)
 
 
 def test_interrupting_with_ctrl_c(tmp_path):

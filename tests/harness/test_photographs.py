@@ -304,7 +304,9 @@ TURNED = Image.Exif()
 TURNED[0x0112] = 6
 KINDS = {  # that ImageNet has, or that users have; as files named .JPEG: mode, and options of saving
     "CMYK": ("CMYK", {}),  # ILSVRC2012_val_00019877 and others
+    "PNG of 16 bits": ("I;16", {"format": "PNG"}),
     "palette with transparency": ("P", {"format": "PNG", "transparency": bytes(range(256))}),
+    "grey with alpha": ("LA", {"format": "PNG"}),
     "turned by EXIF": ("RGB", {"exif": TURNED}),
     "broken EXIF": ("RGB", {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02\x01\x12\x00\x03"}),
 }
@@ -314,7 +316,9 @@ KINDS = {  # that ImageNet has, or that users have; as files named .JPEG: mode, 
 def test_odd_images_are_read_as_timm_reads_them(kind, tmp_path):
     mode, options = KINDS[kind]
     rng = np.random.default_rng(7)
-    image = Image.fromarray(rng.integers(0, 256, (45, 60, 3), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(rng.integers(0, 256, (45, 60, 3), dtype=np.uint8))
+    sixteen_bits = Image.fromarray(rng.integers(0, 2**16, (45, 60), dtype=np.uint16))
+    image = sixteen_bits if mode == "I;16" else image.convert(mode)
     (tmp_path / "val" / forms.CHOSEN[0]).mkdir(parents=True)
     image.save(tmp_path / "val" / forms.CHOSEN[0] / "odd.JPEG", **({"format": "JPEG"} | options))
     with warnings.catch_warnings():

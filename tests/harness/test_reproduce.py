@@ -66,8 +66,11 @@ def test_what_is_no_finished_run_is_refused(copy, script, tmp_path):
         reproduce(copy, "data.limit=59")
 
 
-def test_a_run_that_has_changed_is_not_believed(copy):
-    file = copy / "predictions.parquet"
-    file.write_bytes(file.read_bytes().replace(b"6", b"7", 1))
-    with pytest.raises(UserError, match=r"predictions.parquet: .*damaged \(it has changed since the run\).*force=true"):
+@pytest.mark.parametrize(
+    ("name", "why"), [("metrics.json", ""), ("predictions.parquet", r"\(it has changed since the run\)")]
+)
+def test_a_run_that_has_changed_is_not_believed(copy, name, why):
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-9] if name == "metrics.json" else content.replace(b"6", b"7", 1))
+    with pytest.raises(UserError, match=rf"{name}: .*damaged {why}.*force=true"):
         reproduce(copy)

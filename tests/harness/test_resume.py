@@ -43,7 +43,8 @@ def run(composed, tmp_path):
 def expected(composed, tmp_path_factory):
     """The predictions of a run that nothing disturbs."""
     results = tmp_path_factory.mktemp("runs")
-    evaluate(door.evaluation(composed(*RUN, f"results_dir={results}")))
+    metrics = evaluate(door.evaluation(composed(*RUN, f"results_dir={results}")))
+    assert (metrics["batch_size"], metrics["first_nonfinite"]) == (4, None)
     return read(results)
 
 

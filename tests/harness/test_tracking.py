@@ -278,6 +278,14 @@ def test_after_a_failure_nothing_more_is_logged(monkeypatch, caplog, tmp_path):
     assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
 
 
+@pytest.mark.parametrize(("broken", "folder"), [("wandb.init", None), ("wandb.Run.log", None), (None, "/proc/nowhere")])
+def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path, broken, folder):
+    if broken:
+        monkeypatch.setattr(broken, lambda *a, **o: 1 / 0)
+    log_epochs(2, mode="offline", dir=folder or tmp_path)
+    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
+
+
 def test_a_wandb_that_cannot_be_imported_and_pictures_that_fail_do_not_matter(tracked, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "wandb", None)

@@ -33,7 +33,7 @@ def without_weights(name):
 def test_count_is_the_published_one_and_the_closed_form(name):
     (width, gflops), model = DEIT[name], without_weights(name)
     assert round(dhtm.count_flops(model).total / 1e9, 4) == gflops
-    for k, layers in ((0, (4, 7, 11)), (40, (4, 7, 10))):
+    for k, layers in ((0, (4, 7, 11)), (56, (4, 7, 11)), (40, (4, 7, 10))):
         dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
         left = [196 - k * sum(layer >= merging for merging in layers) for layer in range(13)]
         count, expected = dhtm.count_flops(model), closed_form(width, left[:-1], left[1:])
@@ -55,10 +55,10 @@ def test_count_does_not_depend_on_how_the_model_runs():
         counts.append(dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3), **options))))
         dhtm.unpatch(model)
     dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
-    for block in model.blocks:
+    counts += [dhtm.count_flops(model.train()), dhtm.count_flops(model.eval().bfloat16())]
+    for block in model.float().blocks:
         block.attn.fused_attn = False
-    for change in (torch.nn.Module.eval, torch.nn.Module.train, torch.nn.Module.bfloat16):
-        counts.append(dhtm.count_flops(change(model)))
+    counts.append(dhtm.count_flops(model))
     assert counts == [counts[0]] * 6
 
 

@@ -26,9 +26,8 @@ NETWORKS = {  # parameters in the state dict, where reduction is before layers 2
     "TokenMergence": {f"views.{scale}.{kind}" for scale in (2, 4) for kind in ("weight", "bias")},
     "DPCKNN, weighted": {f"scores.{layer}.{kind}" for layer in (2, 4) for kind in ("weight", "bias")},
 }
-WIDE = (
-    "224x336"  # every method in one model, one in every model, and one that acts before the block in one with rotations
-)
+# Every method in one model, one in every model, and one that acts before the block in one with rotations.
+WIDE = "224x336"
 IN_MODELS = [(name, WIDE) for name in METHODS] + [("DHTM", model) for model in MODELS | ROTARY if model != WIDE]
 IN_MODELS += [("PatchMerger", "rope, mixed axes for each head")]
 
@@ -281,9 +280,11 @@ def test_squared_distances(dtype, accuracy):
         (dhtm.DHTM, {"threshold": 0.5, "mass": "size"}, "no scale"),
         (dhtm.DHTM, {"threshold": [0.5, 0.6], "layers": (1, 2, 3)}, "one for each of 3 layers"),
         (dhtm.DHTM, {"threshold": "high", "layers": (1, 2, 3)}, "give one number"),
+        (RandomMerge, {"k": 200, "layers": (2,)}, "k=200 merges in layer 2, but only N=196"),
         (RandomMerge, {"k": 2, "connectivity": 5}, "connectivity=5"),
         (RandomMerge, {"k": 2, "seed": "x"}, "seed='x'"),
         (RandomMerge, {"k": 2, "backend": "reference"}, "'reference': choose one of auto, torch, numba, triton"),
+        (LoTM, {"k": 183, "layers": (2,)}, "k=183 merges in layer 2, .*N=196 tokens .* in 14 rows, .*at most 182"),
         (LoTM, {"k": 100, "layers": (2, 4)}, "k=100 merges in layer 4, .*N=96 tokens .* in 14 rows, .*at most 82"),
         (ToMe, {"r": 2.5}, "r=2.5"),
         (ToMe, {"r": [8, -1]}, r"r=\[8, -1\]"),
@@ -291,6 +292,7 @@ def test_squared_distances(dtype, accuracy):
         (ToMe, {"r": [8, 8], "inflect": 0.5}, "inflect=0.5: it must be 0 where r is a list"),
         (ToMe, {"r": [59, 41], "layers": (2, 3, 4)}, r"r=\[59, 41\]: give one number for each of the 3 layers"),
         (PiToMe, {"ratio": 0.49}, "ratio=0.49"),
+        (PiToMe, {"ratio": float("nan")}, "ratio=nan"),
         (PiToMe, {"ratio": "0.9"}, "ratio='0.9'"),
         (PiToMe, {"schedule": "vit"}, "schedule='vit': choose one of 'deit', 'mae'"),
         (ATC, {"keep_rate": 1.5}, "keep_rate=1.5"),
@@ -300,6 +302,7 @@ def test_squared_distances(dtype, accuracy):
         (ATC, {"linkage": "ward"}, "linkage='ward'"),
         (ATC, {"backend": "reference"}, "backend="),
         (KMedoids, {"keep_rate": 0}, "keep_rate=0"),
+        (KMedoids, {"keep_rate": float("nan")}, "keep_rate=nan"),
         (KMedoids, {"keep_rate": "0.5"}, "keep_rate='0.5'"),
         (KMedoids, {"keep_rate": 0.05, "layers": (2, 4, 5)}, "keep_rate=0.05 leaves no token in layer 4"),
         (PatchMerger, {"keep_rate": 0.05, "layers": (2, 4, 5)}, "keep_rate=0.05 leaves no token in layer 4"),

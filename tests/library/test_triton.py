@@ -19,19 +19,19 @@ from dhtm.reducer import Attention
 DEVICE = WHERE["triton"]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(merges())
 def test_any_tokens(case):
     check_backend(case, "triton", DEVICE)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(draws())
 def test_random_draws(case):
     check_draws(case, "triton", DEVICE)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(clusterings())
 def test_agglomeration(case):
     features, k, linkage = case
@@ -40,11 +40,17 @@ def test_agglomeration(case):
     assert torch.equal(kernels.agglomerate(features.to(DEVICE), k, linkage, "triton").cpu(), expected)
 
 
-@pytest.mark.parametrize("connectivity", [8, "all"])
-@pytest.mark.parametrize("similarity", THRESHOLDS)
-def test_more_channels_than_a_block_has(similarity, connectivity):
+@pytest.mark.parametrize(
+    ("grid", "k", "similarity", "connectivity"),
+    [
+        *(((14, 14), 10, name, 8) for name in THRESHOLDS),
+        ((14, 14), 2, "cosine", "all"),
+        *(((3, 4), 6, name, "all") for name in THRESHOLDS),
+    ],
+)
+def test_more_channels_than_a_block_has(grid, k, similarity, connectivity):
     options = {"similarity": similarity, "connectivity": connectivity, "masses": None, "threshold": None}
-    check_backend((smooth(1, (3, 4), 192, seed=1), (3, 4), 6, options), "triton", DEVICE)
+    check_backend((smooth(1, grid, 192, seed=1), grid, k, options), "triton", DEVICE)
 
 
 @pytest.mark.parametrize("connectivity", [8, "all"])

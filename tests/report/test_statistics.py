@@ -87,7 +87,7 @@ def test_different_images_are_not_compared():
             compare(first, other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_rejects_what_the_stepwise_procedure_does(values):
     rejected = set()
@@ -100,7 +100,7 @@ def test_holm_rejects_what_the_stepwise_procedure_does(values):
     assert (corrected[:-1] >= values).all() and np.isnan(corrected.iloc[-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 120), st.data())
 def test_what_a_claim_allows_is_found_by_trying_all(n_images, data):
     right, other = (data.draw(st.integers(0, n_images)) for _ in range(2))
