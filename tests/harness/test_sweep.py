@@ -191,12 +191,10 @@ def test_slurm_gets_a_job_array(tmp_path):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(composed, name):
     config = composed(f"hydra/launcher={name}", return_hydra_config=True)
-    launcher = config.hydra.launcher
-    assert launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
-    launcher["_target_"] = "hydra_plugins.hydra_of_another_day.Launcher"
+    assert config.hydra.launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
     extra = "ray" if name == "ray" else "harness"
     with pytest.raises(UserError, match=rf"hydra/launcher={name}: .* not installed; pip install -e '.\[{extra}\]'"):
-        sweep._require_launcher(config.hydra)
+        sweep._require_launcher(name, "hydra_plugins.hydra_of_another_day.Launcher")
 
 
 def test_each_process_takes_the_gpu_that_fewest_others_have(tmp_path, monkeypatch):

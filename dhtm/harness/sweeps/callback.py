@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Sweep(Callback):
     @command(resumes=False)  # Hydra would turn an exception into a warning
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Record the runs of the sweep; raise at once for settings that every run would fail with."""
-        _require_launcher(config.hydra)
+        _require_launcher(config.hydra.runtime.choices["hydra/launcher"], config.hydra.launcher["_target_"])
         setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
         if not isinstance(self.root, str):
             raise UserError(f"{setting}={self.root}: it must be a path")
@@ -75,7 +76,10 @@ class Sweep(Callback):
             raise UserError(f"{self.folder}: this sweep is running already; make status shows it") from None
         for file in self.folder.glob("[0-9]*.json"):
             file.unlink()
-        write_json(self.folder / "sweep.json", {"command": typed, "runs": _runs(config.hydra)})
+        write_json(
+            self.folder / "sweep.json",
+            {"command": typed, "runs": _runs(config.hydra.sweeper.params or {}, config.hydra.overrides.task)},
+        )
         atexit.register(self._print_table)  # however the sweep ends
         atexit.register(lock.release)  # runs before that, because the order is reversed
 
@@ -155,12 +159,17 @@ def record(**facts: Any) -> None:
         log.warning("%s: cannot be written (%s)", file, error.strerror)
 
 
-def _runs(hydra: DictConfig) -> list[list[str]]:
-    """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them."""
-    given = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items()]
+def _runs(params: Mapping[str, str], overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them.
+
+    Args:
+        params: the sweep that the config asks for: the values of each key, separated by commas.
+        overrides: those of the command line.
+    """
+    given = [f"{key}={values}" for key, values in params.items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     choices = {}  # a later override replaces an earlier one of the same key
-    for override in parser.parse_overrides([*given, *hydra.overrides.task]):
+    for override in parser.parse_overrides([*given, *overrides]):
         swept = override.is_sweep_override()
         values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         key = override.get_key_element()
@@ -168,8 +177,8 @@ def _runs(hydra: DictConfig) -> list[list[str]]:
     return [list(run) for run in itertools.product(*choices.values())]
 
 
-def _require_launcher(hydra: DictConfig) -> None:
-    name, module = hydra.runtime.choices["hydra/launcher"], hydra.launcher["_target_"].rpartition(".")[0]
+def _require_launcher(name: str, target: str) -> None:
+    module = target.rpartition(".")[0]
     try:
         importlib.import_module(module)
     except ImportError:
