@@ -56,6 +56,10 @@ def test_nothing_merged_is_nothing_changed(evaluated, tmp_path):
     assert unmerged["bfloat16"]["kl"] == pytest.approx(kl, rel=0.02), "the unmerged model is compared with float32"
 
 
+def test_the_unmerged_model_is_its_own_reference_with_any_backend(evaluated):
+    assert evaluated("method=unmerged", "options={backend: torch}", "data.limit=4")["kl"] == 0
+
+
 def test_a_damaged_file_of_outputs_names_the_remedy(evaluated, tmp_path):
     evaluated("method=unmerged", "data.limit=20")
     (stored,) = (tmp_path / "runs").glob("*/outputs.parquet")

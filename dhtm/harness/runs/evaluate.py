@@ -129,6 +129,8 @@ class _Run:
             backbone, method, evaluation.checkpoints_dir, evaluation.allow_untrained, evaluation.seed
         )
         self.trained = weights is not None
+        # Settings that are not part of the run id, such as the backend, make no other run of the unmerged model.
+        self.is_unmerged = not self.trained and _determinants_of(method) == _determinants_of(UNMERGED)
         self.preprocessing = resolve_data_config(model=self.model)
         self.split = open_split(data, data.split, self.preprocessing, self.model.num_classes)
         self.n_images = len(self.split.dataset)
@@ -194,10 +196,10 @@ class _Run:
         The unmerged model's outputs are kept, and all other runs of the same dtype are compared with them. The unmerged
         model in another dtype is compared with itself in float32.
         """
-        evaluation, is_unmerged = self.evaluation, self.evaluation.method == UNMERGED
-        observers = [keep] if is_unmerged else []  # compare_with replaces its kl and unmerged_class
-        if not self.trained and not (is_unmerged and evaluation.dtype == "float32"):
-            dtype = "float32" if is_unmerged else evaluation.dtype
+        evaluation = self.evaluation
+        observers = [keep] if self.is_unmerged else []  # compare_with replaces its kl and unmerged_class
+        if not self.trained and not (self.is_unmerged and evaluation.dtype == "float32"):
+            dtype = "float32" if self.is_unmerged else evaluation.dtype
             determinants = self.determinants | _determinants_of(UNMERGED) | {"dtype": dtype}
             folder = evaluation.results_dir / run_id(**determinants)
             if not self.ranks.gather((folder / "metrics.json").exists())[0]:
@@ -339,8 +341,7 @@ class _Run:
         results = []
         if metrics["top1"] is not None:
             results.append("top-1 {:.2f}% [{:.2f}, {:.2f}]".format(metrics["top1"], *metrics["top1_ci95"]))
-        is_reference = self.evaluation.method == UNMERGED and metrics["dtype"] == "float32"
-        if metrics["kl"] is not None and not is_reference:
+        if metrics["kl"] is not None and not (self.is_unmerged and metrics["dtype"] == "float32"):
             results.append(f"KL {metrics['kl']:.2g} nats, agreement {metrics['agreement']:.2f}%")
         if "miou" in metrics:
             results.append("mIoU {:.2f}% [{:.2f}, {:.2f}]".format(metrics["miou"], *metrics["miou_ci95"]))
