@@ -22,7 +22,7 @@ from torchvision.transforms import PILToTensor
 
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data import photographs as module
-from dhtm.harness.data.photographs import Photographs
+from dhtm.harness.data.photographs import Images, Photographs
 from dhtm.harness.data.splits import UnreadableError, load
 from dhtm.harness.runs.directory import predictions
 
@@ -140,6 +140,17 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
     module._list.cache_clear()
     with pytest.raises(UserError, match=r"none of its 12 images can be read; image 0 cannot be read"):
         run(tmp_path / "root", *unmerged, "data.on_error=skip", "num_workers=0")
+
+
+@pytest.mark.parametrize(("kind", "split"), [(Images, "all"), (Photographs, "val")])
+def test_links_to_folders_are_followed_and_links_to_nothing_are_unreadable(kind, split, photos, tmp_path):
+    folder = made(tmp_path / "fish")
+    (folder / "linked").symlink_to(photos / "val" / "n01440764")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    dataset = kind("links", str(tmp_path)).open(split, PILToTensor()).dataset
+    assert len(dataset) == 4 and "gone.jpg" in dataset.names()[0]
+    with pytest.raises(UnreadableError, match=r"fish/gone\.jpg: .*No such file"):
+        dataset[0]
 
 
 def test_a_disk_that_goes_away_ends_the_run_at_once(images, tmp_path):

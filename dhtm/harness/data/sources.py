@@ -70,7 +70,7 @@ class Files(Source):
 
     def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None = None):
         names = [str(file.relative_to(folder)) for file in files]
-        super().__init__(str(folder), names, [file.stat().st_size for file in files], classes)
+        super().__init__(str(folder), names, [_size(file) for file in files], classes)
 
     def read(self, index: int) -> BinaryIO:
         return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
@@ -86,19 +86,27 @@ def in_folder(folder: Path) -> Files:
 
 
 def below(folder: Path) -> Files:
-    """Return all images below a folder, without classes.
+    """Return all images below a folder, without classes; links to folders are followed, as in :func:`in_folder`.
 
     Raises:
         UserError: there is no such folder, or no image in it.
     """
-    if files := _images(folder.rglob("*")):
+    if files := _images(Path(inside, name) for inside, _, names in os.walk(folder, followlinks=True) for name in names):
         return Files(folder, files)
     what = "no image in it" if folder.is_dir() else "no such directory"
     raise UserError(f"data.root={folder}: {what}; give a folder of images ({', '.join(IMG_EXTENSIONS)})")
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
-    return sorted(file for file in paths if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.is_dir())
+
+
+def _size(file: Path) -> int | None:
+    """Return a file's size; None for a link to nothing, which is then an unreadable image."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 class Tars(Source):
