@@ -101,4 +101,5 @@ def test_a_run_records_every_target_that_leads_to_it(evaluated):
     second = evaluated(*lotm, "target.reduction_pct=20.1")
     assert second["run_id"] == first["run_id"] and second["targets_reduction_pct"] == pytest.approx([20, 20.1])
     assert evaluated(*lotm, "method.k=25") == second
+    assert evaluated(*lotm, "method.k=25", "force=true")["targets_reduction_pct"] == second["targets_reduction_pct"]
     assert evaluated(*lotm, "method.k=3")["targets_reduction_pct"] == []

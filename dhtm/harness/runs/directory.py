@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dhtm.harness.core.errors import explain
+from dhtm.harness.core.errors import UserError, explain
 from dhtm.harness.core.files import lock, require_writable, write_atomically, write_json, write_text
 from dhtm.harness.data.splits import UnreadableError
 from dhtm.harness.runs.provenance import environment, uncommitted_changes
@@ -72,10 +72,14 @@ class RunDirectory:
             return pd.DataFrame(columns=["index"], dtype="int64")
         return pd.concat(shards, ignore_index=True).drop_duplicates("index", ignore_index=True)
 
-    def forget(self) -> None:
-        """Remove the results of earlier processes, so that the run is computed again."""
+    def forget(self) -> list[float]:
+        """Remove the results of earlier processes, so that the run is computed again; return the targets that led to it."""
+        targets = []
+        with contextlib.suppress(UserError):  # damaged
+            targets = (self.metrics() or {}).get("targets_reduction_pct", [])
         (self.path / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self._shards, ignore_errors=True)
+        return targets
 
     def _explain_failed_write(self) -> contextlib.AbstractContextManager:
         remedy = "; stored predictions are kept, the same command resumes from there once this is fixed"

@@ -153,8 +153,7 @@ class _Run:
     def carry_out(self, pictures: Callable[[], list]) -> dict:
         """Return the metrics of the finished run, or predict the images that are missing and finish it."""
         evaluation, directory, ranks = self.evaluation, self.directory, self.ranks
-        if ranks.first and evaluation.force:
-            directory.forget()
+        earlier_targets = directory.forget() if ranks.first and evaluation.force else []
         metrics = ranks.gather(directory.metrics() if ranks.first else None)[0]
         if metrics is not None:
             return self._reuse(metrics, pictures)
@@ -169,6 +168,8 @@ class _Run:
                 predictions = self._all_predictions(failed)
                 metrics = self._metrics(predictions, len(failed), measured)
                 metrics = directory.save(evaluation.settings(), predictions.drop(columns="nonfinite"), metrics)
+                for target in earlier_targets:
+                    metrics = directory.add_target(metrics, target)
                 self._report(metrics)
                 tracked.result(metrics, directory.path, pictures)
         return ranks.gather(metrics)[0]
