@@ -25,8 +25,8 @@ _LISTS = {
     "miou_ci95": ["miou_low", "miou_high"],
     "flops_g_quartiles": ["flops_g_min", "flops_g_q1", "flops_g_median", "flops_g_q3", "flops_g_max"],
 }
-# Runs of one method over k must agree in these.
-_SAME_MODEL = ["dtype", "n_images", "split", "among", "seed", "weights_sha256", "data_fingerprint", "code_version"]
+# Runs of one method over k must agree in these, and random merging in the seed among its options.
+_SAME_MODEL = ["dtype", "n_images", "split", "among", "weights_sha256", "data_fingerprint", "code_version"]
 # Runs of several methods must agree in these to be compared image by image.
 _SAME_IMAGES = ["dtype", "n_images", "split", "among", "data_fingerprint", "library_version"]
 # Off-the-shelf runs of several options must agree in these to be compared image by image.
@@ -90,7 +90,8 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
         & ~plain.trained.astype(bool)
         & ((plain.targets == "") | plain.k.isin(read_published("table1").k))
     ].astype({"k": int})
-    series = [_newest(frame, ["k"]) for _, frame in chosen.groupby(_SAME_MODEL, dropna=False)]
+    seeds = chosen.knobs.map(lambda knobs: knobs.get("seed"))
+    series = [_newest(frame, ["k"]) for _, frame in chosen.groupby([*_SAME_MODEL, seeds], dropna=False)]
     return _best(series, chosen).set_index("k").sort_index()
 
 

@@ -59,6 +59,17 @@ def test_a_series_over_k_has_the_papers_options_one_model_and_one_code(tmp_path)
     assert series.top1.to_dict() == dict.fromkeys(KS, 91.0), "the newest of the complete ones"
 
 
+def test_a_series_has_one_seed_only_if_the_method_draws_at_random(tmp_path):
+    for number, (method, k, seed) in enumerate(
+        [("dhtm", 10, 3), ("dhtm", 20, 0), ("random", 10, 3), ("random", 20, 0)]
+    ):
+        knobs = {"seed": seed} if method == "random" else {}
+        write_run(tmp_path, number, k=k, method=method, seed=seed, knobs=knobs)
+    runs = load_runs(tmp_path)
+    assert over_k(runs, *MICRO, "dhtm").index.tolist() == [10, 20]
+    assert over_k(runs, *MICRO, "random").index.tolist() == [20]
+
+
 def test_a_solved_k_is_in_the_series_only_if_it_is_the_papers(tmp_path):
     write_run(tmp_path, 1, k=10)
     write_solved_run(tmp_path, 10, "dhtm")  # k = 40
