@@ -294,9 +294,8 @@ def test_exact_arithmetic_ends_with_the_forward_pass(warn_only, monkeypatch):
 
 
 def test_a_closed_pipe_ends_a_script_quietly():
-    command = f"{sys.executable} scripts/evaluate.py --help | head -1"
+    command = f"{sys.executable} scripts/evaluate.py --help | head -0"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.stdout.startswith("Evaluate one backbone")
     assert not result.stderr
 
 
