@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 from scipy.special import erf, softmax
 from scipy.stats import kstest
@@ -57,12 +55,11 @@ def test_sit_is_the_formula():
     assert assignment == weights.argmax(2).tolist()
 
 
-@pytest.mark.parametrize(("epsilon", "iterations"), [(1.0, 3), (0.1, 5)])
-def test_sinkhorn_transports_normalised_tokens(epsilon, iterations):
-    parameters, new, assignment = reduced(Sinkhorn(0.34, layers=(2,), epsilon=epsilon, iterations=iterations))
+def test_sinkhorn_transports_normalised_tokens():
+    parameters, new, assignment = reduced(Sinkhorn(0.34, layers=(2,), epsilon=0.1, iterations=5))
     assert parameters["centres"].shape == (4, 6)
     centres = parameters["centres"] / np.linalg.norm(parameters["centres"], axis=1, keepdims=True)
-    weights = np.stack([scaled(centres @ image.T / epsilon, iterations) for image in UNITS])
+    weights = np.stack([scaled(centres @ image.T / 0.1, 5) for image in UNITS])
     weights /= weights.sum(1, keepdims=True)  # those of each token sum to 1
     close(new, weights @ UNITS)
     assert assignment == weights.argmax(1).tolist()
@@ -75,22 +72,6 @@ def scaled(scores, iterations):
         plan /= plan.sum(1, keepdims=True) * len(plan)
         plan /= plan.sum(0, keepdims=True) * plan.shape[1]
     return plan
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    m=st.integers(1, 6),
-    n=st.integers(1, 9),
-    seed=st.integers(0, 2**32 - 1),
-    scale=st.sampled_from([0.3, 1, 5]),
-    iterations=st.integers(1, 6),
-)
-def test_iterations_scale_rows_then_columns(m, n, seed, scale, iterations):
-    scores = torch.from_numpy(np.random.default_rng(seed).normal(0, scale, (2, m, n)))
-    plan = transport(scores, iterations)
-    torch.testing.assert_close(plan.sum(1), torch.full_like(plan[:, 0], 1 / plan.shape[2]))
-    for i in range(2):
-        np.testing.assert_allclose(plan[i], scaled(scores[i].numpy(), iterations), rtol=1e-9)
 
 
 def test_large_scores_do_not_overflow():

@@ -47,9 +47,8 @@ def test_one_step(n, n_prefix, r, seed):
     check_step(tome, tokens, regions, Attention(1, keys=keys[:, :, n_prefix:]), groups)
 
 
-@pytest.mark.parametrize(("r", "proportional"), [(8, True), (13, True), (13, False)])
-def test_the_whole_model_gives_the_logits_of_the_written_out_one(r, proportional):
-    check_model(ToMe(r, proportional_attention=proportional), lambda layer, keys: soft_matching(keys, 2, r), depth=12)
+def test_the_whole_model_gives_the_logits_of_the_written_out_one():
+    check_model(ToMe(13), lambda layer, keys: soft_matching(keys, 2, 13), depth=12)
 
 
 @pytest.mark.parametrize(

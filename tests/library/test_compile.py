@@ -10,7 +10,7 @@ from networks import METHODS, build, images_for
 import baselines
 import dhtm
 
-CASES = [(METHODS[name], "112") for name in ("DHTM", "DHTM, all pairs", "ToMe", "ATC", "PiToMe", "PatchMerger")]
+CASES = [(METHODS[name], "112") for name in ("DHTM", "ToMe", "ATC", "PiToMe", "PatchMerger")]
 CASES += [(functools.partial(dhtm.DHTM, threshold=[0.9, 0.5]), "112")]
 CASES += [(METHODS["DHTM"], name) for name in ("dinov3", "rope, mixed axes for each head", "naflex")]
 

@@ -6,15 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from networks import METHODS, MODELS, ROTARY, build, images_for, logits, shaken
 from scipy.spatial.distance import cdist
 
 import dhtm
 from baselines import ATC, DPCKNN, KMedoids, LoTM, PatchMerger, PiToMe, RandomMerge, Sinkhorn, TokenMergence, ToMe
 from dhtm import Regions
-from dhtm.reducer import Attention, highest, squared_distances
+from dhtm.reducer import Attention, squared_distances
 from dhtm.vit import image_ids, patch_grid, tokens_by_layer
 
 MERGING = ("ToMe", "LoTM", "RandomMerge", "DHTM", "DHTM, all pairs", "DHTMPlus")  # 20 merges a layer
@@ -238,14 +236,6 @@ def test_lazy_regions_are_computed_once_when_asked_for(monkeypatch, name, n_toke
     assert (regions.sizes.sum(1) == 49).all() and len(calls) == needed_for_sizes
     for _ in range(2):
         assert regions.assignment.max() < n_tokens and len(calls) == 2  # one for each of the two layers
-
-
-@settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 200), m=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
-def test_highest_is_a_stable_sort(n, m, seed):
-    values = np.random.default_rng(seed).integers(0, 5, (2, n))
-    expected = [sorted(range(n), key=lambda i: (-image[i], i))[:m] for image in values]
-    assert highest(torch.tensor(values, dtype=torch.float32), m).tolist() == expected
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-4)])

@@ -44,6 +44,7 @@ def test_help_explains_every_key(composed, script):
         text = config.hydra.help.template
         groups = {"hydra", "experiment", "backbone", "method", "methods", "data", "recipe", "tracker"}
         assert all(key in text for key in set(config) - groups), name
+        assert ("\nrecipe: embedded, " in text) == (name == "train"), "the groups of this script, and no others"
     result = script("evaluate", "--help")
     assert result.returncode == 0, result.stderr
     assert "dhtm, dhtm_all" in result.stdout and "  batch_size:" in result.stdout

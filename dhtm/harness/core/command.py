@@ -91,11 +91,13 @@ def _help_text(config_name: str) -> str:
     lines = (PROJECT / "configs" / f"{config_name}.yaml").read_text(encoding="utf-8").splitlines()
     header = [line[2:] for line in lines[: lines.index("defaults:")]]
     keys = lines[lines.index("") + 1 :]
-    groups = "Groups, chosen by group=name (each choice is a file of configs/, which explains its keys):"
-    text = "\n".join(
-        [*header, "", groups, "@GROUPS@", "Keys, set by key=value:", *(f"  {line}".rstrip() for line in keys)]
-    )
-    return text.replace("$", "$$").replace("@GROUPS@", "$APP_CONFIG_GROUPS")
+    groups = []
+    for folder in sorted((PROJECT / "configs").iterdir()):  # those that the script takes: all but Hydra's own
+        if folder.name != "hydra" and any(re.match(rf"(  - )?{folder.name}(s|@\S+)?:", line) for line in lines):
+            groups.append(f"{folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
+    title = "Groups, chosen by group=name (each choice is a file of configs/, which explains its keys):"
+    keys = [f"  {line}".rstrip() for line in keys]
+    return "\n".join([*header, "", title, *groups, "", "Keys, set by key=value:", *keys]).replace("$", "$$")
 
 
 def _exit(code: int, message: str) -> NoReturn:
