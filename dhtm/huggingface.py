@@ -22,7 +22,7 @@ _NAMES = {  # transformers' names of parameters, and timm's
 _NOT_COPIED = ("pooler.", "head.", "embeddings.mask_token")  # pooling, and pretraining's stand-in for patches
 
 
-def to_timm(encoder: nn.Module) -> VisionTransformer:
+def to_timm(encoder: nn.Module, image_size: int | None = None) -> VisionTransformer:
     """Copy an encoder of transformers 5 into a timm VisionTransformer, in evaluation mode.
 
     ``forward_features`` of the result gives the encoder's ``last_hidden_state``. It has no classifier and no attention
@@ -30,6 +30,8 @@ def to_timm(encoder: nn.Module) -> VisionTransformer:
 
     Args:
         encoder: a ViTModel, Dinov2Model or SiglipVisionModel.
+        image_size: the side of the images in pixels, for which the encoder interpolates its position embeddings; by default
+            the size in its config.
 
     Raises:
         TypeError: its parameters are not those of such an encoder.
@@ -40,14 +42,18 @@ def to_timm(encoder: nn.Module) -> VisionTransformer:
             name = re.sub(pattern, replacement, name)
         state[name] = value
     try:
-        state["pos_embed"] = state["pos_embed"].reshape(1, -1, config.hidden_size)
+        has_cls = "cls_token" in state
+        if image_size is None:
+            image_size, state["pos_embed"] = config.image_size, state["pos_embed"].reshape(1, -1, config.hidden_size)
+        else:
+            embedded = torch.empty(1, (image_size // config.patch_size) ** 2 + has_cls, config.hidden_size)
+            state["pos_embed"] = encoder.embeddings.interpolate_pos_encoding(embedded, image_size, image_size)
         for block in range(config.num_hidden_layers):
             for part in ("weight", "bias"):
                 name = f"blocks.{block}.attn"
                 state[f"{name}.qkv.{part}"] = torch.cat([state.pop(f"{name}.{which}_proj.{part}") for which in "qkv"])
-        has_cls = "cls_token" in state
         model = VisionTransformer(
-            img_size=config.image_size,
+            img_size=image_size,
             patch_size=config.patch_size,
             in_chans=config.num_channels,
             embed_dim=config.hidden_size,

@@ -152,7 +152,7 @@ class Reduction:
         for n_tokens, images in uneven.groups:
             end = self.n_prefix + n_tokens
             rotated = None if rope is None else rope[images, :, :n_tokens]
-            result[images, :end] = attention(x[images, :end], bias[images, ..., :end], rotated)
+            result[images, :end] = attention(x[images, :end], bias[images, ..., :end], rotated).to(x.dtype)
         return result
 
     def add_branch(self, x: Tensor, layer: int, branch: Callable[[Tensor], Tensor]) -> Tensor:

@@ -14,16 +14,17 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("name", "size"), [*((name, None) for name in ENCODERS), ("dinov2", 168), ("siglip", 64)])
 @torch.inference_mode()
-def test_the_same_features(name):
+def test_the_same_features(name, size):
     torch.manual_seed(0)
     encoder = ENCODERS[name]().eval()
     for parameter in encoder.parameters():  # biases and layer scales start at what would hide a lost one
         torch.nn.init.normal_(parameter, std=0.2)
-    images = torch.randn(2, 3, 112, 112)
-    expected = encoder(images).last_hidden_state
-    model = dhtm.to_timm(encoder)
+    images = torch.randn(2, 3, size or 112, size or 112)
+    more = {"interpolate_pos_encoding": True} if name != "dinov2" else {}  # which always interpolates
+    expected = encoder(images, **more).last_hidden_state
+    model = dhtm.to_timm(encoder, size)
     torch.testing.assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4)
     dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
     assert model.forward_features(images).shape[1] == expected.shape[1] - 10

@@ -32,6 +32,8 @@ def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
     masked.reducer.train()  # then one attention with a mask serves all images, as in compiled models
     torch.testing.assert_close(logits(masked, images), together, rtol=1e-4, atol=1e-4)
     assert torch.equal(dhtm.regions(masked).assignment, assignment)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.nn.functional.cosine_similarity(logits(model, images).float(), together).min() > 0.95
     for image in range(len(images)):
         torch.testing.assert_close(logits(model, images[image : image + 1])[0], together[image], rtol=1e-4, atol=1e-4)
         assert torch.equal(dhtm.regions(model).assignment[0], assignment[image])
