@@ -190,7 +190,7 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
 
 def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
     """Describe how much more than DHTM random merging changes the outputs."""
-    kl = frame.pivot_table(index="k", columns="method", values="kl") if frame.kl.notna().any() else pd.DataFrame()
+    kl = frame.pivot(index="k", columns="method", values="kl").reindex(columns=["random", "dhtm"]).dropna()
     kl = kl[kl.index > 0]
     if kl.empty:
         return ""

@@ -118,9 +118,9 @@ def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
     for number, k in enumerate(KS):
         write_run(tmp_path, number, k=k, kl=k / 1000)
         write_run(tmp_path, 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0], kl=k * k / 1000)
-        write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet")
+        write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet", kl=k / 1000)
     figure = figure4(load_runs(tmp_path))
-    ax, ax_kl, paper = figure.axes
+    ax, ax_kl, paper, _ = figure.axes
     assert ax.get_title().startswith("deit_micro (embedded), digits\n2,000 images")
     (text,) = figure.texts
     assert text.get_text().endswith("random merging has 10 to 56 times the KL of DHTM at the same k.")
