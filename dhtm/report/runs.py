@@ -113,7 +113,8 @@ def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None
 
 def of_series(runs: pd.DataFrame, series: Series, untrained: bool = False) -> pd.DataFrame:
     """Select a series' runs; with ``untrained`` also those whose own parameters should have been trained and were not."""
-    matches = (runs.trained == series.trained) | (untrained & runs.untrained.astype(bool))
+    lacks_training = runs.untrained.astype(bool)
+    matches = ((runs.trained.astype(bool) | lacks_training) == series.trained) & (untrained | ~lacks_training)
     return runs[(runs.method == series.method) & (runs.layers == series.layers) & matches]
 
 
@@ -133,7 +134,7 @@ def _newest(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the newest of repeated runs on the most common weights; runs on a method's own weights always stay."""
-    series = ["method", "layers", "trained", "target"]
+    series = ["method", "layers", "trained", "untrained", "target"]
     newest = _newest(frame, [*series, "weights_sha256"])
     own = newest.trained.astype(bool) | newest.untrained.astype(bool)
     models = newest[~own].groupby("weights_sha256")
