@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import exact, pick_batch_size, pick_device
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.splits import batches, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
@@ -30,7 +31,7 @@ from dhtm.harness.runs.metrics import bootstrap_interval, kl_divergence
 from dhtm.harness.runs.predict import stop
 from dhtm.reducer import Attention, Reducer
 from dhtm.regions import Regions, grid_pairs
-from dhtm.vit import image_ids, patch, regions, unpatch
+from dhtm.vit import image_ids, patch, patch_grid, regions, unpatch
 
 MODES = ("most similar", "random")  # which pair at a distance is merged
 
@@ -156,6 +157,11 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
     device = pick_device(premise.device)
     size = premise.batch_size or pick_batch_size(device)
     model = copy.deepcopy(premise.backbone.load()).to(device)
+    grid = patch_grid(model)
+    if max(premise.distances) >= max(grid):
+        raise UserError(
+            f"distances={premise.distances}: in a grid of {grid[0]}×{grid[1]} none is above {max(grid) - 1}"
+        )
     split = open_split(premise.data, premise.data.split, resolve_data_config(model=model), model.num_classes)
     chosen = np.linspace(0, len(split.dataset) - 1, min(premise.n_images, len(split.dataset)), dtype=int)
     groups = None if split.groups is None else split.groups[chosen]

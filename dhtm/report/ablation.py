@@ -8,7 +8,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import SERIES
 from dhtm.report.runs import SAME_WEIGHTS, by_target
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import FAITHFUL, Table, caption_of, cells, difference, number
+from dhtm.report.tables import FAITHFUL, Table, caption_of_set, cells, difference, number
 
 MIN_OPTIONS = 4  # fewer are not an ablation: every sweep has DHTM, DHTM in all layers, and DHTM+
 _DEFAULT = "the paper's"
@@ -52,9 +52,8 @@ def ablation(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     data = pd.concat(frames, ignore_index=True)
     data["kl_p_holm"], data["p_holm"] = holm(data.kl_p), holm(data.p)
     parts = []
-    for (backbone, name, split, target), frame in data.groupby(["backbone", "data", "split", "target"], sort=False):
-        caption = caption_of(backbone, name, frame.n_images, f"split {split}", f"{target:g}% fewer FLOPs")
-        parts.append((caption, cells(frame, *_COLUMNS)))
+    for (target, *_), frame in data.groupby(["target", *SAME_WEIGHTS], sort=False, dropna=False):
+        parts.append((caption_of_set(frame, f"{target:g}% fewer FLOPs"), cells(frame, *_COLUMNS)))
     return Table(data, parts, NOTES)
 
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from dhtm.harness.runs.dense import miou_interval
 from dhtm.harness.runs.directory import predictions
-from dhtm.report.registry import GREY, entry_of, title_of
-from dhtm.report.runs import by_target
+from dhtm.report.registry import GREY, SERIES, entry_of, title_of
+from dhtm.report.runs import SAME_WEIGHTS, best_set, by_target, of_series
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, caption_of, cells, difference, with_interval
 
@@ -26,8 +26,13 @@ NOTES = [
 
 
 def dense_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the off-the-shelf runs that have an mIoU, by target, and the unmerged ones."""
-    measured = runs[runs.miou.notna() & ~runs.trained.astype(bool)].sort_values("finished")
+    """Return the off-the-shelf runs that have an mIoU, by target, and the unmerged ones, on the same images and weights."""
+    measured = runs[runs.miou.notna() & ~runs.trained.astype(bool)]
+    sets = [
+        best_set([frame for _, frame in pair.groupby(SAME_WEIGHTS, dropna=False)], pair)
+        for _, pair in measured.groupby(_PAIR)
+    ]
+    measured = pd.concat([measured.head(0), *sets]).sort_values("finished")
     is_unmerged = measured.method == "unmerged"
     solved = by_target(measured[~is_unmerged]).drop_duplicates(
         [*_PAIR, "method", "options", "layers", "target"], keep="last"
@@ -43,8 +48,9 @@ def dense_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
         baseline = unmerged[(unmerged.backbone == backbone) & (unmerged.data == data)]
         for target, frame in pair.groupby("target"):
             frame = pd.concat([baseline, frame.sort_values("miou", ascending=False)], ignore_index=True)
-            references = [run for name in ("dhtm", "dhtm_plus") for run in frame[frame.method == name].itertuples()]
-            reference = references[0] if references else None
+            papers = frame[frame.options == ""]
+            references = pd.concat([of_series(papers, SERIES[name]) for name in ("DHTM", "DHTM+")])
+            reference = next(references.itertuples(), None)
             compared = [_compare(run, reference, results_dir) for run in frame.itertuples()]
             frames.append(frame.assign(target=target).join(pd.DataFrame(compared, columns=_COMPARED)))
             label = entry_of(reference.method).label if reference else "DHTM"

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, entry_of, title_of
 from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, read_published
 from dhtm.report.style import SIZES, draw_intervals, plt
+from dhtm.report.tables import number
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
@@ -23,12 +24,13 @@ def figure1(runs: pd.DataFrame) -> Figure:
     """Draw DHTM against other methods over the FLOPs reduction that was reached: top-1, and KL from the unmerged model.
 
     There is a column for each backbone and data set with runs solved for three targets, and one with the published points.
-    Below the published points is a close-up of the first column's top-1. Methods whose own parameters were never trained
-    are skipped: they would show nothing and compress the others.
+    Below the published points is a close-up of the first column's top-1, if there is no KL. Methods whose own parameters
+    were never trained are skipped: they would show nothing and compress the others.
     """
+    runs = runs[~runs.untrained.astype(bool)]
     panels = _panels({pair: at_target(runs, *pair) for pair in [*pairs(runs), PAPER]}, "target", MIN_TARGETS)
     figure, axes, below = _axes(panels, "FLOPs reduction (%)", (4.6, 3.6))
-    handles, zoom = {}, _zoom(axes, panels) if below[0] else None
+    handles, zoom = {}, _zoom(axes, panels) if below[0] and not below[-1] else None
     for ax, ax_kl, frame in zip(axes, below, panels.values(), strict=True):
         for series in [*SERIES.values(), *_unknown_series(frame)]:
             points = of_series(frame, series).drop_duplicates("run_id")
@@ -106,11 +108,13 @@ def _axes(
     return figure, axes, below
 
 
-def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes:
-    """Add a close-up below the last panel: the top-1 of the first panel near the unmerged model's."""
+def _zoom(axes: list[Axes], panels: dict[Pair, pd.DataFrame]) -> Axes | None:
+    """Add a close-up below the last panel: the top-1 of the first panel near the unmerged model's; None if that is unknown."""
     pair, frame = next(iter(panels.items()))
-    ax = axes[-1].figure.add_subplot(axes[-1].get_subplotspec().get_gridspec()[1, -1], sharex=axes[0])
     top1 = frame.top1[frame.method == "unmerged"].max()
+    if pd.isna(top1):
+        return None
+    ax = axes[-1].figure.add_subplot(axes[-1].get_subplotspec().get_gridspec()[1, -1], sharex=axes[0])
     ax.set(ylim=(top1 - ZOOM, top1 + ZOOM / 2), title=f"{title_of(*pair)}: top-1, close-up")
     ax.set(xlabel="FLOPs reduction (%)", ylabel="top-1 accuracy (%)")
     ax.axhline(top1, color=GREY, linewidth=0.8, zorder=0)
@@ -147,7 +151,7 @@ def _draw_published_reductions(ax: Axes) -> dict[str, Line2D]:
 
 def _unknown_series(frame: pd.DataFrame) -> list[Series]:
     """Return the series of methods that the registry does not have."""
-    unknown = frame[~frame.method.isin(METHODS) & ~frame.untrained.astype(bool)]
+    unknown = frame[~frame.method.isin(METHODS)]
     keys = unknown[["method", "layers", "trained"]].drop_duplicates().itertuples(index=False, name=None)
     return [Series(key[0], *key, label=f"{key[0]} (trained)" if key[2] else key[0]) for key in keys]
 
@@ -181,16 +185,16 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
     if len(at) < 2:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
+    first, last = (f"(KL {row.kl:.2g} nats, top-1 {number(row.top1, 1)}%)" for row in (least, most))
     return (
-        f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least (KL "
-        f"{least.kl:.2g} nats, top-1 {least.top1:.1f}%), {entry_of(most.method).label} most (KL {most.kl:.2g} nats, top-1 "
-        f"{most.top1:.1f}%)."
+        f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least {first}, "
+        f"{entry_of(most.method).label} most {last}."
     )
 
 
 def _ratio(pair: Pair, frame: pd.DataFrame) -> str:
     """Describe how much more than DHTM random merging changes the outputs."""
-    kl = frame.pivot_table(index="k", columns="method", values="kl") if frame.kl.notna().any() else pd.DataFrame()
+    kl = frame.pivot(index="k", columns="method", values="kl").reindex(columns=["random", "dhtm"]).dropna()
     kl = kl[kl.index > 0]
     if kl.empty:
         return ""

@@ -81,7 +81,7 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
     """Select a method's off-the-shelf runs in layers 4, 7 and 11, one per k, with the same weights, images and code.
 
     All options are the paper's. A k that was solved for a target is included only if the paper has this k too. If there are
-    several such series, :func:`_best` chooses one.
+    several such series, :func:`best_set` chooses one.
     """
     plain = _plain_runs(runs, backbone, data)
     chosen = plain[
@@ -92,7 +92,7 @@ def over_k(runs: pd.DataFrame, backbone: str, data: str, method: str) -> pd.Data
     ].astype({"k": int})
     seeds = chosen.knobs.map(lambda knobs: knobs.get("seed"))
     series = [_newest(frame, ["k"]) for _, frame in chosen.groupby([*_SAME_MODEL, seeds], dropna=False)]
-    return _best(series, chosen).set_index("k").sort_index()
+    return best_set(series, chosen).set_index("k").sort_index()
 
 
 def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None = None) -> pd.DataFrame:
@@ -100,7 +100,7 @@ def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None
 
     All options are the paper's, and all methods without weights of their own run on the same weights. There is at most one
     run for each method, layers, training and ``target``, a column that is NaN for the unmerged run. DHTM with k = 0 is an
-    unmerged run too, and its method becomes "unmerged". If there are several such sets, :func:`_best` chooses one; unmerged
+    unmerged run too, and its method becomes "unmerged". If there are several such sets, :func:`best_set` chooses one; unmerged
     runs alone are the last choice.
     """
     plain = _plain_runs(runs, backbone, data)
@@ -109,12 +109,13 @@ def at_target(runs: pd.DataFrame, backbone: str, data: str, target: float | None
     solved = by_target(plain[~is_unmerged])
     together = pd.concat([solved if target is None else solved[solved.target == target], unmerged], ignore_index=True)
     sets = [_on_same_weights(frame) for _, frame in together.groupby(_SAME_IMAGES, dropna=False)]
-    return _best([frame for frame in sets if frame.target.notna().any()] or sets, together)
+    return best_set([frame for frame in sets if frame.target.notna().any()] or sets, together)
 
 
 def of_series(runs: pd.DataFrame, series: Series, untrained: bool = False) -> pd.DataFrame:
     """Select a series' runs; with ``untrained`` also those whose own parameters should have been trained and were not."""
-    matches = (runs.trained == series.trained) | (untrained & runs.untrained.astype(bool))
+    lacks_training = runs.untrained.astype(bool)
+    matches = ((runs.trained.astype(bool) | lacks_training) == series.trained) & (untrained | ~lacks_training)
     return runs[(runs.method == series.method) & (runs.layers == series.layers) & matches]
 
 
@@ -134,7 +135,7 @@ def _newest(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep the newest of repeated runs on the most common weights; runs on a method's own weights always stay."""
-    series = ["method", "layers", "trained", "target"]
+    series = ["method", "layers", "trained", "untrained", "target"]
     newest = _newest(frame, [*series, "weights_sha256"])
     own = newest.trained.astype(bool) | newest.untrained.astype(bool)
     models = newest[~own].groupby("weights_sha256")
@@ -144,7 +145,7 @@ def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
     return newest.drop_duplicates(series, keep="last")
 
 
-def _best(sets: list[pd.DataFrame], otherwise: pd.DataFrame) -> pd.DataFrame:
+def best_set(sets: list[pd.DataFrame], otherwise: pd.DataFrame) -> pd.DataFrame:
     """Return the set to show, or ``otherwise`` if there is none.
 
     It prefers images that are not for training, then float32 to other dtypes, then more images, more runs, and newer runs.

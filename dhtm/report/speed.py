@@ -86,7 +86,7 @@ def speed_figure(frame: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
 
 def _with_runs(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Add the top-1 and the KL of the runs at the same reduction, with their intervals."""
-    found, solved = [], by_target(runs)
+    found, solved = [], by_target(runs[runs.options.isna()])  # options that differ from the paper's
     for row in frame.itertuples():
         series = Series(row.method, row.method, row.layers, row.trained is True)
         ours = of_series(solved[solved.target == row.target], series)

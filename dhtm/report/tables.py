@@ -73,6 +73,14 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
     return ", ".join([title_of(backbone, data), *images, *details])
 
 
+def caption_of_set(frame: pd.DataFrame, *details: str) -> str:
+    """Return the caption of a part whose runs have the same images, weights and dtype, which it names if it is not float32."""
+    run = frame.iloc[0]
+    return caption_of(
+        run.backbone, run["data"], frame.n_images, f"split {run.split}", *{run["dtype"]} - {"float32"}, *details
+    )
+
+
 def cells(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
     """Format the rows of a frame for readers."""
     made = dict((column, CELLS[column]) if isinstance(column, str) else column for column in columns)

@@ -8,7 +8,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import entry_of
 from dhtm.report.runs import SAME_WEIGHTS, by_target
 from dhtm.report.statistics import compare, holm
-from dhtm.report.tables import FAITHFUL, Table, caption_of, cells, difference, number
+from dhtm.report.tables import FAITHFUL, Table, caption_of_set, cells, difference, number
 
 _VARIED = ("k", "total", "inflect", "threshold", "max_merges", "backend")
 _COLUMNS = [
@@ -46,9 +46,8 @@ def thresholds_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     data = pd.DataFrame(rows).drop(columns=["knobs", "finished"])  # a time would differ in every repetition
     data["p_holm"], data["kl_p_holm"] = holm(data.p), holm(data.kl_p)
     parts = []
-    for (backbone, name, split, _), frame in data.groupby(["backbone", "data", "split", "n_images"], sort=False):
-        caption = caption_of(backbone, name, frame.n_images, f"split {split}")
-        parts.append((caption, cells(frame, *_COLUMNS)))
+    for _, frame in data.groupby(SAME_WEIGHTS, sort=False, dropna=False):
+        parts.append((caption_of_set(frame), cells(frame, *_COLUMNS)))
     return Table(data, parts, NOTES)
 
 

@@ -71,6 +71,7 @@ def test_the_figure_has_each_method_at_its_speed_and_top1(frame):
     dhtm, unmerged, sit = (committed[committed.method == name].iloc[:1] for name in ("dhtm", "unmerged", "sit"))
     dhtm = dhtm.assign(layers="4,7,11")
     rows = [dhtm.assign(targets="30", top1=90.0), dhtm.assign(targets="20", top1=10.0), unmerged.assign(top1=95.0)]
+    rows.append(dhtm.assign(targets="30", top1=20.0, options="linkage=size"))
     runs = pd.concat([*rows, sit.assign(layers="4,7,10", targets="20,30", trained=True, top1=80.0)])
     runs["ci_low"], runs["ci_high"] = runs.top1 - 1, runs.top1 + 1
     top1, kl = speed_figure(frame.reset_index(), runs, "").axes

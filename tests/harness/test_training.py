@@ -200,7 +200,7 @@ def test_options_of_the_augmentation_reach_timm(described):
 
 
 def test_from_scratch_starts_with_random_weights(run, tmp_path):
-    still = ["epochs=1", "base_lr=0", "warmup_epochs=0", "data.limit=16"]
+    still = ["seed=123456", "epochs=1", "base_lr=0", "warmup_epochs=0", "data.limit=16"]
     run(*still, "init=scratch", folder="scratch")
     run(*still, folder="pretrained")
     embedded = load_file(EMBEDDED_WEIGHTS)

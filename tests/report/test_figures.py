@@ -96,10 +96,8 @@ def test_every_method_has_a_colour_of_its_own():
 
 
 def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
-    runs = runs_over_targets(
-        tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000, kl=None
-    )
-    (ax,) = figure1(runs).axes
+    runs = runs_over_targets(tmp_path, targets=(30.0,), backbone="deit_small", data="imagenet", n_images=50_000)
+    ax, _ = figure1(runs).axes  # top-1 and KL, and no place for a close-up
     assert ax.get_title() == "DeiT-Small, ImageNet-1K\n50,000 images, 95% intervals"
     assert len(ax.containers) == len(DRAWN)
     assert sum(line.get_label().endswith("published") for line in ax.get_lines()) == 7
@@ -107,20 +105,22 @@ def test_deit_small_on_imagenet_shares_the_papers_panel(tmp_path):
 
 def test_untrained_methods_are_not_drawn_and_unknown_ones_are(tmp_path):
     for number, target in enumerate(TARGETS):
-        write_solved_run(tmp_path, number, "sit", target, untrained=True)
-        write_solved_run(tmp_path, 10 + number, "dhtm", target)
+        write_solved_run(tmp_path, number, "sit", target, untrained=True, kl=3.0)
+        write_solved_run(tmp_path, 10 + number, "dhtm", target, kl=0.1)
         write_solved_run(tmp_path, 20 + number, "own", target, trained=True)
-    ax, _ = figure1(load_runs(tmp_path)).axes
+    figure = figure1(load_runs(tmp_path))
+    ax, _, _ = figure.axes  # and no close-up, because there is no unmerged run
     assert list(lines_of(ax)) == [SERIES["DHTM"].label, "own (trained)"]
+    assert "sit" not in figure.texts[0].get_text()
 
 
 def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
     for number, k in enumerate(KS):
         write_run(tmp_path, number, k=k, kl=k / 1000)
         write_run(tmp_path, 100 + number, k=k, method="random", top1=80.0, top1_ci95=[79.0, 81.0], kl=k * k / 1000)
-        write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet")
+        write_run(tmp_path, 200 + number, k=k, backbone="deit_small", data="imagenet", kl=k / 1000)
     figure = figure4(load_runs(tmp_path))
-    ax, ax_kl, paper = figure.axes
+    ax, ax_kl, paper, _ = figure.axes
     assert ax.get_title().startswith("deit_micro (embedded), digits\n2,000 images")
     (text,) = figure.texts
     assert text.get_text().endswith("random merging has 10 to 56 times the KL of DHTM at the same k.")

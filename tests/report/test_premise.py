@@ -5,7 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dhtm.harness.locality import OnePair, SimilarityProbe, grid_distances, region_statistics
+from dhtm.harness.core.errors import UserError
+from dhtm.harness.data.scenes import Digits
+from dhtm.harness.locality import OnePair, Premise, SimilarityProbe, grid_distances, measure, region_statistics
+from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.methods import UNMERGED
 from dhtm.reducer import Attention
 from dhtm.regions import Regions
 
@@ -48,6 +52,12 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
         expected[[p, q]] = (image[p] + image[q]) / 2
         assert torch.equal(got[assignment], expected)
         assert torch.equal(got, expected[[i for i in range(196) if i != q]])
+
+
+def test_a_distance_that_no_pair_has_is_named():
+    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(), {"unmerged": UNMERGED}, distances=[1, 14])
+    with pytest.raises(UserError, match=r"distances=\[1, 14\]: in a grid of 14×14 none is above 13"):
+        measure(premise)
 
 
 def test_random_pairs_depend_on_the_image_and_the_seed_alone():

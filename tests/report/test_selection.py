@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from made_up import KS, write_run, write_solved_run
 
+from dhtm.report.page.charts import chart_data
 from dhtm.report.runs import at_target, by_target, load_runs, over_k
 
 MICRO = ("deit_micro", "digits")
@@ -113,3 +114,10 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
     }
     every = at_target(load_runs(tmp_path), *MICRO)
     assert len(every) == len(chosen) + 1 and set(every.target.dropna()) == {30, 40}
+
+
+def test_charts_keep_runs_on_different_images_apart(tmp_path):
+    write_run(tmp_path, 1)
+    write_run(tmp_path, 2, n_images=500, split="holdout", dtype="bfloat16")
+    data = chart_data(load_runs(tmp_path), pd.Series(dtype=float)).data
+    assert data.tolist() == ["digits test, 2,000 images", "digits holdout, 500 images, bfloat16"]

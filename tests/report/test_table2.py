@@ -102,9 +102,11 @@ def test_the_correction_counts_every_test_of_the_table(tmp_path):
 def test_untrained_methods_are_marked_until_trained_ones_exist(tmp_path):
     untrained = {"untrained": True, "weights_sha256": "8" * 64}
     runs = [("dhtm", RIGHT, {}), ("sit", wrong(0, 900), untrained), ("sinkhorn", wrong(0, 900), untrained)]
+    runs += [("dpc_knn", wrong(0, 300), {}), ("dpc_knn", wrong(0, 900), untrained | {"knobs": {"weighted": True}})]
     cells = cells_of(made(tmp_path, *runs, ("sinkhorn", wrong(0, 100), {"trained": True})), "deit_micro")
-    assert cells.loc["SiT (untrained)", "top-1 % ours"].startswith("25.00")
+    assert cells.loc[["SiT (untrained)", "DPC-KNN (untrained)"], "top-1 % ours"].str.startswith("25.00").all()
     assert cells.loc["Sinkhorn", "top-1 % ours"].startswith("91.67")
+    assert cells.loc["DPC-KNN OTS", "top-1 % ours"].startswith("75.00"), "has nothing to train"
 
 
 def test_lost_predictions_are_named(tmp_path):

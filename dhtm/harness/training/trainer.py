@@ -143,7 +143,7 @@ def _train(trainer: "_Trainer") -> dict:
     with WandbRun(tracker, training.settings(), **options) as run:
         for epoch in range(len(history) + 1, training.epochs + 1):
             # The generators depend on the epoch alone, so a resumed training draws the same numbers.
-            random_seed(100_000 * training.seed + epoch * ranks.world, ranks.rank)
+            random_seed((100_000 * training.seed + epoch * ranks.world) % 2**31, ranks.rank)  # NumPy's take 32 bits
             start = time.perf_counter()
             loss = trainer.train_epoch(epoch)
             images_per_s = trainer.n_updates * training.batch_size / (time.perf_counter() - start)

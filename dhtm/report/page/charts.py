@@ -27,7 +27,7 @@ def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
             "colour": [entry_of(method).colour for method in kept.method],
             "training": kept.trained.astype(bool).map(TRAINING),
             "backbone": [BACKBONES.get(name, name) for name in kept.backbone],
-            "data": [DATA.get(name, name) for name in kept.data],
+            "data": [_images(run) for run in kept.itertuples()],
             "knob": [knob_text(run.knob, run.value) for run in kept.itertuples()],
             "images_per_s": kept.run_id.map(images_per_s),
             **{column: kept[column] for column in ("flops_reduction_pct", "flops_g", "agreement")},
@@ -79,6 +79,12 @@ def chart(data: pd.DataFrame, metric: str) -> dict[str, Any] | None:
         "autosize": {"type": "fit-x", "contains": "padding"},
         "usermeta": {"embedOptions": {"actions": False, "renderer": "svg"}},
     }
+
+
+def _images(run: Any) -> str:
+    """Name the images of a run, and its dtype if it is not float32: runs that differ in these are not to be compared."""
+    dtype = {run.dtype} - {"float32"}
+    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *dtype])
 
 
 def _series_name(run: Any) -> str:
