@@ -68,10 +68,11 @@ def to_timm(encoder: nn.Module, image_size: int | None = None) -> VisionTransfor
             norm_layer=functools.partial(nn.LayerNorm, eps=config.layer_norm_eps),
             act_layer={"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act),
         )
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        copied = {name: state[name] for name in model.state_dict()}
     except (AttributeError, KeyError) as error:
         raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it has no {error}") from error
     other = [name for name in state.keys() - model.state_dict().keys() if not name.startswith(_NOT_COPIED)]
     if other:
         raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it also has {min(other)!r}")
+    model.load_state_dict(copied)
     return model.eval()

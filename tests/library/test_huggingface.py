@@ -47,10 +47,14 @@ def test_what_cannot_be_copied_or_patched_is_refused():
     giant = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True))
     with pytest.raises(TypeError, match=r"cannot copy a Dinov2Model into a timm model: it has no 'blocks\.0\.mlp"):
         dhtm.to_timm(giant)
-    registers = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SMALL))
-    with pytest.raises(
-        TypeError, match=r"cannot copy a Dinov2WithRegistersModel .*: it also has 'embeddings.register_tok"
-    ):
-        dhtm.to_timm(registers)
+    others = {
+        "register_tokens": transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SMALL)),
+        "distillation_token": transformers.DeiTModel(transformers.DeiTConfig(**SMALL)),
+    }
+    for parameter, encoder in others.items():
+        with pytest.raises(
+            TypeError, match=rf"cannot copy a \w+ into a timm model: it also has 'embeddings.{parameter}"
+        ):
+            dhtm.to_timm(encoder)
     with pytest.raises(TypeError, match=r"cannot patch a ViTModel: .* copy it into a timm model by dhtm\.to_timm"):
         dhtm.patch(ENCODERS["vit"](), dhtm.DHTM(k=5))
