@@ -162,6 +162,8 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         raise UserError(
             f"distances={premise.distances}: in a grid of {grid[0]}×{grid[1]} none is above {max(grid) - 1}"
         )
+    if premise.layer > len(model.blocks):
+        raise UserError(f"layer={premise.layer}: {premise.backbone.name} has layers 1 to {len(model.blocks)}")
     split = open_split(premise.data, premise.data.split, resolve_data_config(model=model), model.num_classes)
     chosen = np.linspace(0, len(split.dataset) - 1, min(premise.n_images, len(split.dataset)), dtype=int)
     groups = None if split.groups is None else split.groups[chosen]
@@ -194,6 +196,8 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
     looks = []
     for name, method in premise.methods.items():
         parts = forwards(method.reducer(), lambda patched, _: region_statistics(regions(patched)), f"regions: {name}")
+        if all(np.isnan(part["distance"]).all() for part in parts):
+            raise UserError(f"method={name}: it merges nothing in these images; set another target, or leave it out")
         for quantity in parts[0]:
             values = np.concatenate([part[quantity] for part in parts])
             looks.append({"method": name, "quantity": quantity, **summary(values)})

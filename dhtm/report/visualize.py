@@ -39,7 +39,7 @@ def visualize(
     models = [
         (method, *load_model(backbone, method, checkpoints_dir, allow_untrained, seed)) for method in methods.values()
     ]
-    with explain(f"output={output}: cannot be written", (OSError, ValueError)):
+    with explain(f"output={output}: cannot be written", (OSError, ValueError, KeyError)):  # KeyError: cannot animate
         if animate:
             frames = draw_merges(*models[0][:2], picture)
             durations = [FRAME_MS] * (len(frames) - 1) + [2000]

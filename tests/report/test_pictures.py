@@ -176,6 +176,7 @@ def test_frames_are_the_regions_of_ever_larger_k(image):
         (["image=/nowhere.jpg"], "image=/nowhere.jpg: cannot be read ("),
         ([f"image={__file__}"], f"image={__file__}: cannot be read ("),
         (["animate=true", "output=x.gif", "methods=[tome]"], "method=tome: it does not merge pair by pair"),
+        (["animate=true", "target.reduction_pct=5", "output=x.jpg"], "output=x.jpg: cannot be written ("),
         (["output=regions.xyz"], "output=regions.xyz: cannot be written ("),
     ],
 )

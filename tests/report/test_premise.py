@@ -54,9 +54,17 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
         assert torch.equal(got, expected[[i for i in range(196) if i != q]])
 
 
-def test_a_distance_that_no_pair_has_is_named():
-    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(), {"unmerged": UNMERGED}, distances=[1, 14])
-    with pytest.raises(UserError, match=r"distances=\[1, 14\]: in a grid of 14×14 none is above 13"):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"distances": [1, 14]}, r"distances=\[1, 14\]: in a grid of 14×14 none is above 13"),
+        ({"layer": 13}, "layer=13: deit_micro has layers 1 to 12"),
+        ({}, "method=unmerged: it merges nothing"),
+    ],
+)
+def test_mistakes_are_named(setting, message):
+    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), {"unmerged": UNMERGED}, **setting)
+    with pytest.raises(UserError, match=message):
         measure(premise)
 
 
