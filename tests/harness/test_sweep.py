@@ -39,7 +39,7 @@ def swept(script):
 
 
 def status(results, *more):
-    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir={results}", *more]
+    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir='{results}'", *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -138,15 +138,15 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     for name in ("evaluate", "report", "status"):
         (tmp_path / f"scripts/{name}.py").write_text(stub)
 
-    command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
+    command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir='runs'"]
 
     def make_sweep():
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout.splitlines()
 
-    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir=runs"
+    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir='runs'"
     expected = [f"evaluate -m experiment={name} {given}" for name in names]
-    expected += ["report results_dir=runs", "status results_dir=runs"]
+    expected += ["report results_dir='runs'", "status results_dir='runs'"]
     (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
     begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
     fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
