@@ -185,7 +185,10 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
     if len(at) < 2:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
-    first, last = (f"(KL {row.kl:.2g} nats, top-1 {number(row.top1, 1)}%)" for row in (least, most))
+    first, last = (
+        f"(KL {row.kl:.2g} nats{'' if pd.isna(row.top1) else f', top-1 {number(row.top1, 1)}%'})"
+        for row in (least, most)
+    )
     return (
         f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least {first}, "
         f"{entry_of(most.method).label} most {last}."

@@ -58,3 +58,9 @@ def test_a_method_in_several_layers_has_a_name_for_each(tmp_path):
         write_solved_run(tmp_path, number, "dhtm", layers=layers)
     frame = where.methods_at_one_cost(load_runs(tmp_path), ("deit_micro", "digits"))
     assert sorted(frame.label) == ["DHTM", "DHTM, layers 7", "DHTM, layers all", "unmerged"]
+
+
+def test_without_labels_the_images_that_change_most_have_no_class():
+    of_run = pd.DataFrame({"kl": [0.5], "label": -1, "unmerged_class": 1, "class_1": 2})
+    (row,) = where.most_changed({"DHTM": of_run}).to_dict("records")
+    assert list(row.values()) == ["DHTM", "0", "0.5000", "–", "1", "2"]

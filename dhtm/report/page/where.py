@@ -127,7 +127,8 @@ def most_changed(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for index, image in of_run.nlargest(MOST, "kl").iterrows():
             rows.append(
                 {
-                    "method": name, "image": f"{index}", "KL, nats": number(image.kl, 4), "class": f"{image.label:.0f}",
+                    "method": name, "image": f"{index}", "KL, nats": number(image.kl, 4),
+                    "class": f"{image.label:.0f}" if image.label >= 0 else DASH,
                     "unmerged model": f"{image.unmerged_class:.0f}", "merged model": f"{image.class_1:.0f}",
                 }
             )  # fmt: skip
