@@ -82,6 +82,7 @@ def chart(data: pd.DataFrame, metric: str) -> dict[str, Any] | None:
 
 
 def _images(run: Any) -> str:
-    """Name the images of a run, and its dtype if it is not float32: runs that differ in these are not to be compared."""
+    """Name the images of a run, its classes if not all, and its dtype if not float32: only runs equal in these compare."""
+    among = [] if pd.isna(run.among) else [f"among {run.among:.0f} classes"]
     dtype = {run.dtype} - {"float32"}
-    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *dtype])
+    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *among, *dtype])
