@@ -51,12 +51,13 @@ def notes(results):
 def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_failed(swept, tmp_path):
     weights = tmp_path / "weights.safetensors"
     overrides = [
-        "method.k=8", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99", "skip_unavailable=true",
-        f"results_dir={tmp_path}/runs",
+        "method.k=8", "seed=${method.k}", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99",
+        "skip_unavailable=true", f"results_dir={tmp_path}/runs",
     ]  # fmt: skip
     code, told = swept(*overrides)
     assert code == 1
     rows = told[told.index("\nevaluate method.k=8") :].splitlines()
+    assert rows[1].startswith("evaluate method.k=8 seed=${method.k} "), "as typed"
     assert [row.split()[2] for row in rows[2:6]] == ["done", "skipped", "failed", "failed"]
     (log,) = tmp_path.glob("runs/sweeps/evaluate-*/002.log")
     said = f"backbone.checkpoint={weights}: Path does not point to a file"
