@@ -50,7 +50,7 @@ class Sweep:
 
 def start_times(results: list[str]) -> dict[Path, int]:
     """Return the start time of each sweep in the results directory."""
-    root = results[-1].partition("=")[2] if results else "results/runs"
+    root = results[-1].partition("=")[2].strip("'\"") if results else "results/runs"  # quoted for Hydra
     root = Path(os.path.expanduser(root))  # noqa: PTH111, because ~nobody is no error here: evaluate.py reports it
     return {file: file.stat().st_mtime_ns for file in root.glob("sweeps/*/sweep.json")}
 

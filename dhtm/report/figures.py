@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, entry_of, title_of
+from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, label_of, title_of
 from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, read_published
 from dhtm.report.style import SIZES, draw_intervals, plt
 from dhtm.report.tables import number
@@ -185,10 +185,13 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
     if len(at) < 2:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
-    first, last = (f"(KL {row.kl:.2g} nats, top-1 {number(row.top1, 1)}%)" for row in (least, most))
+    first, last = (
+        f"(KL {row.kl:.2g} nats{'' if pd.isna(row.top1) else f', top-1 {number(row.top1, 1)}%'})"
+        for row in (least, most)
+    )
     return (
-        f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {entry_of(least.method).label} changes the outputs least {first}, "
-        f"{entry_of(most.method).label} most {last}."
+        f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {label_of(least)} changes the outputs least {first}, "
+        f"{label_of(most)} most {last}."
     )
 
 

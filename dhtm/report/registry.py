@@ -109,6 +109,15 @@ SERIES = {
 }
 
 
+_LAYERS = {series.method: series.layers for series in SERIES.values()}  # of DHTM the paper's, its last series
+
+
+def label_of(run: Any) -> str:
+    """Name a run's method, and its layers unless they are those of the method's row in Table 2."""
+    label = entry_of(run.method).label
+    return label if run.layers == _LAYERS.get(run.method) else f"{label}, layers {run.layers}"
+
+
 def title_of(backbone: str, data: str) -> str:
     """Name a backbone on a data set for readers."""
     return f"{BACKBONES.get(backbone, backbone)} on {DATA.get(data, data)}"

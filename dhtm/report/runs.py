@@ -148,11 +148,12 @@ def _on_same_weights(frame: pd.DataFrame) -> pd.DataFrame:
 def best_set(sets: list[pd.DataFrame], otherwise: pd.DataFrame) -> pd.DataFrame:
     """Return the set to show, or ``otherwise`` if there is none.
 
-    It prefers images that are not for training, then float32 to other dtypes, then more images, more runs, and newer runs.
+    It prefers images that are not for training, then top-1 among all classes, float32, more images, more runs, newer runs.
     """
 
     def rank(frame: pd.DataFrame) -> tuple:
         first = frame.iloc[0]
-        return first.split != "train", first["dtype"] == "float32", first.n_images, len(frame), frame.finished.max()
+        usual = first.split != "train", pd.isna(first.among), first["dtype"] == "float32"
+        return *usual, first.n_images, len(frame), frame.finished.max()
 
     return max(sets, key=rank, default=otherwise)

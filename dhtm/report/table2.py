@@ -129,9 +129,10 @@ def _rows(ours: pd.DataFrame, backbone: str) -> list[tuple[str, str, pd.Series |
         group = "w/ train" if SERIES[name].trained else "w/o train"
         rows.append((name, "" if name == "unmerged" else group, _run(ours, name)))
     shown = {run.run_id for _, _, run in rows if run is not None}
-    others = []
-    for _, run in ours[(ours.method != "unmerged") & ~ours.run_id.isin(shown)].iterrows():
-        name = f"{entry_of(run.method).label}, layers {run.layers}" if run.method in METHODS else run.method
+    rest, others = ours[(ours.method != "unmerged") & ~ours.run_id.isin(shown)], []
+    needs_layers = rest.method.isin(METHODS) | rest.duplicated("method", keep=False)
+    for index, run in rest.iterrows():
+        name = f"{entry_of(run.method).label}, layers {run.layers}" if needs_layers[index] else run.method
         others.append((name, "others, w/ train" if run.trained else "others, w/o train", run))
     return rows + sorted(others, key=lambda row: row[1])
 

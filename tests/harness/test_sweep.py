@@ -39,7 +39,7 @@ def swept(script):
 
 
 def status(results, *more):
-    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir={results}", *more]
+    command = [sys.executable, ROOT / "scripts/status.py", f"results_dir='{results}'", *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -51,12 +51,13 @@ def notes(results):
 def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_failed(swept, tmp_path):
     weights = tmp_path / "weights.safetensors"
     overrides = [
-        "method.k=8", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99", "skip_unavailable=true",
-        f"results_dir={tmp_path}/runs",
+        "method.k=8", "seed=${method.k}", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99",
+        "skip_unavailable=true", f"results_dir={tmp_path}/runs",
     ]  # fmt: skip
     code, told = swept(*overrides)
     assert code == 1
     rows = told[told.index("\nevaluate method.k=8") :].splitlines()
+    assert rows[1].startswith("evaluate method.k=8 seed=${method.k} "), "as typed"
     assert [row.split()[2] for row in rows[2:6]] == ["done", "skipped", "failed", "failed"]
     (log,) = tmp_path.glob("runs/sweeps/evaluate-*/002.log")
     said = f"backbone.checkpoint={weights}: Path does not point to a file"
@@ -138,15 +139,15 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     for name in ("evaluate", "report", "status"):
         (tmp_path / f"scripts/{name}.py").write_text(stub)
 
-    command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir=runs"]
+    command = [sys.executable, "scripts/sweep.py", "hydra/launcher=joblib", "results_dir='runs'"]
 
     def make_sweep():
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout.splitlines()
 
-    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir=runs"
+    names, given = ("figure1", "figure4", "table1", "table2"), "hydra/launcher=joblib results_dir='runs'"
     expected = [f"evaluate -m experiment={name} {given}" for name in names]
-    expected += ["report results_dir=runs", "status results_dir=runs"]
+    expected += ["report results_dir='runs'", "status results_dir='runs'"]
     (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
     begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
     fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"

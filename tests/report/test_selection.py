@@ -119,5 +119,13 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
 def test_charts_keep_runs_on_different_images_apart(tmp_path):
     write_run(tmp_path, 1)
     write_run(tmp_path, 2, n_images=500, split="holdout", dtype="bfloat16")
-    data = chart_data(load_runs(tmp_path), pd.Series(dtype=float)).data
-    assert data.tolist() == ["digits test, 2,000 images", "digits holdout, 500 images, bfloat16"]
+    write_run(tmp_path, 3, among=7)
+    data = chart_data(load_runs(tmp_path), pd.Series(dtype=float)).data.tolist()
+    assert data[:2] == ["digits test, 2,000 images", "digits holdout, 500 images, bfloat16"]
+    assert data[2] == "digits test, 2,000 images, among 7 classes"
+
+
+def test_top1_among_all_classes_is_shown_rather_than_among_some(tmp_path):
+    write_run(tmp_path, 1)
+    write_run(tmp_path, 2, among=7)  # newer
+    assert over_k(load_runs(tmp_path), *MICRO, "dhtm").run_id.tolist() == [f"{1:016x}"]

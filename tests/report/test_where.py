@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from made_up import write_solved_run
 from timm.data import resolve_data_config
 
 import dhtm
@@ -9,6 +10,7 @@ from dhtm.harness.data.scenes import Digits
 from dhtm.harness.data.splits import open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.report.page import where
+from dhtm.report.runs import load_runs
 
 
 def test_the_tokens_that_an_object_is_in(monkeypatch):
@@ -48,3 +50,17 @@ def test_agreement_between_methods_is_beyond_chance():
     table = where.agreement_between(found).set_index("kappa")
     # They agree on 3 of 4 images; by chance they would on 1/2 · 1/4 + 1/2 · 3/4 = 1/2 of them.
     assert (table.loc["a", "a"], table.loc["b", "a"], table.loc["a", "b"]) == ("1.000", "0.500", "")
+
+
+def test_a_method_in_several_layers_has_a_name_for_each(tmp_path):
+    write_solved_run(tmp_path, 0, "unmerged")
+    for number, layers in enumerate(("all", [4, 7, 11], [7]), start=1):
+        write_solved_run(tmp_path, number, "dhtm", layers=layers)
+    frame = where.methods_at_one_cost(load_runs(tmp_path), ("deit_micro", "digits"))
+    assert sorted(frame.label) == ["DHTM", "DHTM, layers 7", "DHTM, layers all", "unmerged"]
+
+
+def test_without_labels_the_images_that_change_most_have_no_class():
+    of_run = pd.DataFrame({"kl": [0.5], "label": -1, "unmerged_class": 1, "class_1": 2})
+    (row,) = where.most_changed({"DHTM": of_run}).to_dict("records")
+    assert list(row.values()) == ["DHTM", "0", "0.5000", "–", "1", "2"]

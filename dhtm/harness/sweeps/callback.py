@@ -26,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dhtm.harness.core.command import command, register_resolvers
 from dhtm.harness.core.devices import take_gpu
@@ -62,7 +62,10 @@ class Sweep(Callback):
         setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
         if not isinstance(self.root, str):
             raise UserError(f"{setting}={self.root}: it must be a path")
-        typed = " ".join([config.hydra.job.name, *config.hydra.overrides.task])
+        overrides = OmegaConf.to_container(
+            config.hydra.overrides.task
+        )  # interpolations as typed: their values may differ by run
+        typed = " ".join([config.hydra.job.name, *overrides])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
         self.folder, self.process = Path(self.root).expanduser().absolute() / "sweeps" / name, os.getpid()
@@ -78,7 +81,7 @@ class Sweep(Callback):
             file.unlink()
         write_json(
             self.folder / "sweep.json",
-            {"command": typed, "runs": _runs(config.hydra.sweeper.params or {}, config.hydra.overrides.task)},
+            {"command": typed, "runs": _runs(config.hydra.sweeper.params or {}, overrides)},
         )
         atexit.register(self._print_table)  # however the sweep ends
         atexit.register(lock.release)  # runs before that, because the order is reversed

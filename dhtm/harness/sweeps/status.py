@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="status.py", description=f"Show the runs of sweeps: {', '.join(STATES)}.")
     parser.add_argument("setting", nargs="*", metavar="results_dir=DIR", help="where the runs are (results/runs)")
     settings = dict(setting.partition("=")[::2] for setting in parser.parse_args().setting)
-    root = settings.pop("results_dir", "results/runs")
+    root = settings.pop("results_dir", "results/runs").strip("'\"")  # quoted for Hydra, where a path needs it
     if settings:
         sys.exit(f"error: {next(iter(settings))}: only results_dir=DIR can be set here")
     folder = Path(os.path.expanduser(root))  # noqa: PTH111, because an unknown user is no error

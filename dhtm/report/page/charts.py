@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from dhtm.harness.models.methods import knob_text
-from dhtm.report.registry import BACKBONES, DATA, entry_of
+from dhtm.report.registry import BACKBONES, DATA, entry_of, label_of
 
 ALL = "all"
 TRAINING = {True: "w/ train", False: "off the shelf"}
@@ -23,7 +23,7 @@ def chart_data(runs: pd.DataFrame, images_per_s: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "run": kept.run_id,
-            "method": [_series_name(run) for run in kept.itertuples()],
+            "method": [label_of(run) for run in kept.itertuples()],
             "colour": [entry_of(method).colour for method in kept.method],
             "training": kept.trained.astype(bool).map(TRAINING),
             "backbone": [BACKBONES.get(name, name) for name in kept.backbone],
@@ -82,11 +82,7 @@ def chart(data: pd.DataFrame, metric: str) -> dict[str, Any] | None:
 
 
 def _images(run: Any) -> str:
-    """Name the images of a run, and its dtype if it is not float32: runs that differ in these are not to be compared."""
+    """Name the images of a run, its classes if not all, and its dtype if not float32: only runs equal in these compare."""
+    among = [] if pd.isna(run.among) else [f"among {run.among:.0f} classes"]
     dtype = {run.dtype} - {"float32"}
-    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *dtype])
-
-
-def _series_name(run: Any) -> str:
-    layers = "" if run.method in ("unmerged", "dhtm_plus", "dhtm_threshold") else f", layers {run.layers}"
-    return f"{entry_of(run.method).label}{layers}"
+    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *among, *dtype])

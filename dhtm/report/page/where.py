@@ -21,7 +21,7 @@ from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
 from dhtm.harness.runs.predict import stop
 from dhtm.report.regions import draw_side_by_side
-from dhtm.report.registry import METHODS, entry_of, title_of
+from dhtm.report.registry import METHODS, label_of, title_of
 from dhtm.report.runs import Pair, at_target
 from dhtm.report.tables import DASH, number, with_interval
 from dhtm.vit import image_ids, regions
@@ -102,7 +102,7 @@ def methods_at_one_cost(runs: pd.DataFrame, pair: Pair) -> pd.DataFrame:
     frame = max(found, key=lambda frame: frame.target.notna().sum())
     if not frame.target.notna().any() or not (frame.method == "unmerged").any():
         return frame.head(0)
-    frame = frame.assign(label=[_label(run) for run in frame.itertuples()])
+    frame = frame.assign(label=[label_of(run) for run in frame.itertuples()])
     places = {method: place for place, method in enumerate(METHODS)}  # those of unknown methods are the last
     return frame.sort_values("method", key=lambda methods: methods.map(places), kind="stable")
 
@@ -127,7 +127,8 @@ def most_changed(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for index, image in of_run.nlargest(MOST, "kl").iterrows():
             rows.append(
                 {
-                    "method": name, "image": f"{index}", "KL, nats": number(image.kl, 4), "class": f"{image.label:.0f}",
+                    "method": name, "image": f"{index}", "KL, nats": number(image.kl, 4),
+                    "class": f"{image.label:.0f}" if image.label >= 0 else DASH,
                     "unmerged model": f"{image.unmerged_class:.0f}", "merged model": f"{image.class_1:.0f}",
                 }
             )  # fmt: skip
@@ -194,8 +195,3 @@ def by_regions(found: dict[str, pd.DataFrame], kept: dict[str, pd.Series]) -> pd
             row[label] = f"{100 * inside.mean():.1f} ({len(inside)})" if len(inside) else DASH
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _label(run) -> str:
-    label = entry_of(run.method).label
-    return f"{label}, all layers" if run.method == "dhtm" and run.layers == "all" else label
