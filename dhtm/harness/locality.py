@@ -197,7 +197,9 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
     for name, method in premise.methods.items():
         parts = forwards(method.reducer(), lambda patched, _: region_statistics(regions(patched)), f"regions: {name}")
         if all(np.isnan(part["distance"]).all() for part in parts):
-            raise UserError(f"method={name}: it merges nothing in these images; set another target, or remove it from methods")
+            raise UserError(
+                f"method={name}: it merges nothing in these images; set another target, or remove it from methods"
+            )
         for quantity in parts[0]:
             values = np.concatenate([part[quantity] for part in parts])
             looks.append({"method": name, "quantity": quantity, **summary(values)})

@@ -95,8 +95,10 @@ def test_what_no_run_could_do_with_is_refused_once(swept):
     assert told.count("error: results_dir=/proc/nowhere: cannot write there") == 1 and told.count("\n") == 1
 
 
-def test_a_sweep_that_is_running_is_not_started_again(swept, tmp_path):
-    sweep = ("method.k=8,9", f"results_dir={tmp_path}")
+def test_a_sweep_that_is_running_is_not_started_again(swept, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    sweep = ("method.k=8,9", f"results_dir=~/{tmp_path.name}/é")  # which Hydra takes only in quotes
+    tmp_path /= "é"
     assert swept(*sweep)[0] == 0
     before = notes(tmp_path)
     (folder,) = tmp_path.glob("sweeps/*")

@@ -66,6 +66,9 @@ def command(resumes: bool) -> Callable[[Callable], Callable]:
 def start(main: Callable, config_name: str, resumes: bool = False) -> None:
     """Run a script's main function with the config that Hydra composes from ``config_name`` and the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors instead of printing tracebacks
+    # Hydra takes ~ and letters outside of ASCII, as paths may have them, only in quotes.
+    path = r"^([^=]+)=(?=~|.*[^\x00-\x7f])([^,'\"\[\](){}$]*)$"
+    sys.argv = [re.sub(path, r"\1='\2'", argument) for argument in sys.argv]
     register_resolvers()
     main = command(resumes)(main)  # a launcher may call this in another process
     command(resumes)(hydra.main("../configs", config_name, version_base="1.3")(main))()

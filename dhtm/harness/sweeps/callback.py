@@ -62,9 +62,8 @@ class Sweep(Callback):
         setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
         if not isinstance(self.root, str):
             raise UserError(f"{setting}={self.root}: it must be a path")
-        overrides = OmegaConf.to_container(
-            config.hydra.overrides.task
-        )  # interpolations as typed: their values may differ by run
+        # With interpolations as typed, because their values may differ from run to run.
+        overrides = OmegaConf.to_container(config.hydra.overrides.task)
         typed = " ".join([config.hydra.job.name, *overrides])
         name = re.sub(r"\W+", "-", config.get("experiment") or config.hydra.job.name)
         name = f"{name}-{hashlib.sha256(typed.encode()).hexdigest()[:8]}"
