@@ -129,8 +129,6 @@ class _Run:
             backbone, method, evaluation.checkpoints_dir, evaluation.allow_untrained, evaluation.seed
         )
         self.trained = weights is not None
-        # Settings that are not part of the run id, such as the backend, make no other run of the unmerged model.
-        self.is_unmerged = not self.trained and _determinants_of(method) == _determinants_of(UNMERGED)
         self.preprocessing = resolve_data_config(model=self.model)
         self.split = open_split(data, data.split, self.preprocessing, self.model.num_classes)
         self.n_images = len(self.split.dataset)
@@ -146,6 +144,9 @@ class _Run:
             "real_labels": self.split.real_labels is not None,
             **({"dense": N_PROBE} if evaluation.dense else {}),
         }
+        self.of_unmerged = self.determinants | _determinants_of(UNMERGED)
+        # Settings that are not part of the run id, such as the backend, make no other run of the unmerged model.
+        self.is_unmerged = not self.trained and self.determinants == self.of_unmerged
         self.directory = RunDirectory(evaluation.results_dir, run_id(**self.determinants))
         options = [method.name, method.unusual_options(), "trained" if self.trained else ""]
         self.title = f"{backbone.name} · {' '.join(filter(None, options))} · {data.name}"
@@ -167,9 +168,8 @@ class _Run:
             if ranks.first:
                 predictions = self._all_predictions(failed)
                 metrics = self._metrics(predictions, len(failed), measured)
+                metrics["targets_reduction_pct"] = sorted({*earlier_targets, *metrics["targets_reduction_pct"]})
                 metrics = directory.save(evaluation.settings(), predictions.drop(columns="nonfinite"), metrics)
-                for target in earlier_targets:
-                    metrics = directory.add_target(metrics, target)
                 self._report(metrics)
                 tracked.result(metrics, directory.path, pictures)
         return ranks.gather(metrics)[0]
@@ -201,8 +201,7 @@ class _Run:
         observers = [keep] if self.is_unmerged else []  # compare_with replaces its kl and unmerged_class
         if not self.trained and not (self.is_unmerged and evaluation.dtype == "float32"):
             dtype = "float32" if self.is_unmerged else evaluation.dtype
-            determinants = self.determinants | _determinants_of(UNMERGED) | {"dtype": dtype}
-            folder = evaluation.results_dir / run_id(**determinants)
+            folder = evaluation.results_dir / run_id(**self.of_unmerged | {"dtype": dtype})
             if not self.ranks.gather((folder / "metrics.json").exists())[0]:
                 log.info("%s: evaluating the unmerged model first, for comparison", self.title)
                 unmerged = {"method": UNMERGED, "dtype": dtype, "target_pct": None, "force": False, "tracker": None}
