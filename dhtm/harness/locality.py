@@ -196,12 +196,12 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
     looks = []
     for name, method in premise.methods.items():
         parts = forwards(method.reducer(), lambda patched, _: region_statistics(regions(patched)), f"regions: {name}")
-        if all(np.isnan(part["distance"]).all() for part in parts):
-            raise UserError(
-                f"method={name}: it merges nothing in these images; set another target, or remove it from methods"
-            )
         for quantity in parts[0]:
             values = np.concatenate([part[quantity] for part in parts])
+            if np.isnan(values).all():
+                raise UserError(
+                    f"method={name}: it merges nothing in these images; set another target, or remove it from methods"
+                )
             looks.append({"method": name, "quantity": quantity, **summary(values)})
 
     def log_p(_, logits: Tensor) -> Tensor:
