@@ -74,11 +74,15 @@ def caption_of(backbone: str, data: str, n_images: pd.Series, *details: str) -> 
 
 
 def caption_of_set(frame: pd.DataFrame, *details: str) -> str:
-    """Return the caption of a part whose runs have the same images, weights and dtype, which it names if it is not float32."""
-    run = frame.iloc[0]
-    return caption_of(
-        run.backbone, run["data"], frame.n_images, f"split {run.split}", *{run["dtype"]} - {"float32"}, *details
-    )
+    """Return the caption of a part whose runs have the same images, weights and :func:`conditions`."""
+    run = next(frame.itertuples())
+    return caption_of(run.backbone, run.data, frame.n_images, f"split {run.split}", *conditions(run), *details)
+
+
+def conditions(run: Any) -> list[str]:
+    """Return a run's number of classes if not all could be predicted, and its dtype if it is not float32."""
+    among = [] if pd.isna(run.among) else [f"among {run.among:.0f} classes"]
+    return among + ([] if run.dtype == "float32" else [run.dtype])
 
 
 def cells(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:

@@ -26,8 +26,8 @@ def write(folder, number, kl, method="dhtm", target=40.0, **changes):
 
 def test_each_option_is_compared_with_the_papers(tmp_path):
     def changed(number, kl, layers=(4, 7, 11), **knobs):
-        for place, dtype in enumerate(("float32", "bfloat16")):
-            options = {"knobs": DEFAULTS | knobs, "layers": list(layers), "dtype": dtype}
+        for place, (dtype, among) in enumerate((("float32", None), ("bfloat16", 7))):
+            options = {"knobs": DEFAULTS | knobs, "layers": list(layers), "dtype": dtype, "among": among}
             write(tmp_path, number + 10 * place, kl, knob="k", **options)
 
     changed(0, 1.0)
@@ -47,7 +47,7 @@ def test_each_option_is_compared_with_the_papers(tmp_path):
     assert "40% fewer FLOPs" in table.markdown()
     changed(5, 1.0, similarity="kl")
     captions = [caption for caption, _ in ablation(load_runs(tmp_path), tmp_path).parts]
-    assert len(captions) == 2 and "split test, bfloat16, 40% fewer FLOPs" in captions[0]
+    assert len(captions) == 2 and "split test, among 7 classes, bfloat16, 40% fewer FLOPs" in captions[0]
 
 
 def test_pairs_differ_in_nothing_but_the_threshold(tmp_path):

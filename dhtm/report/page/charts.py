@@ -7,6 +7,7 @@ import pandas as pd
 
 from dhtm.harness.models.methods import knob_text
 from dhtm.report.registry import BACKBONES, DATA, entry_of, label_of
+from dhtm.report.tables import conditions
 
 ALL = "all"
 TRAINING = {True: "w/ train", False: "off the shelf"}
@@ -82,7 +83,5 @@ def chart(data: pd.DataFrame, metric: str) -> dict[str, Any] | None:
 
 
 def _images(run: Any) -> str:
-    """Name the images of a run, its classes if not all, and its dtype if not float32: only runs equal in these compare."""
-    among = [] if pd.isna(run.among) else [f"among {run.among:.0f} classes"]
-    dtype = {run.dtype} - {"float32"}
-    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *among, *dtype])
+    """Name the images of a run and what else must be equal in runs that are compared."""
+    return ", ".join([f"{DATA.get(run.data, run.data)} {run.split}", f"{run.n_images:,} images", *conditions(run)])
