@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from dhtm.report.registry import BACKBONES, DATA, GREY, METHODS, SERIES, Series, label_of, title_of
 from dhtm.report.runs import Pair, at_target, of_series, over_k, pairs, read_published
 from dhtm.report.style import SIZES, draw_intervals, plt
-from dhtm.report.tables import number
 
 PAPER = ("deit_small", "imagenet")  # the last panel, which has the published points
 MIN_TARGETS = 3
@@ -24,8 +23,8 @@ def figure1(runs: pd.DataFrame) -> Figure:
     """Draw DHTM against other methods over the FLOPs reduction that was reached: top-1, and KL from the unmerged model.
 
     There is a column for each backbone and data set with runs solved for three targets, and one with the published points.
-    Below the published points is a close-up of the first column's top-1, if there is no KL. Methods whose own parameters
-    were never trained are skipped: they would show nothing and compress the others.
+    Below the published points is a close-up of the first column's top-1, unless our KL is drawn there. Methods whose own
+    parameters were never trained are skipped: they would show nothing and compress the others.
     """
     runs = runs[~runs.untrained.astype(bool)]
     panels = _panels({pair: at_target(runs, *pair) for pair in [*pairs(runs), PAPER]}, "target", MIN_TARGETS)
@@ -186,8 +185,7 @@ def _extremes(pair: Pair, frame: pd.DataFrame) -> str:
         return ""
     least, most = at.iloc[0], at.iloc[-1]
     first, last = (
-        f"(KL {row.kl:.2g} nats{'' if pd.isna(row.top1) else f', top-1 {number(row.top1, 1)}%'})"
-        for row in (least, most)
+        f"(KL {row.kl:.2g} nats{'' if pd.isna(row.top1) else f', top-1 {row.top1:.1f}%'})" for row in (least, most)
     )
     return (
         f"{title_of(*pair)}, 30% fewer FLOPs, off the shelf: {label_of(least)} changes the outputs least {first}, "
