@@ -157,6 +157,14 @@ def test_all_pairs_need_no_grid():
     assert regions.assignment.tolist() == [[0, 0, *range(1, 7), 0]] and regions.grid == (3, 3)
 
 
+def test_the_batch_does_not_change_the_merges():
+    tokens = torch.randn(64, 196, 96, generator=torch.Generator().manual_seed(0))
+    merged, regions = hierarchical_merge(tokens, 56, grid=(14, 14))
+    for image in range(0, 64, 7):
+        alone, its = hierarchical_merge(tokens[image : image + 1], 56, grid=(14, 14))
+        assert torch.equal(alone[0], merged[image]) and torch.equal(its.assignment[0], regions.assignment[image])
+
+
 def smooth(batch, grid, channels, seed):
     """Tokens whose neighbours are alike, as in a network: [B, N, D]."""
     generator = torch.Generator().manual_seed(seed)
