@@ -300,10 +300,10 @@ class _Trainer:
         remedy = "; the last whole epoch is kept, and the same command resumes from there once this is fixed"
         with explain(f"output={self.folder}: cannot be written", (OSError, RuntimeError), remedy):
             how = {"epoch": len(history), "epochs": training.epochs, "init": training.init, "data": training.data.name}
-            arguments = self.model, training.backbone, training.method, DTYPES[training.save_dtype], how
-            save_weights(*arguments, self.folder / "last.safetensors")
-            if history[-1]["top1"] >= max(row["top1"] for row in history):
-                save_weights(*arguments, self.folder / "best.safetensors")
+            is_best = history[-1]["top1"] >= max(row["top1"] for row in history)
+            for name in ("last", "best") if is_best else ("last",):
+                file = self.folder / f"{name}.safetensors"
+                save_weights(self.model, training.backbone, training.method, DTYPES[training.save_dtype], how, file)
             write_atomically(self.folder / "history.csv", lambda file: pd.DataFrame(history).to_csv(file, index=False))
             state = {name: part.state_dict() for name, part in self._parts().items()}
             state |= {"history": history, "log_id": self.log_id, "config": self._determinants()}
