@@ -1,11 +1,14 @@
 """The Makefile's set-up: when it runs, with what, and what a failure leaves. A stub that logs its arguments stands for pip."""
 
+import importlib.metadata
 import os
 import shlex
 import shutil
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from test_docs import commands, run
 
 INHERITED = ("ARGS", "MAKEFLAGS", "MFLAGS", "PYTHON", "TORCH")
@@ -79,6 +82,22 @@ def test_a_missing_and_an_old_python_are_reported(setup):
     assert f"python3.97 was not found; {message}" in setup("PYTHON=python3.97")[0].stdout
     old = f"./python2 is too old, Python 3.10 or newer is required; {message}"
     assert old in setup("PYTHON=./python2")[0].stdout
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_can_be_installed_with_every_python(python):
+    """As far as the metadata of installed packages says which Python their version requires."""
+    installed = {found.name: found for found in importlib.metadata.distributions()}
+    version = f"{python}.99"
+    checked = 0
+    for line in (ROOT / "constraints.txt").read_text().splitlines()[1:]:
+        wanted = Requirement(line)
+        applies = wanted.marker is None or wanted.marker.evaluate({"python_full_version": version})
+        found = installed.get(wanted.name)
+        if applies and found and wanted.specifier.contains(found.version):
+            checked += 1
+            assert version in SpecifierSet(found.metadata["Requires-Python"] or ""), line
+    assert checked > 100
 
 
 def test_help_lists_every_target():
