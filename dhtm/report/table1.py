@@ -25,7 +25,7 @@ _COUNTED = [
 NOTES = [
     "FLOPs are multiply-adds counted by fvcore, including attention products and merging. Δ is ours minus published.",
     "The paper's text names layers 4, 7 and 11, which are our default. The printed FLOPs are closer to layers 4, 7 and 10 for "
-    "DeiT-Tiny, and for DeiT-Small up to k = 40. For DeiT-Base they match neither.",
+    "DeiT-Tiny, and for DeiT-Small except at k = 30. They match neither for DeiT-Small from k = 48 on, nor for DeiT-Base.",
     "The paper prints 4.65 G for DeiT-Small unmerged; fvcore counts 4.608 G. The printed FLOPs fall by 0.44 G from k = 0 to "
     "k = 10, where ten merges per layer save about 0.32 G.",
     "For DeiT-Base the printed FLOPs fall by an even 1.06 G per step up to k = 30. k = 40 is off that line (13.97 G, a fall "

@@ -159,6 +159,8 @@ def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
     assert cells.loc["LoTM", "p"] == "<0.0001*" and float(cells.loc["ToMe OTS", "p"]) > 0.9
     rows = rows_of(table)
     assert rows.kl["DHTM"] == pytest.approx(kl.mean()) and pd.isna(rows.kl["DPC-KNN"])
+    assert rows.kl_p.dropna().index.tolist() == ["ToMe OTS", "LoTM"], "a KL from itself of 0 is not tested"
+    assert rows.kl["unmerged"] == 0 and rows.p["unmerged"] == 1
 
 
 def test_more_reductions_than_the_papers_have_parts_where_there_are_runs(tmp_path):
