@@ -12,6 +12,7 @@ Each operator has several backends, which all make the same merges. A backend is
 """
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from dhtm.regions import Regions
 
 KINDS = {"cosine": 0, "euclidean": 1, "manhattan": 2, "kl": 3}  # the numbers of the similarities in compiled code
 CLUSTER_LINKAGES = {"single": 0, "complete": 1, "average": 2}  # the same for the linkages of agglomerative clustering
+_LARGEST = torch.finfo(torch.float32).max
 ALL_PAIRS = 0  # the number of connectivity="all" in the operators, where 4 and 8 stand for themselves
 
 HAS_NUMBA, HAS_TRITON = find_spec("numba") is not None, find_spec("triton") is not None
@@ -112,6 +114,10 @@ def hierarchical_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``merge`` of a backend; :func:`dhtm.hierarchical_merge` checks the arguments."""
     regions = Regions(assignment, sizes, (height, width))
+    if threshold is not None:
+        if math.isnan(threshold):
+            raise ValueError("threshold=nan: it must be a number")
+        threshold = min(max(threshold, -_LARGEST), _LARGEST)  # as scores are; compiled code takes -inf as no threshold
     merge = BACKENDS[pick(backend, tokens.device)]  # picked here so that an exported model may run on another device
     return merge(tokens.detach(), features, masses, regions, k, connectivity, similarity, linkage, threshold)
 

@@ -145,6 +145,20 @@ def test_every_backend_makes_the_reference_merges(case, backend):
         check_backend(case, backend, device)
 
 
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("connectivity", [8, "all"])
+def test_a_threshold_below_all_similarities_merges_until_one_token_is_left(backend, connectivity):
+    tokens, options = torch.arange(18.0).sin().view(2, 3, 3), {"connectivity": connectivity, "backend": backend}
+    one, its = hierarchical_merge(tokens, 2, grid=(1, 3), **options)
+    for threshold in (-1e300, float("-inf")):
+        merged, regions = hierarchical_merge(tokens, 2, grid=(1, 3), threshold=threshold, **options)
+        again, regions = hierarchical_merge(merged, 2, regions, threshold=threshold, **options)
+        assert torch.equal(again, merged) and torch.equal(merged[:, :1], one) and not merged[:, 1:].any()
+        assert torch.equal(regions.assignment, its.assignment)
+    with pytest.raises(ValueError, match="threshold=nan: it must be a number"):
+        hierarchical_merge(tokens, 2, grid=(1, 3), threshold=float("nan"), **options)
+
+
 def test_all_pairs_need_no_grid():
     """The first and the last of nine tokens are alike; a given grid and the regions so far stay what they are."""
     tokens = torch.eye(9)
