@@ -276,8 +276,8 @@ def test_training_the_embedded_model_writes_weights_that_the_runner_loads(compos
         "stages=[{steps: 3, batch_size: 8, window: 8, difficulty: [0, 0.5]}, "
         "{steps: 2, batch_size: 4, window: 14, difficulty: [1, 1]}]"
     )
-    settings = composed(stages, "data.limit=20", f"output={file}", config_name="train_micro")
-    assert 0 <= config.call(train_embedded, settings) <= 100
+    settings = composed(stages, f"output={file}", config_name="train_micro")
+    config.call(train_embedded, settings)
     model = Backbone("deit_micro", "deit_micro", 10, file).load()
     assert all(value.isfinite().all() for value in model.state_dict().values())
     first = file.read_bytes()

@@ -111,8 +111,7 @@ def shortened(photos, imagenette, weights, tmp_path):
             "device=cpu", "dtype=float32", f"output_dir={tmp_path}",
         ],
         "train_micro": [
-            "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]", "data.limit=4",
-            f"output={tmp_path}/micro.safetensors",
+            "stages=[{steps: 1, batch_size: 4, window: 8, difficulty: [0, 1]}]", f"output={tmp_path}/micro.safetensors",
         ],
         "train": ["epochs=1", "warmup_epochs=0", "batch_size=8", "device=cpu", f"checkpoints_dir={tmp_path}", "data.limit=8"],
         "visualize": [],
