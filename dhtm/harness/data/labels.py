@@ -54,7 +54,14 @@ def number_classes(
     if class_map == "numbers":
         with explain(f"data.root: {root}: class_map=numbers, but its classes are not numbers", ValueError):
             return given.astype(np.int64), None
-    outputs = _outputs(class_map) or tuple(np.unique(given).tolist())
+    if class_map is None:
+        outputs = tuple(np.unique(given).tolist())
+    elif class_map == "synsets":
+        outputs = synsets()
+    else:
+        remedy = "; give synsets, numbers, null, or a text file with one class per line"
+        with explain(f"data.class_map={class_map}: cannot be read", remedy=remedy):
+            outputs = tuple(line.strip() for line in Path(class_map).read_text().split("\n") if line.strip())
     numbers = pd.Index(outputs).get_indexer(given)
     missing = set(given[numbers < 0].tolist())
     if missing:
@@ -62,16 +69,6 @@ def number_classes(
             f"data.root: {root}: the class {min(missing)} ({len(missing)} such) is not one of class_map={class_map}"
         )
     return numbers.astype(np.int64), outputs
-
-
-def _outputs(class_map: str | None) -> tuple[str, ...] | None:
-    if class_map is None:
-        return None
-    if class_map == "synsets":
-        return synsets()
-    remedy = "; give synsets, numbers, null, or a text file with one class per line"
-    with explain(f"data.class_map={class_map}: cannot be read", remedy=remedy):
-        return tuple(line.strip() for line in Path(class_map).read_text().split("\n") if line.strip())
 
 
 def _describe_imagenet(names: Sequence[str]) -> bool:

@@ -197,20 +197,18 @@ def _folder_of_split(folder: Path, split: str) -> Path:
 
 
 def _archives(folder: Path, split: str) -> list[Path]:
-    """Return the files of a folder, or of data/ in it, that hold the images of a split; none if there are no such files."""
+    """Return the files of a folder, or of data/ in it, that hold the images of a split; none if there are no such files.
+
+    They name the split, as validation-00000-of-00014 and ILSVRC2012_img_val do, or else none.
+    """
+    wanted, known = SPLITS.get(split, (split,)), {name for names in SPLITS.values() for name in names}
     for inside in (folder, folder / "data"):
         for suffix in (".parquet", ".arrow", ".tar"):
-            if files := _files_of_split(sorted(inside.glob(f"*{suffix}")), split):
+            words = {file: set(re.split(r"[^a-z]+", file.stem.lower())) for file in sorted(inside.glob(f"*{suffix}"))}
+            named = [file for file in words if words[file].intersection(wanted)]
+            if files := named or [file for file in words if not words[file] & known]:
                 return files
     return []
-
-
-def _files_of_split(files: list[Path], split: str) -> list[Path]:
-    """Return the files that name a split, as validation-00000-of-00014 and ILSVRC2012_img_val do; else those that name none."""
-    words = {file: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    known = {name for names in SPLITS.values() for name in names}
-    named = [file for file in files if words[file].intersection(SPLITS.get(split, (split,)))]
-    return named or [file for file in files if not words[file] & known]
 
 
 def _shards(root: str) -> list[Path]:
