@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 from processes import ROOT
 
-from dhtm.harness import config
 from dhtm.harness.benchmark import _peak_memory_mb
-from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.report.speed import growth, speed_figure
 
@@ -105,15 +103,3 @@ def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(
         assert Image.open(folder / f"{name}.png").width > 500
     machine = json.loads((folder / "environment.json").read_text())
     assert torch.__version__.startswith(machine["versions"]["torch"]) and machine["date"] >= "2026"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("runs=/nowhere.csv", "runs=/nowhere.csv: Path does not point to a file"),
-        ("rounds=0", "rounds=0: Input should be greater than 0"),
-    ],
-)
-def test_bad_options(composed, override, message):
-    with pytest.raises(UserError, match=message):
-        config.benchmark(composed(override, config_name="benchmark"))
