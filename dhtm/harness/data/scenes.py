@@ -180,13 +180,8 @@ def _place(patches, centres, half_sizes, angles):
     zoom = CANVAS / 2 / half_sizes
     cos, sin = np.cos(angles) * zoom, np.sin(angles) * zoom
     shift = centres / (CANVAS / 2) - 1
-    theta = np.stack(
-        [
-            np.stack([cos, sin, -cos * shift[..., 0] - sin * shift[..., 1]], -1),
-            np.stack([-sin, cos, sin * shift[..., 0] - cos * shift[..., 1]], -1),
-        ],
-        -2,
-    )
-    grid = F.affine_grid(torch.from_numpy(theta).reshape(n * m, 2, 3), (n * m, 1, CANVAS, CANVAS), align_corners=False)
+    x, y = shift[..., 0], shift[..., 1]
+    theta = np.stack([cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y], -1).reshape(n * m, 2, 3)
+    grid = F.affine_grid(torch.from_numpy(theta), (n * m, 1, CANVAS, CANVAS), align_corners=False)
     placed = F.grid_sample(torch.from_numpy(patches).reshape(n * m, 1, 8, 8), grid, align_corners=False)
     return placed.reshape(n, m, CANVAS, CANVAS).numpy()

@@ -81,11 +81,8 @@ class Evaluation:
         """Return the settings as plain values in the form of Hydra's config."""
         values = dataclasses.asdict(self)
         method = values.pop("method")
-        values["method"] = {
-            **{key: method[key] for key in ("name", "knob", "checkpoint")},
-            "_target_": method["target"],
-        }
-        values["method"] |= method["options"]
+        about = {key: method[key] for key in ("name", "knob", "checkpoint")}
+        values["method"] = about | {"_target_": method["target"]} | method["options"]
         values["data"]["_target_"] = f"{type(self.data).__module__}.{type(self.data).__qualname__}"
         return json.loads(json.dumps(values, default=str))
 
