@@ -91,9 +91,18 @@ def _triton_compiles(device: torch.device) -> bool:
     return True
 
 
-def raise_runs_out(k: int, image: int) -> None:
-    """Raise the error for regions that do not all touch, for example because a soft method left tokens without a patch."""
-    raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
+def _require_tokens(sizes: Tensor, k: int) -> None:
+    """Raise ValueError if an image runs out of adjacent tokens before k merges are made.
+
+    A grid is connected, so that only tokens without a patch touch no other; a soft method may leave some. On a GPU an
+    assertion fails on the device, because raising an exception would need a synchronisation.
+    """
+    too_few = (sizes > 0).sum(dim=1) <= k
+    if sizes.is_cuda:
+        torch._assert_async(~too_few.any(), f"k={k} merges, but an image runs out of adjacent tokens before that")
+    elif too_few.any():
+        image = int(too_few.nonzero()[0])
+        raise ValueError(f"k={k} merges, but image {image} of the batch runs out of adjacent tokens before that")
 
 
 @torch.library.custom_op("dhtm::hierarchical_merge", mutates_args=())
@@ -113,6 +122,8 @@ def hierarchical_merge(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``merge`` of a backend; :func:`dhtm.hierarchical_merge` checks the arguments."""
+    if threshold is None:
+        _require_tokens(sizes, k)
     regions = Regions(assignment, sizes, (height, width))
     if threshold is not None:
         if math.isnan(threshold):
@@ -163,6 +174,7 @@ def random_merge(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Run ``draw`` of a backend; :class:`baselines.RandomMerge` checks the arguments."""
+    _require_tokens(sizes, k)
     draw = DRAWS[pick(backend, assignment.device)]
     return draw(Regions(assignment, sizes, (height, width)), image_ids, k, connectivity, seed)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dhtm.kernels import ALL_PAIRS, raise_runs_out
+from dhtm.kernels import ALL_PAIRS
 from dhtm.regions import Regions, contract, renumber
 
 # The similarity of pairs with NaN or -inf, which can still be merged: -inf marks what is not an adjacent pair.
@@ -23,11 +23,7 @@ def merge(
     linkage: str,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
-
-    Raises:
-        ValueError: an image runs out of adjacent tokens before k merges are made.
-    """
+    """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
     # One tensor holds the features that similarity is measured on and, if these are not the tokens, the tokens after them.
@@ -45,13 +41,10 @@ def merge(
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
-    stuck = torch.zeros(batch, 1, dtype=torch.bool, device=tokens.device)
-    going = ~stuck  # images that have not met the threshold
+    going = torch.ones(batch, 1, dtype=torch.bool, device=tokens.device)  # images that have not met the threshold
     for _ in range(k):
         best, i, j = pairs.best()
-        if threshold is None:
-            stuck = stuck | best.isneginf()
-        else:
+        if threshold is not None:
             going = going & (best >= threshold)
             j = torch.where(going, j, i)  # a token merged with itself stays what it is
         at_i, at_j = (image, i[:, 0]), (image, j[:, 0])
@@ -71,8 +64,6 @@ def merge(
             to_new = _discount(to_new, similarity, masses.gather(1, i), masses)
         pairs.contract(i, j, to_new)
 
-    if not torch.onnx.is_in_onnx_export() and stuck.any():
-        raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
     token_map = renumber(owner)
     n_rows = n - k if threshold is None else n
     slots = torch.zeros(batch, n_rows, dtype=torch.int64, device=tokens.device).scatter_(1, token_map, owner)
@@ -113,29 +104,22 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
 
     Every adjacent pair of tokens draws a lot at every merge, and the highest wins. A pair that touches in several places
     is listed several times, always with the same lot, so the draw is uniform over pairs.
-
-    Raises:
-        ValueError: an image runs out of adjacent tokens before k merges are made.
     """
     batch, n = regions.sizes.shape
     low, high = regions.adjacent_tokens(connectivity).unbind(-1)
     owner = torch.arange(n, device=low.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=low.device)
-    stuck = torch.zeros(batch, 1, dtype=torch.bool, device=low.device)
     # n - step counts down over all layers, so no two draws of an image share their key.
     steps = torch.arange(n, n - k, -1, device=low.device)
     state = _hash(_hash(_hash(torch.zeros_like(low[:1, :1]), seed), image_ids[:, None]), steps)
     for step in range(k):
         lots = _hash(state[:, step : step + 1], low * n + high) & (2**62 - 1)
-        best, drawn = torch.where(low == high, -1, lots).max(dim=1, keepdim=True)
-        stuck = stuck | (best < 0)
+        drawn = torch.where(low == high, -1, lots).argmax(dim=1, keepdim=True)
         i, j = low.gather(1, drawn), high.gather(1, drawn)
         joined = (owner == i) | (owner == j)
         owner = torch.where(joined, i, owner)
         weights = torch.where(joined, weights / 2, weights)
         low, high = contract(low, high, i, j)
-    if stuck.any():
-        raise_runs_out(k, int(stuck[:, 0].nonzero()[0]))
     return renumber(owner), weights
 
 

@@ -12,8 +12,6 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
-from dhtm.kernels import raise_runs_out
-
 _LOWEST = np.finfo(np.float32).min
 # Sums may be reordered, which is what makes them fast: they run in float64 and only their float32 rounding counts.
 SUMS = {"reassoc", "contract"}
@@ -31,19 +29,13 @@ def jit(*signatures, **options) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
+def in_parallel(images: Callable, batch: int, *arguments) -> None:
     """Run compiled code on the images of a batch, on as many threads as PyTorch uses.
 
     Args:
-        images: called with (first, last, made, k, *arguments), merges in the images first, …, last - 1 and stores in
-            ``made`` how many merges it made in each.
-        made: int64 [B].
-        k: merges to make.
-
-    Raises:
-        ValueError: an image runs out of adjacent tokens before k merges are made.
+        images: called with (first, last, *arguments), merges in the images first, …, last - 1.
+        batch: the number of images.
     """
-    batch = len(made)
     n_threads = min(batch, torch.get_num_threads())
     # Parts are small because a thread may be slowed down. Compiled code releases the interpreter's lock.
     ends = np.linspace(0, batch, min(batch, 4 * n_threads) + 1).astype(int).tolist()
@@ -52,7 +44,7 @@ def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
     def work(_: int | None = None) -> None:
         try:
             for part in parts:  # a list's iterator gives each part to one thread
-                images(*part, made, k, *arguments)
+                images(*part, *arguments)
         except BaseException as error:  # also from a signal; it would be lost at the end of this function
             errors.append(error)
 
@@ -65,8 +57,6 @@ def in_parallel(images: Callable, made: np.ndarray, k: int, *arguments) -> None:
             job.result()
     for error in errors:
         raise error
-    if (made < k).any():
-        raise_runs_out(k, int(np.flatnonzero(made < k)[0]))
 
 
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -35,8 +35,7 @@ def merge(
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
     Raises:
-        ValueError: an image runs out of adjacent tokens before k merges are made, or its regions name tokens that do not
-            exist.
+        ValueError: the regions name tokens that do not exist.
     """
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -54,15 +53,14 @@ def merge(
         linkage == "size", np.float32(-np.inf if threshold is None else threshold), merged.numpy(), token_map.numpy(),
         weights.numpy(),
     )  # fmt: skip
-    made = np.empty(batch, dtype=np.int64)
     if connectivity == ALL_PAIRS:
         # A matrix product is fast for cosines; compiled code computes the other similarities.
         products = torch.empty(batch, 0, n, dtype=torch.float64)
         products = cpu_pairs.all_products(measured) if similarity == "cosine" else products
-        in_parallel(cpu_pairs.merge_images_of(arguments[0].dtype), made, k, array(products), *arguments)
+        in_parallel(cpu_pairs.merge_images_of(arguments[0].dtype), batch, k, array(products), *arguments)
     else:
         edges = _edges(regions, connectivity)
-        in_parallel(_merge_images_of(arguments[0].dtype), made, k, *edges, *arguments)
+        in_parallel(_merge_images_of(arguments[0].dtype), batch, k, *edges, *arguments)
     return merged.to(tokens.dtype), token_map, weights
 
 
@@ -74,9 +72,8 @@ def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: i
     """
     token_map = torch.empty(regions.sizes.shape, dtype=torch.int64)
     weights = torch.empty(regions.sizes.shape, dtype=torch.float32)
-    made = np.empty(len(token_map), dtype=np.int64)
     arguments = array(image_ids.contiguous()), seed, token_map.numpy(), weights.numpy()
-    in_parallel(_compile_drawing(), made, k, *_edges(regions, connectivity), *arguments)
+    in_parallel(_compile_drawing(), len(token_map), k, *_edges(regions, connectivity), *arguments)
     return token_map, weights
 
 
@@ -88,7 +85,7 @@ def _edges(regions: Regions, connectivity: int) -> tuple[np.ndarray, np.ndarray]
     return assignment, array(grid_pairs(regions.grid, connectivity))
 
 
-_IMAGES = (int64, int64, int64[::1], int64, view(int64, 2), view(int64, 2))  # first, last, made, k, assignment, pairs
+_IMAGES = (int64, int64, int64, view(int64, 2), view(int64, 2))  # first, last, k, assignment, pairs
 
 
 @cache
@@ -103,7 +100,7 @@ def _merge_images_of(dtype: np.dtype) -> Callable:
 
 
 def _merge_images(
-    first, last, made, k, assignment, pairs, carried, measured, two, sizes, masses, kind, by_size, least, merged,
+    first, last, k, assignment, pairs, carried, measured, two, sizes, masses, kind, by_size, least, merged,
     token_map, weights,
 ):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
@@ -165,17 +162,13 @@ def _merge_images(
                 if score[e] > best[a] or (score[e] == best[a] and b < partner[a]):
                     best[a], partner[a] = score[e], b
 
-        made[image] = k
         for step in range(k):
             i = 0  # the first token among equal scores, with its first partner
             for t in range(1, n):
                 if best[t] > best[i]:
                     i = t
             j = partner[i]
-            if best[i] < least:
-                break
-            if j < 0:
-                made[image] = step
+            if j < 0 or best[i] < least:
                 break
             fuse(
                 i, j, kind, two, by_size, x, y, inverse, log_p, p, n_patches, mass, member, last_member, gone,
@@ -229,7 +222,7 @@ def _hash(state, key):
     return state ^ (state >> np.uint64(31))
 
 
-def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, weights):
+def _draw_images(first, last, k, assignment, pairs, ids, seed, token_map, weights):
     """Merge at random in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, n_pairs = token_map.shape[1], pairs.shape[0]
     low, high = np.empty(n_pairs, np.int64), np.empty(n_pairs, np.int64)
@@ -244,10 +237,8 @@ def _draw_images(first, last, made, k, assignment, pairs, ids, seed, token_map, 
         for t in range(n):
             owner[t], weights[image, t] = t, 1
         of_image = _hash(_hash(np.uint64(0), seed), ids[image])
-        made[image] = k
         for step in range(k):
             if n_edges == 0:
-                made[image] = step
                 break
             state, best, drawn = _hash(of_image, n - step), np.uint64(0), 0
             for e in range(n_edges):

@@ -42,10 +42,9 @@ _PRODUCTS = types.Array(float64, 3, "C", readonly=True)
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
     """Merge clusters k times in each image; arguments and result are those of every backend, see :mod:`dhtm.kernels`."""
     token_map = torch.empty(features.shape[:2], dtype=torch.int64)
-    made = np.empty(len(features), dtype=np.int64)
     given_features = array(features.to(torch.promote_types(features.dtype, torch.float32)))
     cluster_images = _cluster_images_of(given_features.dtype)
-    in_parallel(cluster_images, made, k, given_features, CLUSTER_LINKAGES[linkage], token_map.numpy())
+    in_parallel(cluster_images, len(features), k, given_features, CLUSTER_LINKAGES[linkage], token_map.numpy())
     return token_map
 
 
@@ -60,14 +59,14 @@ def merge_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
     signature = void(
-        int64, int64, int64[::1], int64, _PRODUCTS, view(real, 3), view(real, 3), bool_, view(int64, 2),
+        int64, int64, int64, _PRODUCTS, view(real, 3), view(real, 3), bool_, view(int64, 2),
         view(float64, 2), int64, bool_, float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
     )  # fmt: skip
     return jit(signature)(_merge_images)
 
 
 def _merge_images(
-    first, last, made, k, products, carried, measured, two, sizes, masses, kind, by_size, least, merged, token_map, weights,
+    first, last, k, products, carried, measured, two, sizes, masses, kind, by_size, least, merged, token_map, weights,
 ):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -104,11 +103,9 @@ def _merge_images(
         for t in range(n):
             _search(t, score, bits, best, partner, alive)
 
-        made[image] = k
-        for step in range(k):
+        for _ in range(k):
             i = _first_of_best_pair(score, bits, best, best_bits, partner, alive)
             if i < 0 or best[i] < least:
-                made[image] = step if least == -np.inf else k
                 break
             j = partner[i]
             fuse(
@@ -128,10 +125,10 @@ def _merge_images(
 def _cluster_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_cluster_images` for float32 or float64 features of any strides, when first called."""
     real = {"float32": float32, "float64": float64}[dtype.name]
-    return jit(void(int64, int64, int64[::1], int64, view(real, 3), int64, int64[:, ::1]))(_cluster_images)
+    return jit(void(int64, int64, int64, view(real, 3), int64, int64[:, ::1]))(_cluster_images)
 
 
-def _cluster_images(first, last, made, k, features, linkage, token_map):
+def _cluster_images(first, last, k, features, linkage, token_map):
     """Merge clusters in images first, …, last - 1 of the batch, and fill the token map."""
     n, n_features = features.shape[1], features.shape[2]
     x = np.empty((n, n_features), np.float64)
@@ -148,7 +145,6 @@ def _cluster_images(first, last, made, k, features, linkage, token_map):
         _to_scores(score, inverse)
         for t in range(n):
             _search(t, score, bits, best, partner, alive)
-        made[image] = k
         for _ in range(k):
             i = _first_of_best_pair(score, bits, best, best_bits, partner, alive)
             j = partner[i]

@@ -30,11 +30,7 @@ def merge(
     linkage: str,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
-
-    If an image runs out of adjacent tokens before k merges are made, an assertion fails on the device: raising an exception
-    would need a synchronisation.
-    """
+    """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
     contiguous = {"memory_format": torch.contiguous_format, "copy": True}
@@ -53,7 +49,6 @@ def merge(
     n_left = n - k if threshold is None else n
     merged = scratch(batch, n_left, channels, dtype=wide).zero_()
     token_map, weights = scratch(batch, n, dtype=torch.int64), scratch(batch, n, dtype=torch.float32)
-    stuck = scratch(batch, dtype=torch.int32)
 
     # Products and sums are rounded one by one, as in the other backends.
     options = {
@@ -69,7 +64,7 @@ def merge(
         "BLOCK_C": 16,
     }
     least = torch.tensor(-torch.inf if threshold is None else threshold, dtype=torch.float32)
-    results = merged, token_map, weights, stuck, k
+    results = merged, token_map, weights, k
     shape = n_left, n, channels, n_features
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may be another
         describe_all[(batch, n)](measured, log_p, inverse, n, n_features, **options)
@@ -92,29 +87,22 @@ def merge(
                 carried, measured, log_p, inverse, mass, sizes, scores, neighbours, *results, _sort_key(least), *shape,
                 assignment, height, width, **edges, **more, **options,
             )  # fmt: skip
-    if threshold is None:
-        _raise_where_stuck(stuck, k)
     return merged.to(tokens.dtype), token_map, weights
 
 
 def draw(regions: Regions, image_ids: Tensor, k: int, connectivity: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Make k merges at random in each image; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
-
-    An image that runs out of adjacent tokens is treated as in :func:`merge`.
-    """
+    """Make k merges at random in each image; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n = regions.sizes.shape
     device = regions.sizes.device
     token_map = torch.empty(batch, n, dtype=torch.int64, device=device)
     weights = torch.empty(batch, n, dtype=torch.float32, device=device)
     places = torch.empty(batch, n, dtype=torch.int32, device=device)
-    stuck = torch.empty(batch, dtype=torch.int32, device=device)
     _, edges = _edge_options(regions.grid, connectivity)
     with torch.cuda.device_of(regions.sizes):
         _draw_image[(batch,)](
-            regions.assignment.contiguous(), image_ids.contiguous(), places, token_map, weights, stuck,
+            regions.assignment.contiguous(), image_ids.contiguous(), places, token_map, weights,
             seed, k, n, *regions.grid, BLOCK_N=triton.next_power_of_2(n), enable_fp_fusion=False, **edges,
         )  # fmt: skip
-    _raise_where_stuck(stuck, k)
     return token_map, weights
 
 
@@ -130,10 +118,6 @@ def _sort_key(least: Tensor) -> int:
     """Return the integer that :func:`_merge_image` compares a float32 by."""
     bits = least.view(torch.int32).item()
     return bits ^ 0x7FFFFFFF if bits < 0 else bits
-
-
-def _raise_where_stuck(stuck: Tensor, k: int) -> None:
-    torch._assert_async((stuck == 0).all(), f"k={k} merges, but an image runs out of adjacent tokens before that")
 
 
 @triton.jit
@@ -175,7 +159,7 @@ def _edge_scores(
 
 @triton.jit(do_not_specialize=[*VARYING, "least"])
 def _merge_image(
-    carried, measured, log_p, inverse, mass, sizes, scores, neighbours, merged, token_map, weights, stuck,
+    carried, measured, log_p, inverse, mass, sizes, scores, neighbours, merged, token_map, weights,
     k, least, n_left, n, channels, n_features, assignment, height, width,
     KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -203,7 +187,6 @@ def _merge_image(
     score = tl.load(scores + edge, is_edge & (low != high), float("-inf"))
     tl.debug_barrier()
 
-    failed = 0
     for _ in range(k):
         # One reduction finds the best score and, among equals, the lexicographically smallest pair: the bits of the float32,
         # changed so that integers have its order, are placed above those of the pair.
@@ -214,8 +197,6 @@ def _merge_image(
         code = 0x7FFFFFFF - (best & 0xFFFFFFFF).to(tl.int32)
         i, j = code // n, code % n
         if best >> 32 >= least:  # in every thread alike
-            failed = tl.where(i == j, 1, failed)  # only dead edges are left
-
             size, owner, weight = join(
                 carried, measured, log_p, inverse, mass, size, owner, weight, token, i, j, channels, n_features,
                 KIND, TWO, MASSIVE, BY_SIZE, BLOCK_D,
@@ -230,7 +211,6 @@ def _merge_image(
                 KIND, MASSIVE, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             score = tl.where(touched, to_new, tl.where(dead, float("-inf"), score))
-    tl.store(stuck + image, failed)
 
     finish(
         carried, merged + image * n_left * channels, neighbours, inverse, token_map + image * n, weights + image * n,
@@ -249,7 +229,7 @@ def _hash(state, key):
 
 @triton.jit(do_not_specialize=[*VARYING, "seed"])
 def _draw_image(
-    assignment, ids, places, token_map, weights, stuck, seed, k, n, height, width,
+    assignment, ids, places, token_map, weights, seed, k, n, height, width,
     STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Make all merges at random of one image; ``places`` is overwritten."""
@@ -261,19 +241,15 @@ def _draw_image(
     edge = tl.arange(0, BLOCK_E)
     low, high, is_edge = _edges(assignment + image * height * width, edge, height, width, STEPS)
     of_image = _hash(_hash(tl.full((), 0, tl.int64), seed), tl.load(ids + image))
-    failed = 0
     for step in range(k):
         lots = _hash(_hash(of_image, n - step), (low * n + high).to(tl.int64)) & 0x3FFFFFFFFFFFFFFF
         lots = tl.where(is_edge & (low != high), lots, -1)
-        best = tl.max(lots)
-        code = tl.min(tl.where(lots == best, low * n + high, n * n))
+        code = tl.min(tl.where(lots == tl.max(lots), low * n + high, n * n))
         i, j = code // n, code % n
-        failed = tl.where(best < 0, 1, failed)
         joined = (owner == i) | (owner == j)
         owner = tl.where(joined, i, owner)
         weight = tl.where(joined, weight * 0.5, weight)
         a, b = tl.where(low == j, i, low), tl.where(high == j, i, high)
         low, high = tl.minimum(a, b), tl.maximum(a, b)
-    tl.store(stuck + image, failed)
     store_places(places + image * n, token_map + image * n, owner, token, is_token)
     tl.store(weights + image * n + token, weight, is_token)

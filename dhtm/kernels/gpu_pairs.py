@@ -31,7 +31,7 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_image(
-    carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, merged, token_map, weights, stuck,
+    carried, measured, log_p, inverse, mass, sizes, scores, to_new, neighbours, merged, token_map, weights,
     k, least, n_left, n, channels, n_features,
     KIND: tl.constexpr, TWO: tl.constexpr, MASSIVE: tl.constexpr, BY_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -55,12 +55,9 @@ def merge_image(
     alive = size > 0  # a token without a patch touches no other
     best, partner = _first_best(scores, alive, token, n, BLOCK_N)
 
-    failed = 0
     for _ in range(k):
         if tl.max(best) >= least:  # in every thread alike
             i, j = _best_pair(best, partner, token, BLOCK_N)
-            failed = tl.where(j == BLOCK_N, 1, failed)
-            j = tl.where(j == BLOCK_N, i, j)
             size, owner, weight = join(
                 carried, measured, log_p, inverse, mass, size, owner, weight, token, i, j, channels, n_features,
                 KIND, TWO, MASSIVE, BY_SIZE, BLOCK_D,
@@ -74,7 +71,6 @@ def merge_image(
                 KIND, MASSIVE, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             best, partner = _contract(scores, neighbours, score, best, partner, alive, token, i, j, n, BLOCK_N)
-    tl.store(stuck + image, failed)
     finish(
         carried, merged + image * n_left * channels, neighbours, inverse, token_map + image * n, weights + image * n,
         size, size_before, owner, weight, n, n_left, channels, BY_SIZE, BLOCK_N, BLOCK_C, BLOCK_D,
@@ -115,7 +111,7 @@ def cluster_image(scores, scratch, token_map, k, n, LINKAGE: tl.constexpr, BLOCK
 
 @triton.jit
 def _best_pair(best, partner, token, BLOCK_N: tl.constexpr):
-    """Return the lexicographically smallest pair of the best score; BLOCK_N in place of a partner if no pair is left."""
+    """Return the lexicographically smallest pair of the best score."""
     i = tl.min(tl.where(best == tl.max(best), token, BLOCK_N))
     return i, tl.min(tl.where(token == i, partner, BLOCK_N))
 

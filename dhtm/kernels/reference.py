@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dhtm.kernels import ALL_PAIRS, raise_runs_out
+from dhtm.kernels import ALL_PAIRS
 from dhtm.merge import algorithm_1
 from dhtm.regions import Regions, grid_pairs
 
@@ -30,8 +30,6 @@ def merge(
         patches = [set() for _ in range(n)]
         for patch, token in enumerate(regions.assignment[image].tolist()):
             patches[token].add(patch)
-        if threshold is None and sum(map(bool, patches)) <= k:  # tokens without a patch touch no other
-            raise_runs_out(k, image)
         measured = None if features is None else list(features[image].cpu().to(wide))
         new, members = algorithm_1(
             list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured,

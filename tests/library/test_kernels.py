@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from test_merge import HERE, WHERE, smooth
@@ -66,12 +65,12 @@ def test_errors_in_a_thread_are_passed_on(process, monkeypatch):
     monkeypatch.setattr(compiled, "_PROCESS", process)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
-    def interrupted(first, last, made, k):
-        if last == len(made):
+    def interrupted(first, last):
+        if last == 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compiled.in_parallel(interrupted, np.zeros(100, dtype=np.int64), 0)
+        compiled.in_parallel(interrupted, 100)
 
 
 def test_numba_without_a_place_for_machine_code(tmp_path):

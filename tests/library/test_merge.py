@@ -222,6 +222,8 @@ def test_tokens_that_touch_none_cannot_be_merged(backend, connectivity):
     merged.sum().backward()
     assert tokens.grad.tolist() == [[[0.5, 0.5], [0.5, 0.5], [1, 1]]]
     assert new.sizes.tolist() == [[4, 0]]
+    _, new = hierarchical_merge(tokens, 2, regions, threshold=0.5, **options)
+    assert new.sizes.tolist() == [[4, 0, 0]]
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
         hierarchical_merge(torch.ones(1, 3, 2), 2, regions, **options)
 
