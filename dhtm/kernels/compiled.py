@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import bool_, float32, float64, from_dtype, int64, njit, types, void
 from torch import Tensor
 
 _LOWEST = np.finfo(np.float32).min
@@ -93,6 +93,21 @@ def array(tensor: Tensor) -> np.ndarray:
 def view(kind: types.Type, dimensions: int) -> types.Array:
     """Return Numba's type of a read-only array of any strides."""
     return types.Array(kind, dimensions, "A", readonly=True)
+
+
+@cache
+def compile_merging(function: Callable, dtype: np.dtype, *pairs: types.Type) -> Callable:
+    """Compile a function that merges images of float32 or float64 tokens of any strides, when first called.
+
+    Args:
+        function: takes first, last, k, arguments of the types ``pairs``, and what :func:`dhtm.kernels.cpu.merge` lists.
+    """
+    real = from_dtype(dtype)
+    signature = void(
+        int64, int64, int64, *pairs, view(real, 3), view(real, 3), bool_, view(int64, 2), view(float64, 2), int64, bool_,
+        float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
+    )  # fmt: skip
+    return jit(signature)(function)
 
 
 @jit()

@@ -6,16 +6,28 @@ best partner has merged. So a merge takes time in proportion to the neighbours o
 numbers to find the best pair.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
-from numba import bool_, float32, float64, int64, void
+from numba import float32, int64, void
 from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS, KINDS, cpu_pairs
-from dhtm.kernels.compiled import SUMS, array, compare, describe, discount, finish, fuse, in_parallel, jit, load, view
+from dhtm.kernels.compiled import (
+    SUMS,
+    array,
+    compare,
+    compile_merging,
+    describe,
+    discount,
+    finish,
+    fuse,
+    in_parallel,
+    jit,
+    load,
+    view,
+)
 from dhtm.regions import Regions, grid_pairs
 
 agglomerate = cpu_pairs.agglomerate
@@ -54,13 +66,10 @@ def merge(
         weights.numpy(),
     )  # fmt: skip
     if connectivity == ALL_PAIRS:
-        # A matrix product is fast for cosines; compiled code computes the other similarities.
-        products = torch.empty(batch, 0, n, dtype=torch.float64)
-        products = cpu_pairs.all_products(measured) if similarity == "cosine" else products
-        in_parallel(cpu_pairs.merge_images_of(arguments[0].dtype), batch, k, array(products), *arguments)
+        in_parallel(compile_merging(cpu_pairs.merge_images, arguments[0].dtype), batch, k, *arguments)
     else:
-        edges = _edges(regions, connectivity)
-        in_parallel(_merge_images_of(arguments[0].dtype), batch, k, *edges, *arguments)
+        merge_images = compile_merging(_merge_images, arguments[0].dtype, *_EDGES)
+        in_parallel(merge_images, batch, k, *_edges(regions, connectivity), *arguments)
     return merged.to(tokens.dtype), token_map, weights
 
 
@@ -85,18 +94,7 @@ def _edges(regions: Regions, connectivity: int) -> tuple[np.ndarray, np.ndarray]
     return assignment, array(grid_pairs(regions.grid, connectivity))
 
 
-_IMAGES = (int64, int64, int64, view(int64, 2), view(int64, 2))  # first, last, k, assignment, pairs
-
-
-@cache
-def _merge_images_of(dtype: np.dtype) -> Callable:
-    """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
-    real = {"float32": float32, "float64": float64}[dtype.name]
-    signature = void(
-        *_IMAGES, view(real, 3), view(real, 3), bool_, view(int64, 2), view(float64, 2), int64, bool_, float32,
-        real[:, :, ::1], int64[:, ::1], float32[:, ::1],
-    )  # fmt: skip
-    return jit(signature)(_merge_images)
+_EDGES = view(int64, 2), view(int64, 2)
 
 
 def _merge_images(
@@ -209,8 +207,8 @@ def _merge_images(
 
 
 @cache
-def _compile_drawing() -> Callable:
-    return jit(void(*_IMAGES, view(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
+def _compile_drawing():
+    return jit(void(int64, int64, int64, *_EDGES, view(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
 
 
 @jit()

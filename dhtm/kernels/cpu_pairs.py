@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import bool_, float32, float64, int64, types, void
+from numba import from_dtype, int64, void
 from torch import Tensor
 
 from dhtm.kernels import CLUSTER_LINKAGES
@@ -36,7 +36,6 @@ from dhtm.kernels.compiled import (
 
 _STALE = -1  # the partner of a token whose best partner has merged
 _LOW = np.int64(-(2**63))
-_PRODUCTS = types.Array(float64, 3, "C", readonly=True)
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -48,25 +47,8 @@ def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
     return token_map
 
 
-def all_products(features: Tensor) -> Tensor:
-    """Return the products of all pairs of features [B, N, F]: float64 [B, N, N]."""
-    features = features.double()
-    return features @ features.transpose(1, 2)
-
-
-@cache
-def merge_images_of(dtype: np.dtype) -> Callable:
-    """Compile :func:`_merge_images` for float32 or float64 tokens of any strides, when first called."""
-    real = {"float32": float32, "float64": float64}[dtype.name]
-    signature = void(
-        int64, int64, int64, _PRODUCTS, view(real, 3), view(real, 3), bool_, view(int64, 2),
-        view(float64, 2), int64, bool_, float32, real[:, :, ::1], int64[:, ::1], float32[:, ::1],
-    )  # fmt: skip
-    return jit(signature)(_merge_images)
-
-
-def _merge_images(
-    first, last, k, products, carried, measured, two, sizes, masses, kind, by_size, least, merged, token_map, weights,
+def merge_images(
+    first, last, k, carried, measured, two, sizes, masses, kind, by_size, least, merged, token_map, weights,
 ):  # fmt: skip
     """Merge in images first, …, last - 1 of the batch, and fill the arrays of the result."""
     n, channels = carried.shape[1], carried.shape[2]
@@ -76,6 +58,8 @@ def _merge_images(
     log_p, p = np.empty(described, np.float64), np.empty(described, np.float64)
     inverse = np.empty(n, np.float64)
     n_patches, mass = np.empty(n, np.int64), np.empty(masses.shape[1], np.float64)
+    if kind == 0:
+        wide, product = np.empty(x.shape, np.float64), np.empty((n, n), np.float64)
     score, to_new = np.empty((n, n), np.float32), np.empty(n, np.float32)
     best, partner = np.empty(n, np.float32), np.empty(n, np.int64)
     bits, best_bits = score.view(np.int32), best.view(np.int32)
@@ -93,10 +77,13 @@ def _merge_images(
             weights[image, t] = 1
             member[t], last_member[t], gone[t] = -1, t, False
             alive[t] = -1 if n_patches[t] > 0 else 0
+        if kind == 0:
+            load(measured[image], wide)
+            _multiply(wide, product)
         for t in range(n):
             for other in range(t + 1, n):
-                if products.shape[1] > 0:
-                    s = round_score(products[image, t, other] * (inverse[t] * inverse[other]))
+                if kind == 0:
+                    s = round_score(product[t, other] * (inverse[t] * inverse[other]))
                 else:
                     s = compare(kind, x, inverse, log_p, p, t, other)
                 score[t, other] = score[other, t] = discount(s, kind, mass, t, other)
@@ -124,14 +111,13 @@ def _merge_images(
 @cache
 def _cluster_images_of(dtype: np.dtype) -> Callable:
     """Compile :func:`_cluster_images` for float32 or float64 features of any strides, when first called."""
-    real = {"float32": float32, "float64": float64}[dtype.name]
-    return jit(void(int64, int64, int64, view(real, 3), int64, int64[:, ::1]))(_cluster_images)
+    return jit(void(int64, int64, int64, view(from_dtype(dtype), 3), int64, int64[:, ::1]))(_cluster_images)
 
 
 def _cluster_images(first, last, k, features, linkage, token_map):
     """Merge clusters in images first, …, last - 1 of the batch, and fill the token map."""
-    n, n_features = features.shape[1], features.shape[2]
-    x = np.empty((n, n_features), np.float64)
+    n = features.shape[1]
+    x = np.empty((n, features.shape[2]), np.float64)
     score, to_new, inverse = np.empty((n, n), np.float64), np.empty(n, np.float64), np.empty(n, np.float64)
     best, partner, count = np.empty(n, np.float64), np.empty(n, np.int64), np.empty(n, np.int64)
     bits, best_bits, alive = score.view(np.int64), best.view(np.int64), np.empty(n, np.int64)
@@ -139,8 +125,7 @@ def _cluster_images(first, last, k, features, linkage, token_map):
     for image in range(first, last):
         for t in range(n):
             count[t], member[t], last_member[t], gone[t], alive[t] = 1, -1, t, False, -1
-            for d in range(n_features):
-                x[t, d] = features[image, t, d]
+        load(features[image], x)
         _multiply(x, score)
         _to_scores(score, inverse)
         for t in range(n):
@@ -160,9 +145,8 @@ def _cluster_images(first, last, k, features, linkage, token_map):
 def _multiply(x, product):
     """Fill the upper triangle with the products of all pairs of rows of x [N, F]."""
     last = len(x) - 1
-    for t in range(
-        0, len(x), 3
-    ):  # nine pairs at once read x a third as often; the last ones may be the same pair again
+    # Nine pairs at once read x a third as often; the last ones may be the same pair again.
+    for t in range(0, len(x), 3):
         t_1, t_2 = min(t + 1, last), min(t + 2, last)
         a, b, c = x[t], x[t_1], x[t_2]
         for i in range(t, len(x), 3):
