@@ -15,9 +15,9 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,21 +30,13 @@ _LARGEST = torch.finfo(torch.float32).max
 ALL_PAIRS = 0  # the number of connectivity="all" in the operators, where 4 and 8 stand for themselves
 
 HAS_NUMBA, HAS_TRITON = find_spec("numba") is not None, find_spec("triton") is not None
-_MODULES = {"torch": "batched", "numba": "cpu", "triton": "gpu"}
+BACKENDS = {"torch": "batched", "numba": "cpu", "triton": "gpu", "reference": "reference"}  # and their modules
+DRAWS = CLUSTERINGS = ("torch", "numba", "triton")  # the backends with ``draw`` and ``agglomerate``
 
 
-def _function(name: str, module: str) -> Callable:
-    """Return a backend's function that imports its module when called: the import takes time and needs optional packages."""
-    return lambda *arguments: getattr(import_module(f"dhtm.kernels.{module}"), name)(*arguments)
-
-
-def _functions(name: str) -> dict[str, Callable]:
-    return {backend: _function(name, module) for backend, module in _MODULES.items()}
-
-
-BACKENDS = {**_functions("merge"), "reference": _function("merge", "reference")}
-DRAWS = _functions("draw")
-CLUSTERINGS = _functions("agglomerate")
+def _module(backend: str, device: torch.device) -> ModuleType:
+    """Import the backend for a device; not before it is used, because it takes time and needs optional packages."""
+    return import_module(f"dhtm.kernels.{BACKENDS[pick(backend, device)]}")
 
 
 def pick(backend: str, device: torch.device) -> str:
@@ -79,7 +71,7 @@ def _triton_compiles(device: torch.device) -> bool:
     """Check that Triton can compile for a GPU: it needs a C compiler and supports no old GPUs."""
     try:
         two = torch.ones(1, 2, 16, device=device), None, None, Regions.identity(1, (1, 2), device)
-        BACKENDS["triton"](*two, 1, 8, "cosine", "mean", None)
+        import_module("dhtm.kernels.gpu").merge(*two, 1, 8, "cosine", "mean", None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -124,13 +116,13 @@ def hierarchical_merge(
     """Run ``merge`` of a backend; :func:`dhtm.hierarchical_merge` checks the arguments."""
     if threshold is None:
         _require_tokens(sizes, k)
-    regions = Regions(assignment, sizes, (height, width))
-    if threshold is not None:
-        if math.isnan(threshold):
-            raise ValueError("threshold=nan: it must be a number")
+    elif math.isnan(threshold):
+        raise ValueError("threshold=nan: it must be a number")
+    else:
         threshold = min(max(threshold, -_LARGEST), _LARGEST)  # as scores are; compiled code takes -inf as no threshold
-    merge = BACKENDS[pick(backend, tokens.device)]  # picked here so that an exported model may run on another device
-    return merge(tokens.detach(), features, masses, regions, k, connectivity, similarity, linkage, threshold)
+    regions = Regions(assignment, sizes, (height, width))
+    module = _module(backend, tokens.device)  # picked here so that an exported model may run on another device
+    return module.merge(tokens.detach(), features, masses, regions, k, connectivity, similarity, linkage, threshold)
 
 
 @hierarchical_merge.register_fake
@@ -175,8 +167,8 @@ def random_merge(
 ) -> tuple[Tensor, Tensor]:
     """Run ``draw`` of a backend; :class:`baselines.RandomMerge` checks the arguments."""
     _require_tokens(sizes, k)
-    draw = DRAWS[pick(backend, assignment.device)]
-    return draw(Regions(assignment, sizes, (height, width)), image_ids, k, connectivity, seed)
+    regions = Regions(assignment, sizes, (height, width))
+    return _module(backend, assignment.device).draw(regions, image_ids, k, connectivity, seed)
 
 
 @random_merge.register_fake
@@ -201,7 +193,7 @@ def agglomerate(features: Tensor, k: int, linkage: str, backend: str) -> Tensor:
     Returns:
         token_map: int64 [B, N], the cluster of each feature; clusters are in the order of their lowest members.
     """
-    return CLUSTERINGS[pick(backend, features.device)](features.detach(), k, linkage)
+    return _module(backend, features.device).agglomerate(features.detach(), k, linkage)
 
 
 @agglomerate.register_fake

@@ -109,7 +109,7 @@ def test_triton_that_makes_no_code_is_said_once(monkeypatch):
     def no_compiler(*arguments):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setitem(kernels.BACKENDS, "triton", no_compiler)
+    monkeypatch.setattr("dhtm.kernels.gpu.merge", no_compiler)
     kernels._triton_compiles.cache_clear()
     message = re.escape(
         "backend='auto': Triton does not work on cpu (Failed to find C compiler.); using the slower 'torch'"
