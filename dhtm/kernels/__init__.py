@@ -3,9 +3,9 @@
 Each operator has several backends, which all make the same merges. A backend is a module with these functions:
 
 - ``merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold)`` takes the arguments of
-  :func:`dhtm.hierarchical_merge` (``connectivity=ALL_PAIRS`` means "all"). It returns ``merged`` [B, N - k, D], or
-  [B, N, D] with a threshold, in the tokens' dtype; ``token_map`` int64 [B, N], the place of each token among the new ones;
-  and ``weights`` float32 [B, N], the weight of each token in its average.
+  :func:`dhtm.hierarchical_merge` (``connectivity=ALL_PAIRS`` means "all"), in the types of the operator below. It returns
+  ``merged`` [B, N - k, D], or [B, N, D] with a threshold, in the tokens' dtype; ``token_map`` int64 [B, N], the place of
+  each token among the new ones; and ``weights`` float32 [B, N], the weight of each token in its average.
 - ``draw(regions, image_ids, k, connectivity, seed)`` takes the arguments of :class:`baselines.RandomMerge`, and
   image_ids int64 [B]. It returns ``token_map`` and ``weights``.
 - ``agglomerate(features, k, linkage)`` takes the arguments of :func:`agglomerate` below and returns ``token_map``.

@@ -12,17 +12,7 @@ _LOWEST = torch.finfo(torch.float32).min
 _CHUNK = 64  # edges of an image whose two tokens are in memory at once, in float64, for the first similarities
 
 
-def merge(
-    tokens: Tensor,
-    features: Tensor | None,
-    masses: Tensor | None,
-    regions: Regions,
-    k: int,
-    connectivity: int,
-    similarity: str,
-    linkage: str,
-    threshold: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold):
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, channels = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)

@@ -33,17 +33,7 @@ from dhtm.regions import Regions, grid_pairs
 agglomerate = cpu_pairs.agglomerate
 
 
-def merge(
-    tokens: Tensor,
-    features: Tensor | None,
-    masses: Tensor | None,
-    regions: Regions,
-    k: int,
-    connectivity: int,
-    similarity: str,
-    linkage: str,
-    threshold: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold):
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`.
 
     Raises:

@@ -1,24 +1,13 @@
 """Backend ``reference``: Algorithm 1 as :mod:`dhtm.merge` states it, image by image."""
 
 import torch
-from torch import Tensor
 
 from dhtm.kernels import ALL_PAIRS
 from dhtm.merge import algorithm_1
-from dhtm.regions import Regions, grid_pairs
+from dhtm.regions import grid_pairs
 
 
-def merge(
-    tokens: Tensor,
-    features: Tensor | None,
-    masses: Tensor | None,
-    regions: Regions,
-    k: int,
-    connectivity: int,
-    similarity: str,
-    linkage: str,
-    threshold: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold):
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
     batch, n, _ = tokens.shape
     adjacent = None
