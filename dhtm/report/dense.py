@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from dhtm.harness.runs.dense import miou_interval
 from dhtm.harness.runs.directory import predictions
 from dhtm.report.registry import GREY, SERIES, entry_of, title_of
-from dhtm.report.runs import SAME_WEIGHTS, best_set, by_target, of_series
+from dhtm.report.runs import SAME_WEIGHTS, Pair, best_set, by_target, of_series
 from dhtm.report.style import draw_intervals, plt
 from dhtm.report.tables import Table, caption_of, cells, difference, with_interval
 
-_PAIR = ["backbone", "data"]
 _COMPARED = ["difference", "difference_low", "difference_high"]
 NOTES = [
     "A linear probe, fitted on the unmerged model's features of 600 training scenes, names each patch ground, digit or "
@@ -25,29 +24,27 @@ NOTES = [
 ]
 
 
-def dense_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the off-the-shelf runs that have an mIoU, by target, and the unmerged ones, on the same images and weights."""
-    measured = runs[runs.miou.notna() & ~runs.trained.astype(bool)]
-    sets = [
-        best_set([frame for _, frame in pair.groupby(SAME_WEIGHTS, dropna=False)], pair)
-        for _, pair in measured.groupby(_PAIR)
-    ]
-    measured = pd.concat([measured.head(0), *sets]).sort_values("finished")
-    is_unmerged = measured.method == "unmerged"
-    solved = by_target(measured[~is_unmerged]).drop_duplicates(
-        [*_PAIR, "method", "options", "layers", "target"], keep="last"
-    )
-    return solved, measured[is_unmerged].drop_duplicates(_PAIR, keep="last")
+def dense_runs(runs: pd.DataFrame) -> list[tuple[Pair, pd.DataFrame, pd.DataFrame]]:
+    """Return each backbone and data set with its off-the-shelf runs that have an mIoU, by target, and its unmerged run.
+
+    All of a pair are on the same images and weights.
+    """
+    measured, found = runs[runs.miou.notna() & ~runs.trained.astype(bool)], []
+    for pair, frame in measured.groupby(["backbone", "data"]):
+        frame = best_set([same for _, same in frame.groupby(SAME_WEIGHTS, dropna=False)], frame).sort_values("finished")
+        is_unmerged = frame.method == "unmerged"
+        solved = by_target(frame[~is_unmerged]).drop_duplicates(["method", "options", "layers", "target"], keep="last")
+        if len(solved):
+            found.append((pair, solved, frame[is_unmerged].tail(1)))
+    return found
 
 
 def dense_table(runs: pd.DataFrame, results_dir: Path) -> Table | None:
     """Make the table; None if no run has an mIoU."""
-    solved, unmerged = dense_runs(runs)
     parts, frames = [], []
-    for (backbone, data), pair in solved.groupby(_PAIR, sort=False):
-        baseline = unmerged[(unmerged.backbone == backbone) & (unmerged.data == data)]
-        for target, frame in pair.groupby("target"):
-            frame = pd.concat([baseline, frame.sort_values("miou", ascending=False)], ignore_index=True)
+    for (backbone, data), solved, unmerged in dense_runs(runs):
+        for target, frame in solved.groupby("target"):
+            frame = pd.concat([unmerged, frame.sort_values("miou", ascending=False)], ignore_index=True)
             papers = frame[frame.options == ""]
             references = pd.concat([of_series(papers, SERIES[name]) for name in ("DHTM", "DHTM+")])
             reference = next(references.itertuples(), None)
@@ -76,15 +73,14 @@ def _compare(run, reference, results_dir: Path) -> tuple[float, float, float]:
 
 def dense_figure(runs: pd.DataFrame) -> Figure | None:
     """Draw mIoU over the reduction of FLOPs; None if no run has an mIoU."""
-    solved, unmerged = dense_runs(runs)
-    panels = list(solved.groupby(_PAIR, sort=False))
+    panels = dense_runs(runs)
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4), squeeze=False)
-    for ax, ((backbone, data), frame) in zip(axes[0], panels, strict=True):
+    for ax, ((backbone, data), frame, unmerged) in zip(axes[0], panels, strict=True):
         for method, points in frame[frame.options == ""].groupby("method", sort=False):
             draw_intervals(ax, points, "flops_reduction_pct", ["miou", "miou_low", "miou_high"], entry_of(method))
-        for miou in unmerged.miou[(unmerged.backbone == backbone) & (unmerged.data == data)]:
+        for miou in unmerged.miou:
             ax.axhline(miou, color=GREY, linewidth=0.8, zorder=0, label="unmerged")
         ax.set(xlabel="FLOPs reduction (%)", ylabel="mIoU of a linear probe (%)", xlim=(0, None))
         ax.set_title(f"{title_of(backbone, data)}, {frame.n_images.max():,} images, 95% intervals", fontsize=9)
