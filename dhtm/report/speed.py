@@ -103,7 +103,7 @@ def scaling_figure(frame: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
     for ax, (varied, name) in zip(axes, names.items(), strict=True):
         part = frame[frame.varied == varied].sort_values(varied)
-        errors = [part.merge_ms - part.merge_ms_q1, part.merge_ms_q3 - part.merge_ms]
+        errors = np.stack([part.merge_ms - part.merge_ms_q1, part.merge_ms_q3 - part.merge_ms])
         style = {"color": METHODS["dhtm"].colour, "marker": "o", "capsize": 2}
         ax.errorbar(part[varied], part.merge_ms, errors, label="DHTM's merge", **style)
         if part.scipy_ms.notna().any():

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def draw_intervals(ax: Axes, points: pd.DataFrame, x: str, columns: Sequence[str
     """Draw a line of points over a column: of values and, if the columns have them, the ends of their intervals."""
     points = points.sort_values(x)
     value, *ends = (points[column] for column in columns)
-    errors = [value - ends[0], ends[1] - value] if ends else None
+    errors = np.stack([value - ends[0], ends[1] - value]) if ends else None
     outline = {"markeredgecolor": "white", "markeredgewidth": 0.5}  # to distinguish overlapping markers
     bars = {"ecolor": (drawn.style["color"], 0.6), "elinewidth": 0.8, "capsize": 2}
     ax.errorbar(points[x], value, errors, label=drawn.label, **bars, **SIZES, **drawn.style, **outline)
