@@ -27,7 +27,8 @@ def merge(tokens, features, masses, regions, k, connectivity, similarity, linkag
     else:
         pairs = _GridPairs(regions, connectivity, described, similarity, masses)
 
-    sizes, masses = regions.sizes.clone(), None if masses is None else masses.double()
+    masses = None if masses is None else masses.double()
+    sizes = regions.sizes.clamp(min=1)  # where no pair is left, a token without a patch may be merged with itself
     owner = torch.arange(n, device=tokens.device).repeat(batch, 1)
     weights = torch.ones(batch, n, dtype=torch.float32, device=tokens.device)
     image = torch.arange(batch, device=tokens.device)
@@ -60,7 +61,7 @@ def merge(tokens, features, masses, regions, k, connectivity, similarity, linkag
     merged = carried[..., -channels:].gather(1, slots[..., None].expand(-1, -1, channels))
     if threshold is not None:
         used = torch.arange(n, device=tokens.device) <= token_map.amax(dim=1, keepdim=True)
-        merged = merged * used[..., None]
+        merged = merged.masked_fill(~used[..., None], 0)
     if linkage == "size":
         shares = regions.sizes / sizes.gather(1, owner)
         weights = torch.where(regions.sizes > 0, shares, 1)  # a token without a patch is never merged

@@ -36,6 +36,7 @@ from dhtm.kernels.compiled import (
 
 _STALE = -1  # the partner of a token whose best partner has merged
 _LOW = np.int64(-(2**63))
+_BLOCK = 96  # rows that are multiplied with all before them at a time; a multiple of 3
 
 
 def agglomerate(features: Tensor, k: int, linkage: str) -> Tensor:
@@ -145,27 +146,29 @@ def _cluster_images(first, last, k, features, linkage, token_map):
 def _multiply(x, product):
     """Fill the upper triangle with the products of all pairs of rows of x [N, F]."""
     last = len(x) - 1
-    # Nine pairs at once read x a third as often; the last ones may be the same pair again.
-    for t in range(0, len(x), 3):
-        t_1, t_2 = min(t + 1, last), min(t + 2, last)
-        a, b, c = x[t], x[t_1], x[t_2]
-        for i in range(t, len(x), 3):
-            i_1, i_2 = min(i + 1, last), min(i + 2, last)
-            e, f, g = x[i], x[i_1], x[i_2]
-            ae = af = ag = be = bf = bg = ce = cf = cg = 0.0
-            for d in range(len(a)):
-                ae += a[d] * e[d]
-                af += a[d] * f[d]
-                ag += a[d] * g[d]
-                be += b[d] * e[d]
-                bf += b[d] * f[d]
-                bg += b[d] * g[d]
-                ce += c[d] * e[d]
-                cf += c[d] * f[d]
-                cg += c[d] * g[d]
-            product[t, i], product[t, i_1], product[t, i_2] = ae, af, ag
-            product[t_1, i], product[t_1, i_1], product[t_1, i_2] = be, bf, bg
-            product[t_2, i], product[t_2, i_1], product[t_2, i_2] = ce, cf, cg
+    # Nine pairs at once read x a third as often; the last ones may be the same pair again. Blocks of rows stay in the cache.
+    for block in range(0, len(x), _BLOCK):
+        end = min(block + _BLOCK, len(x))
+        for t in range(0, end, 3):
+            t_1, t_2 = min(t + 1, last), min(t + 2, last)
+            a, b, c = x[t], x[t_1], x[t_2]
+            for i in range(max(t, block), end, 3):
+                i_1, i_2 = min(i + 1, last), min(i + 2, last)
+                e, f, g = x[i], x[i_1], x[i_2]
+                ae = af = ag = be = bf = bg = ce = cf = cg = 0.0
+                for d in range(len(a)):
+                    ae += a[d] * e[d]
+                    af += a[d] * f[d]
+                    ag += a[d] * g[d]
+                    be += b[d] * e[d]
+                    bf += b[d] * f[d]
+                    bg += b[d] * g[d]
+                    ce += c[d] * e[d]
+                    cf += c[d] * f[d]
+                    cg += c[d] * g[d]
+                product[t, i], product[t, i_1], product[t, i_2] = ae, af, ag
+                product[t_1, i], product[t_1, i_1], product[t_1, i_2] = be, bf, bg
+                product[t_2, i], product[t_2, i_1], product[t_2, i_2] = ce, cf, cg
 
 
 @jit()

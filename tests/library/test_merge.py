@@ -1,5 +1,7 @@
 """DHTM against an independent statement of it, every backend against the reference, and what must always hold."""
 
+import math
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -224,6 +226,10 @@ def test_tokens_that_touch_none_cannot_be_merged(backend, connectivity):
     assert new.sizes.tolist() == [[4, 0]]
     _, new = hierarchical_merge(tokens, 2, regions, threshold=0.5, **options)
     assert new.sizes.tolist() == [[4, 0, 0]]
+    others = Regions(torch.tensor([[1, 1, 2, 2]]), torch.tensor([[0, 2, 2]]), (2, 2))
+    tokens = torch.tensor([[[math.inf], [1], [3]]])
+    merged, _ = hierarchical_merge(tokens, 2, others, linkage="size", threshold=0.5, **options)
+    assert merged.tolist() == [[[math.inf], [2], [0]]]
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
         hierarchical_merge(torch.ones(1, 3, 2), 2, regions, **options)
 
