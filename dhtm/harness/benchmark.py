@@ -88,7 +88,8 @@ def time_methods(
     given = given.to(device=device, dtype=dtype)
     images, others = given[: benchmark.batch_size], given[benchmark.batch_size :]
     plain = baseline_flops(benchmark.backbone)
-    models, rows = {"unmerged": backbone}, [{"method": "unmerged", "flops_g": plain / 1e9}]
+    about = dict.fromkeys(("target", "knob", "value", "layers", "trained"))
+    models, rows = {"unmerged": backbone}, [{"method": "unmerged", **about, "flops_g": plain / 1e9}]
     for target, (name, given_method) in itertools.product(benchmark.targets, benchmark.methods.items()):
         try:
             if given_method.knob == "threshold" and target != Target():

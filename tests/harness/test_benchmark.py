@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from processes import ROOT
 
-from dhtm.harness.benchmark import _peak_memory_mb
+from dhtm.harness import config
+from dhtm.harness.benchmark import _peak_memory_mb, time_methods
 from dhtm.harness.models.backbones import Backbone
 from dhtm.report.speed import growth, speed_figure
 
@@ -103,3 +104,11 @@ def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(
         assert Image.open(folder / f"{name}.png").width > 500
     machine = json.loads((folder / "environment.json").read_text())
     assert torch.__version__.startswith(machine["versions"]["torch"]) and machine["date"] >= "2026"
+
+
+def test_a_single_method_out_of_reach_is_skipped(composed):
+    others = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
+    overrides = ["backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=90"]
+    overrides += [f"~methods.{name}" for name in others if name != "dhtm"]
+    frame = time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))
+    assert frame.method.tolist() == ["unmerged"] and frame.target.isna().all()

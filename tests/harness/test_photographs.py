@@ -187,6 +187,7 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
     [
         ({"class_map": "synsets"}, r"the class zebra \(1 such\) is not one of class_map=synsets"),
         ({"class_map": "/no/map.txt"}, r"data\.class_map=/no/map\.txt: cannot be read \(.*No such file"),
+        ({"class_map": "{}/twice.txt"}, r"data\.class_map=.*twice\.txt: zebra is in it 2 times; give it once"),
         ({"class_map": "numbers"}, r"class_map=numbers, but its classes are not numbers"),
         (
             {"root": "{}/flat"},
@@ -216,6 +217,7 @@ def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_p
     forms.write_tar(tmp_path / "empty.tar", {"a.txt": b""})
     unknown = {"image": [{"bytes": b"", "path": "1.JPEG"}], "label": [-1]}
     pd.DataFrame(unknown).to_parquet(tmp_path / "unknown.parquet")
+    (tmp_path / "twice.txt").write_text("zebra\nzebra\n")
     (tmp_path / "twice.csv").write_text("1.JPEG,0\n1.JPEG,1\n")
     (tmp_path / "half.csv").write_text("ILSVRC2012_val_00000007,n01440764\n")
     (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b nothing")

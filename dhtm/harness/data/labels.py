@@ -62,6 +62,10 @@ def number_classes(
         remedy = "; give synsets, numbers, null, or a text file with one class per line"
         with explain(f"data.class_map={class_map}: cannot be read", remedy=remedy):
             outputs = tuple(line.strip() for line in Path(class_map).read_text().split("\n") if line.strip())
+        if twice := [name for name in outputs if outputs.count(name) > 1]:
+            raise UserError(
+                f"data.class_map={class_map}: {twice[0]} is in it {outputs.count(twice[0])} times; give it once"
+            )
     numbers = pd.Index(outputs).get_indexer(given)
     missing = set(given[numbers < 0].tolist())
     if missing:
