@@ -1,5 +1,6 @@
 """The paper's claims about DHTM, and what its printed accuracies allow one to conclude."""
 
+import math
 from bisect import bisect_left
 
 import pandas as pd
@@ -14,7 +15,7 @@ N_IMAGENET = 50_000
 
 
 def claim(first: float, second: float, n_images: int) -> dict[str, float | str]:
-    """Work out when a published difference in top-1 is beyond chance in the exact McNemar test.
+    """Work out whether a published difference in top-1 can be beyond chance in the exact McNemar test.
 
     Two models disagree on an image if one is right and the other wrong. The more often they disagree, the more easily a net
     difference arises by chance. All shares are in percent of the images.
@@ -24,7 +25,7 @@ def claim(first: float, second: float, n_images: int) -> dict[str, float | str]:
         n_images: the number of images that they were measured on.
 
     Returns:
-        most_disagreement_pct: the largest share on which the two may disagree for p < 0.05.
+        most_disagreement_pct: the largest share on which the two may disagree for p < 0.05; NaN if none is small enough.
         independent_disagreement_pct: the share on which they disagree if they err independently of each other.
         greatest_disagreement_pct: the largest share on which two models of these accuracies can disagree.
         beyond_chance: what follows from these, in words.
@@ -34,15 +35,22 @@ def claim(first: float, second: float, n_images: int) -> dict[str, float | str]:
     net, greatest = abs(right - other), min(right + other, 2 * n_images - right - other)
     # By the number of images on which only the worse model is right; p, of the exact McNemar test, grows with it.
     possible = range((greatest - net) // 2 + 1)
-    n_small = bisect_left(possible, LEVEL, key=lambda worse: binomtest(net + worse, net + 2 * worse).pvalue)
-    most = net + 2 * (n_small - 1)
-    most_pct = 100 * most / n_images
-    limited = f"only if the two disagree on at most {most_pct:.1f}% of the images"
+    n_small = bisect_left(possible, LEVEL, key=lambda worse: binomtest(net + worse, max(1, net + 2 * worse)).pvalue)
+    most = net + 2 * (n_small - 1) if n_small else math.nan
+    most_pct, independent_pct = 100 * most / n_images, 100 * (p * (1 - q) + q * (1 - p))
+    if not n_small:
+        words = "within chance however seldom the two disagree"
+    elif greatest <= most:
+        words = "beyond chance however often the two disagree"
+    elif independent_pct <= most_pct:
+        words = "beyond chance even if the two err independently"
+    else:
+        words = f"beyond chance only if the two disagree on at most {most_pct:.1f}% of the images"
     return {
         "most_disagreement_pct": most_pct,
-        "independent_disagreement_pct": 100 * (p * (1 - q) + q * (1 - p)),
+        "independent_disagreement_pct": independent_pct,
         "greatest_disagreement_pct": 100 * greatest / n_images,
-        "beyond_chance": f"beyond chance {'however often the two disagree' if greatest <= most else limited}",
+        "beyond_chance": words,
     }
 
 
