@@ -194,6 +194,14 @@ def test_what_is_learned_off_the_shelf_starts_from_no_effect(method, bare, learn
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(
+    ("method", "papers"), [(dhtm.DHTM, False), (dhtm.DHTMPlus, True), (ToMe, True), (ATC, True), (PiToMe, False)]
+)
+def test_attention_is_proportional_as_in_the_paper_or_as_asked_for(method, papers):
+    assert method(1).proportional_attention is papers
+    assert method(1, proportional_attention=not papers).proportional_attention is not papers
+
+
 @pytest.mark.parametrize(("keep_rate", "left"), [(0.29, [29, 8]), (0.7, [70, 49])])
 def test_keep_rates_are_exact_where_floating_point_is_not(keep_rate, left):
     reducer = KMedoids(keep_rate, layers=(2, 4))

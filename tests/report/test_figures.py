@@ -1,13 +1,15 @@
 """Figures 1 and 4: whose numbers are drawn, and how methods are distinguished."""
 
+import matplotlib.colors
 import numpy as np
 import pytest
 from made_up import KS, write_run, write_solved_run
+from PIL import Image
 
 from dhtm.report.figures import figure1, figure4
 from dhtm.report.registry import METHODS, SERIES
 from dhtm.report.runs import load_runs, read_published
-from dhtm.report.style import plt
+from dhtm.report.style import plt, save_figure
 
 TARGETS = (10.0, 20.0, 30.0, 40.0)
 DRAWN = {series.label: series for series in SERIES.values() if series.label}
@@ -38,6 +40,14 @@ def lines_of(ax):
     return {container.get_label(): container for container in ax.containers}
 
 
+def require_colours(figure, path, methods):
+    """Save a figure and find each method's colour in its pixels."""
+    picture = np.asarray(Image.open(save_figure(figure, path)).convert("RGB")).astype(np.int16)
+    for method in methods:
+        rgb = [round(255 * part) for part in matplotlib.colors.to_rgb(METHODS[method].colour)]
+        assert (abs(picture - np.array(rgb, dtype=np.int16)).max(-1) < 4).sum() > 50
+
+
 def test_a_panel_of_figure_1_has_the_numbers_of_the_runs(tmp_path):
     write_run(tmp_path, 5000, k=40, top1=10.0)  # for no target
     figure = figure1(runs_over_targets(tmp_path))
@@ -64,6 +74,7 @@ def test_a_panel_of_figure_1_has_the_numbers_of_the_runs(tmp_path):
     assert 95 in [line.get_ydata()[0] for line in ax.get_lines() if len(set(line.get_ydata())) == 1], (
         "the unmerged model"
     )
+    require_colours(figure, tmp_path / "figure1", {series.method for series in DRAWN.values()})
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*DRAWN, "unmerged", "published"]
     bold = [text.get_text() for text in legend.get_texts() if text.get_fontweight() == "bold"]
@@ -119,3 +130,4 @@ def test_figure_4_has_a_panel_for_each_comparison(tmp_path):
     assert [text.get_text() for text in paper.get_legend().get_texts()] == [
         "DHTM, published", "random merging, published", "DHTM",
     ]  # fmt: skip
+    require_colours(figure, tmp_path / "figure4", ("dhtm", "random"))

@@ -11,7 +11,7 @@ from made_up import KS, without_counting, write_run
 import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.report.report import report
-from dhtm.report.runs import load_runs
+from dhtm.report.runs import load_runs, read_published
 from dhtm.report.table1 import gflops, table1
 
 
@@ -75,3 +75,13 @@ def test_what_prevents_a_report_is_named(tmp_path):
     (tmp_path / "0123" / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"0123/metrics.json: damaged"):
         report(tmp_path, tmp_path / "out")
+
+
+def test_published_numbers():
+    table = read_published("table1").set_index(["backbone", "k"])
+    assert len(table) == 21
+    assert table.loc[("deit_tiny", 0), "top1"] == 72.20
+    assert table.loc[("deit_base", 40), "flops_g"] == 13.97
+    assert len(read_published("table2")) == 30 and len(read_published("claims")) == 25
+    for file in (ROOT / "results" / "paper").glob("*.csv"):
+        assert pd.read_csv(file).place.notna().all()
