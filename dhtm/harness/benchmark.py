@@ -70,7 +70,7 @@ def time_methods(
     A round's speed-up is the backbone's time over the method's in the same round, so that other load on the machine slows
     both. Weights are random, because their values do not change the time. Images are scenes of digits and not noise,
     because the merges depend on them. Thresholds are found on other scenes. A method that cannot reach a target is skipped
-    for it.
+    for it; if none can reach any, this is an error.
 
     Args:
         model: the backbone with its weights, to time instead of random ones.
@@ -88,8 +88,7 @@ def time_methods(
     given = given.to(device=device, dtype=dtype)
     images, others = given[: benchmark.batch_size], given[benchmark.batch_size :]
     plain = baseline_flops(benchmark.backbone)
-    about = dict.fromkeys(("target", "knob", "value", "layers", "trained"))
-    models, rows = {"unmerged": backbone}, [{"method": "unmerged", **about, "flops_g": plain / 1e9}]
+    models, rows = {"unmerged": backbone}, [{"method": "unmerged", "flops_g": plain / 1e9}]
     for target, (name, given_method) in itertools.product(benchmark.targets, benchmark.methods.items()):
         try:
             if given_method.knob == "threshold" and target != Target():
@@ -112,6 +111,8 @@ def time_methods(
                 "flops_g": _flops(patched, images) / 1e9,
             }
         )
+    if len(rows) == 1:
+        raise UnavailableError("methods: none reaches a target; set target.reduction_pct to less")
 
     batch, alone = (
         _speedups(_time_interleaved({name: partial(one, part) for name, one in models.items()}, rounds, device, what))

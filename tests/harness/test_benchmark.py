@@ -12,6 +12,7 @@ from processes import ROOT
 
 from dhtm.harness import config
 from dhtm.harness.benchmark import _peak_memory_mb, time_methods
+from dhtm.harness.core.errors import UnavailableError, UserError
 from dhtm.harness.models.backbones import Backbone
 from dhtm.report.speed import growth, speed_figure
 
@@ -106,9 +107,21 @@ def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(
     assert torch.__version__.startswith(machine["versions"]["torch"]) and machine["date"] >= "2026"
 
 
-def test_a_single_method_out_of_reach_is_skipped(composed):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runs=/nowhere.csv", "runs=/nowhere.csv: Path does not point to a file"),
+        ("rounds=0", "rounds=0: Input should be greater than 0"),
+    ],
+)
+def test_bad_options(composed, override, message):
+    with pytest.raises(UserError, match=message):
+        config.benchmark(composed(override, config_name="benchmark"))
+
+
+def test_methods_that_all_miss_the_target_are_an_error(composed):
     others = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
     overrides = ["backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=90"]
     overrides += [f"~methods.{name}" for name in others if name != "dhtm"]
-    frame = time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))
-    assert frame.method.tolist() == ["unmerged"] and frame.target.isna().all()
+    with pytest.raises(UnavailableError, match="none reaches a target"):
+        time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))
