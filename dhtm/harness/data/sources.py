@@ -70,9 +70,7 @@ class Files(Source):
 
     def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str] | None = None):
         names = [str(file.relative_to(folder)) for file in files]
-        # A link to nothing has no size; it is an unreadable image.
-        sizes = [file.stat().st_size if file.exists() else None for file in files]
-        super().__init__(str(folder), names, sizes, classes)
+        super().__init__(str(folder), names, [_size(file) for file in files], classes)
 
     def read(self, index: int) -> BinaryIO:
         return (Path(self.root) / os.fsdecode(self.names[index])).open("rb")
@@ -101,6 +99,14 @@ def below(folder: Path) -> Files:
 
 def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.is_dir())
+
+
+def _size(file: Path) -> int | None:
+    """Return a file's size; None for a link to nothing, which is then an unreadable image."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 class Tars(Source):
