@@ -6,6 +6,7 @@ best partner has merged. So a merge takes time in proportion to the neighbours o
 numbers to find the best pair.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -84,7 +85,7 @@ def _edges(regions: Regions, connectivity: int) -> tuple[np.ndarray, np.ndarray]
     return assignment, array(grid_pairs(regions.grid, connectivity))
 
 
-_EDGES = view(int64, 2), view(int64, 2)
+_EDGES = view(int64, 2), view(int64, 2)  # the assignment, and the pairs of patches
 
 
 def _merge_images(
@@ -197,7 +198,7 @@ def _merge_images(
 
 
 @cache
-def _compile_drawing():
+def _compile_drawing() -> Callable:
     return jit(void(int64, int64, int64, *_EDGES, view(int64, 1), int64, int64[:, ::1], float32[:, ::1]))(_draw_images)
 
 

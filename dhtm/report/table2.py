@@ -113,7 +113,7 @@ def _results(runs: pd.DataFrame, results_dir: Path, pair: Pair, target: int) -> 
         row |= {"published_top1": paper.top1.get(name), "published_flops_g": paper.flops_g.get(name)}
         if run is not None and reference is not None and name != reference:
             second = predictions(results_dir / run.run_id)
-            if name == "unmerged":  # its KL from itself is 0 and no KL is less, so there is nothing to test
+            if name == "unmerged":  # its KL from itself is 0 but for rounding, and no KL is less: nothing to test
                 second = second.drop(columns="kl", errors="ignore")
             row |= compare(first, second)
         rows.append(row)

@@ -101,7 +101,8 @@ def test_ids_of_another_batch_are_refused():
         merge(3, 2, torch.arange(2))
 
 
-def test_tokens_that_touch_none_cannot_be_merged():
+@pytest.mark.parametrize("backend", HERE)
+def test_tokens_that_touch_none_cannot_be_merged(backend):
     regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
-        RandomMerge(2)(torch.ones(1, 3, 2), regions, Attention())
+        RandomMerge(2, backend=backend)(torch.ones(1, 3, 2), regions, Attention())

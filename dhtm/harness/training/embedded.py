@@ -105,7 +105,7 @@ def train_embedded(
     model.patch_drop = nn.Identity()
     weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(output, lambda path: save_file(weights, path))
-    log.info("%s", output)
+    log.info("weights: %s", output)
 
 
 class SceneBatches(Dataset):
