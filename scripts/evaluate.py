@@ -12,7 +12,7 @@ from dhtm.harness.core.command import command, start
 from dhtm.harness.core.errors import UnavailableError
 from dhtm.harness.runs.evaluate import evaluate
 from dhtm.harness.runs.reproduce import reproduce
-from dhtm.harness.sweeps.callback import record
+from dhtm.harness.sweeps.records import record
 from dhtm.report.regions import sample_regions
 
 log = logging.getLogger(__name__)

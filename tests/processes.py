@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
-        "dhtm.harness.config", "dhtm.harness.sweeps.callback", "dhtm.kernels.cpu", "dhtm.report.report", "fvcore.nn",
+        "dhtm.harness.config", "dhtm.kernels.cpu", "dhtm.report.report", "fvcore.nn",
         "processes", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
     ]
 )  # fmt: skip

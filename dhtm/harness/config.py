@@ -1,13 +1,15 @@
 """The door: turn Hydra's composed config into the typed, frozen objects that everything below takes.
 
 Each function takes the config of one script. Pydantic checks types and ranges and makes the objects of nested settings; an
-invalid value raises a :class:`UserError` that names its key.
+invalid value raises a :class:`UserError` that names its key. Hydra reports the runs of a sweep to :class:`SweepCallback`.
 """
 
 import copy
 import dataclasses
+import importlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,6 +17,11 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError, validate_call
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +29,7 @@ from torch import Tensor
 
 from dhtm.harness.benchmark import Benchmark
 from dhtm.harness.choose import Choice
+from dhtm.harness.core.command import command, register_resolvers
 from dhtm.harness.core.devices import exact
 from dhtm.harness.core.errors import UnavailableError, UserError, explain
 from dhtm.harness.core.files import lock, require_writable, write_json
@@ -33,7 +41,10 @@ from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.runs.provenance import VERSION
+from dhtm.harness.sweeps.records import Sweep
 from dhtm.harness.training.trainer import Training
+
+register_resolvers()  # a launcher's processes compose configs before they run anything else of this project
 
 T = TypeVar("T")
 
@@ -210,3 +221,72 @@ def _data(values: dict[str, Any]) -> Any:
 
 def _tracker(values: dict[str, Any]) -> dict[str, Any] | None:
     return None if values.pop("name") == "none" else values
+
+
+class SweepCallback(Callback):
+    """Hydra's callback that records sweeps; configs/hydra/default.yaml names it.
+
+    Args:
+        root: where the runs' results go.
+    """
+
+    def __init__(self, root: Any):
+        self.root, self.sweep = root, Sweep()
+
+    @command(resumes=False)  # Hydra would turn an exception into a warning
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Record the runs of the sweep; raise at once for settings that every run would fail with."""
+        hydra = config.hydra
+        _require_launcher(hydra.runtime.choices["hydra/launcher"], hydra.launcher["_target_"])
+        setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
+        if not isinstance(self.root, str):
+            raise UserError(f"{setting}={self.root}: it must be a path")
+        # With interpolations as typed, because their values may differ from run to run.
+        overrides = OmegaConf.to_container(hydra.overrides.task)
+        typed, runs = " ".join([hydra.job.name, *overrides]), _runs(hydra.sweeper.params or {}, overrides)
+        name = config.get("experiment") or hydra.job.name
+        self.sweep.start(Path(self.root).expanduser(), setting, name, typed, runs)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Record that a run has started."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            self.sweep.start_run(config.hydra.job.num, config.get("device"))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Record how a run ended. If it failed, hide that from Hydra, which would end the sweep."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            outcome = job_return._return_value  # the property ``return_value`` raises exceptions
+            job_return.return_value, job_return.status = None, JobStatus.COMPLETED
+            self.sweep.end_run(outcome)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Exit with code 1 unless every run is done, or skipped as the config allows."""
+        self.sweep.finish()
+
+
+def _runs(params: Mapping[str, str], overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each run of a sweep, as Hydra's basic sweeper sets them.
+
+    Args:
+        params: the sweep that the config asks for: the values of each key, separated by commas.
+        overrides: those of the command line.
+    """
+    given = [f"{key}={values}" for key, values in params.items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    choices = {}  # a later override replaces an earlier one of the same key
+    for override in parser.parse_overrides([*given, *overrides]):
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        key = override.get_key_element()
+        choices[key] = [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
+
+
+def _require_launcher(name: str, target: str) -> None:
+    """Raise a UserError that names what to install if the plugin of a launcher, whose class is ``target``, is missing."""
+    module = target.rpartition(".")[0]
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        extra = "ray" if name == "ray" else "harness"
+        raise UserError(f"hydra/launcher={name}: {module} is not installed; pip install -e '.[{extra}]'") from None

@@ -1,4 +1,4 @@
-"""Sweeps: on every launcher a run that fails does not end the others, and what becomes of each is reported, at any time."""
+"""Sweeps: a run that fails does not end the others, on any launcher, and the state of every run is reported at any time."""
 
 import json
 import multiprocessing
@@ -17,19 +17,19 @@ from filelock import FileLock
 from processes import start_script, wait_for
 from safetensors.torch import save_file
 
+from dhtm.harness import config as door
 from dhtm.harness.core import devices
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.sweeps import callback as sweep
 
 LAUNCHERS = sorted(file.stem for file in (ROOT / "configs/hydra/launcher").glob("*.yaml"))
 SHORT = ["data.limit=4", "device=cpu"]
-IN_VAIN = "k=100 merges in layer 7, but only N=96 tokens are left there"
+TOO_MANY = "k=100 merges in layer 7, but only N=96 tokens are left there"
 
 
 @pytest.fixture
 def swept(script):
-    """Run scripts/evaluate.py -m with overrides; its exit code and what it printed."""
+    """Run scripts/evaluate.py -m with overrides; return its exit code and its output."""
 
     def run(*overrides):
         result = script("evaluate", "-m", *overrides, *SHORT)
@@ -43,82 +43,81 @@ def status(results, *more):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def notes(results):
-    """What was noted of each run, in order."""
+def records(results):
+    """Return the record of each run, in order."""
     return [json.loads(file.read_text()) for file in sorted(results.glob("sweeps/*/[0-9]*.json"))]
 
 
-def test_done_skipped_failed_are_told_and_the_same_command_carries_out_what_failed(swept, tmp_path):
+def test_sweep_prints_the_state_of_each_run_and_the_same_command_repeats_the_failed_ones(swept, tmp_path):
     weights = tmp_path / "weights.safetensors"
     overrides = [
         "method.k=8", "seed=${method.k}", f"backbone.checkpoint=null,{weights}", "target.reduction_pct=null,99",
         "skip_unavailable=true", f"results_dir={tmp_path}/runs",
     ]  # fmt: skip
-    code, told = swept(*overrides)
+    code, output = swept(*overrides)
     assert code == 1
-    rows = told[told.index("\nevaluate method.k=8") :].splitlines()
+    rows = output[output.index("\nevaluate method.k=8") :].splitlines()
     assert rows[1].startswith("evaluate method.k=8 seed=${method.k} "), "as typed"
     assert [row.split()[2] for row in rows[2:6]] == ["done", "skipped", "failed", "failed"]
     (log,) = tmp_path.glob("runs/sweeps/evaluate-*/002.log")
-    said = f"backbone.checkpoint={weights}: Path does not point to a file"
-    assert said in rows[4] and rows[4].endswith(f"{os.path.relpath(log)})")
-    assert said in log.read_text()
+    error = f"backbone.checkpoint={weights}: Path does not point to a file"
+    assert error in rows[4] and rows[4].endswith(f"{os.path.relpath(log)})")
+    assert error in log.read_text()
     assert rows[6] == "1 done, 1 skipped, 2 failed; the same command carries out the rest"
     assert status(tmp_path / "runs").stdout == "\n".join(rows[1:]) + "\n"
 
     save_file(Backbone("deit_micro", "deit_micro", 10).bare().state_dict(), weights)
-    code, told = swept(*overrides)
+    code, output = swept(*overrides)
     assert code == 0
-    assert told.endswith("\n2 done (1 already finished), 2 skipped\n")
-    assert re.search(r"^run 3 of 4; this sweep will be done at about \d\d:\d\d$", told, re.MULTILINE)
-    assert [run.get("before") for run in notes(tmp_path / "runs")] == [True, None, False, None]
+    assert output.endswith("\n2 done (1 already finished), 2 skipped\n")
+    assert re.search(r"^run 3 of 4; this sweep will be done at about \d\d:\d\d$", output, re.MULTILINE)
+    assert [run.get("before") for run in records(tmp_path / "runs")] == [True, None, False, None]
 
 
-def test_a_bug_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
-    """Of a method of one's own."""
+def test_bug_in_a_method_is_one_line_in_the_table_and_a_traceback_in_the_log(swept, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(
         "import dhtm\n\nclass Broken(dhtm.DHTM):\n    def forward(self, *arguments):\n        return 1 / 0\n"
     )
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # which the script inherits
-    code, told = swept("method._target_=broken.Broken,dhtm.DHTM", "method.k=8", f"results_dir={tmp_path}/runs")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # the script inherits it
+    code, output = swept("method._target_=broken.Broken,dhtm.DHTM", "method.k=8", f"results_dir={tmp_path}/runs")
     assert code == 1
-    assert "method._target_=broken.Broken  failed  ZeroDivisionError: division by zero (log: " in told
-    assert re.search("method._target_=dhtm.DHTM +done", told)
-    assert "Traceback" not in told
+    assert "method._target_=broken.Broken  failed  ZeroDivisionError: division by zero (log: " in output
+    assert re.search("method._target_=dhtm.DHTM +done", output)
+    assert "Traceback" not in output
     (log,) = tmp_path.glob("runs/sweeps/*/000.log")
     assert "Traceback" in log.read_text()
 
 
-def test_what_no_run_could_do_with_is_refused_once(swept):
-    code, told = swept("method.k=8,9", "results_dir=/proc/nowhere")
+def test_error_that_every_run_would_meet_is_reported_once(swept):
+    code, output = swept("method.k=8,9", "results_dir=/proc/nowhere")
     assert code == 1
-    assert told.count("error: results_dir=/proc/nowhere: cannot write there") == 1 and told.count("\n") == 1
+    assert output.count("error: results_dir=/proc/nowhere: cannot write there") == 1 and output.count("\n") == 1
 
 
-def test_a_sweep_that_is_running_is_not_started_again(swept, tmp_path, monkeypatch):
+def test_running_sweep_is_not_started_again(swept, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
-    sweep = ("method.k=8,9", f"results_dir=~/{tmp_path.name}/é")  # which Hydra takes only in quotes
+    sweep = ("method.k=8,9", f"results_dir=~/{tmp_path.name}/é")  # Hydra accepts ~ and é only in quotes
     tmp_path /= "é"
     assert swept(*sweep)[0] == 0
-    before = notes(tmp_path)
+    recorded = records(tmp_path)
     (folder,) = tmp_path.glob("sweeps/*")
     with FileLock(folder / "lock"):
-        code, told = swept(*sweep)
+        code, output = swept(*sweep)
     assert code == 1
-    assert f"error: {folder}: this sweep is running already; make status shows it" in told
-    assert notes(tmp_path) == before
+    assert f"error: {folder}: this sweep is running already; make status shows it" in output
+    assert records(tmp_path) == recorded
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        # test_slurm_gets_a_job_array is of the same plugin
+        # test_slurm_receives_a_job_array uses the same plugin
         pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.stress),
     ],
 )
-def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher):
-    """By the real command: what a launcher starts imports everything, and ends with it."""
+def test_launchers_run_two_processes_side_by_side(tmp_path, launcher):
+    """Start a real process, not a forked one: those that a launcher starts import everything themselves."""
     overrides = ["method.k=8,9,100", *SHORT, f"results_dir={tmp_path}/runs", *launcher]
     command = [sys.executable, ROOT / "scripts/evaluate.py", "-m", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # two processes share the cores
@@ -126,15 +125,15 @@ def test_launchers_carry_out_runs_in_two_processes(tmp_path, launcher):
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr and "validated against ConfigStore" not in result.stderr
     assert re.search(
-        rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{IN_VAIN}.*\n2 done, 1 failed; the same", result.stdout
+        rf"k=8 +done .*\n.*k=9 +done .*\n.*k=100 +failed .*{TOO_MANY}.*\n2 done, 1 failed; the same", result.stdout
     )
-    first, second, failed = notes(tmp_path / "runs")
+    first, second, failed = records(tmp_path / "runs")
     assert (first["before"], second["before"], failed["state"]) == (False, False, "failed")
-    assert max(first["started"], second["started"]) <= min(first["ended"], second["ended"]), "side by side"
+    assert max(first["started"], second["started"]) <= min(first["ended"], second["ended"]), "the two runs overlap"
 
 
-def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
-    """But not after a mistake in the overrides, where no run is begun, or a signal. The scripts that it runs are stubs."""
+def test_make_sweep_continues_after_an_experiment_with_failed_runs(tmp_path):
+    """It stops if no run could start, because of a mistake in the overrides, and after a signal. Its scripts are stubs here."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/sweep.py", tmp_path / "scripts")
     stub = "import pathlib, sys; print(pathlib.Path(__file__).stem, *sys.argv[1:], flush=True)\n"
@@ -151,9 +150,9 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     expected = [f"evaluate -m experiment={name} {given}" for name in names]
     expected += ["report results_dir='runs'", "status results_dir='runs'"]
     (tmp_path / "runs/sweeps/figure1").mkdir(parents=True)
-    begins = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
+    starts = "pathlib.Path('runs/sweeps/figure1/sweep.json').touch()\n"
     fails = "if 'figure1' in sys.argv[2]: sys.exit(1)\n"
-    for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (begins + fails, (1, expected))):
+    for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (starts + fails, (1, expected))):
         (tmp_path / "scripts/evaluate.py").write_text(stub + more)
         assert make_sweep() == outcome
 
@@ -161,13 +160,11 @@ def test_make_sweep_goes_on_after_an_experiment_with_failures(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == f"{expected[0]}\n"
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[0] == "" and process.returncode == 75, (
-        "the script is stopped, and all others"
-    )
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 75, "no other script ran after the signal"
 
 
-def test_slurm_gets_a_job_array(tmp_path):
-    """sbatch is a stub that keeps what it is given; the command waits for the jobs until it is stopped."""
+def test_slurm_receives_a_job_array(tmp_path):
+    """sbatch is a stub that keeps a copy of the job script; the command waits for the jobs until a signal stops it."""
     for name in ("sbatch", "srun", "sacct"):
         (tmp_path / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/script\necho Submitted batch job 7\n')
         (tmp_path / name).chmod(0o755)
@@ -182,26 +179,26 @@ def test_slurm_gets_a_job_array(tmp_path):
     assert process.exitcode == 75
     assert printed.read_text().endswith("\n3 waiting; the same command carries out the rest\n")
     lines = (tmp_path / "script").read_text().splitlines()
-    wanted = [
+    options = [
         "array=0-2%2", "job-name=evaluate", "partition=gpu", "gpus-per-node=1", "cpus-per-task=8", "mem=32GB", "time=240",
         "signal=USR2@120", "requeue", "nodes=1", "open-mode=append",
     ]  # fmt: skip
-    assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
+    assert {f"#SBATCH --{option}" for option in options} <= set(lines)
     (jobs,) = [line for line in lines if line.startswith("srun ")]
     assert f"{sys.executable} -u -m submitit.core._submit {tmp_path}/runs/sweeps/submitit/%j" in jobs
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers_compose_and_one_that_is_not_installed_says_what_to_install(composed, name):
+def test_launchers_compose_and_a_missing_plugin_is_named(composed, name):
     config = composed(f"hydra/launcher={name}", return_hydra_config=True)
     assert config.hydra.launcher["_target_"].startswith(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher.")
     extra = "ray" if name == "ray" else "harness"
     with pytest.raises(UserError, match=rf"hydra/launcher={name}: .* not installed; pip install -e '.\[{extra}\]'"):
-        sweep._require_launcher(name, "hydra_plugins.hydra_of_another_day.Launcher")
+        door._require_launcher(name, "hydra_plugins.hydra_missing_launcher.Launcher")
 
 
-def test_each_process_takes_the_gpu_that_fewest_others_have(tmp_path, monkeypatch):
-    """Four processes on a machine of two GPUs; one ends, a fifth begins; a sixth sees only GPUs 3 and 1."""
+def test_each_process_takes_the_gpu_that_fewest_others_use(tmp_path, monkeypatch):
+    """Start four processes with two GPUs; end one and start a fifth; start a sixth that sees only GPUs 3 and 1."""
     fork = multiprocessing.get_context("fork")
     taken, processes = fork.Queue(), []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -209,42 +206,41 @@ def test_each_process_takes_the_gpu_that_fewest_others_have(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "set_device", taken.put)
 
     def work():
-        for _ in range(2):  # runs, on one GPU
+        for _ in range(2):  # two runs of one process share a GPU
             devices.take_gpu()
         signal.pause()
 
-    def begin():
+    def start():
         processes.append(fork.Process(target=work))
         processes[-1].start()
         return taken.get(timeout=30)
 
-    assert [begin() for _ in range(4)] == [0, 1, 0, 1]
+    assert [start() for _ in range(4)] == [0, 1, 0, 1]
     processes[1].kill()
     processes[1].join()
-    assert begin() == 1
+    assert start() == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert begin() == 0, "GPU 3, which nobody has"
+    assert start() == 0, "GPU 3, which no process uses"
     for process in processes:
         process.kill()
 
 
-def test_a_damaged_sweep_is_named(tmp_path):
+def test_status_names_a_damaged_sweep(tmp_path):
     (tmp_path / "sweeps/table1-0").mkdir(parents=True)
     (tmp_path / "sweeps/table1-0/sweep.json").write_text('{"runs": [["a"')
-    told = status(tmp_path)
-    assert told.stdout.startswith(f"{tmp_path}/sweeps/table1-0: damaged")
-    assert not told.stderr
+    result = status(tmp_path)
+    assert result.stdout.startswith(f"{tmp_path}/sweeps/table1-0: damaged")
+    assert not result.stderr
 
 
-def test_the_status_of_nothing(tmp_path):
-    told = status(tmp_path)
-    assert (told.returncode, told.stderr.count("\n")) == (1, 1)
-    assert "no sweep was started there" in told.stderr
+def test_status_without_sweeps_is_a_one_line_error(tmp_path):
+    result = status(tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "no sweep was started there" in result.stderr
     assert status(tmp_path, "limit=3").stderr == "error: limit: only results_dir=DIR can be set here\n"
 
 
-def test_the_status_is_there_at_once():
-    """It imports nothing that takes seconds."""
+def test_status_imports_nothing_slow():
     program = "import runpy, sys; runpy.run_path(sys.argv[1]); print('torch' in sys.modules, 'dhtm' in sys.modules)"
     command = [sys.executable, "-c", program, ROOT / "dhtm/harness/sweeps/status.py"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"

@@ -29,7 +29,7 @@ REQUEUE = 75  # the exit code after a signal to stop, EX_TEMPFAIL of sysexits.h:
 def command(resumes: bool) -> Callable[[Callable], Callable]:
     """Return a decorator that ends the process with a one-line error and exit code 1, and on Ctrl-C with 130.
 
-    In a sweep, :class:`dhtm.harness.sweeps.callback.Sweep` handles errors.
+    In a sweep, :class:`dhtm.harness.config.SweepCallback` handles errors.
 
     Args:
         resumes: whether the same command resumes a stopped one. If so, a signal to stop ends it with ``REQUEUE``.

@@ -1,4 +1,4 @@
-"""The progress of sweeps: a table of the records of :mod:`dhtm.harness.sweeps.callback`.
+"""The progress of sweeps: a table of the records of :mod:`dhtm.harness.sweeps.records`.
 
 This module also runs as a program, scripts/status.py. So it imports nothing slow, not even this package.
 """
