@@ -1,4 +1,4 @@
-"""Run directories with made-up figures, as the harness writes them."""
+"""Write run directories with made-up numbers, in the form that the harness writes."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from dhtm.report import table1
 KS = [0, 10, 20, 30, 40, 48, 56]
 
 
-def without_counting(monkeypatch):
-    """Give Table 1 made-up GFLOPs: counting those of DeiT takes seconds."""
+def stub_gflops(monkeypatch):
+    """Give Table 1 made-up GFLOPs, because counting those of DeiT takes seconds."""
 
     def gflops(backbone, ks):
         return {layers: [len(backbone) - k * sum(layers) / 1000 for k in ks] for layers in table1.SCHEDULES}
@@ -23,9 +23,9 @@ def without_counting(monkeypatch):
 
 
 def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None, **changes):
-    """Write a finished run's metrics.json; its predictions too, if ``correct`` has one bool per image, and ``kl`` a number.
+    """Write the metrics.json of a finished run and, if ``correct`` is given (one bool per image), its predictions.
 
-    Without predictions ``kl`` is the mean.
+    ``kl`` is one number per image, or their mean if there are no predictions. ``changes`` replace entries of metrics.json.
     """
     k, knobs = changes.pop("k", 40), changes.pop("knobs", {})
     if changes.get("method", "dhtm") in ("dhtm", "random"):
@@ -61,7 +61,7 @@ def write_run(folder, number, correct=None, groups=None, kl=None, confusion=None
 
 
 def predictions_frame(correct, groups=None):
-    """Return predictions of images 0, 1, 2, … as the harness reads them."""
+    """Return predictions of images 0, 1, 2, … in the form in which the harness reads them."""
     correct = np.array(correct, dtype=bool)
     labels = np.arange(len(correct)) % 10
     best = {f"class_{place}": np.where(correct, labels, labels + 1) + place - 1 for place in range(1, 6)}
@@ -70,11 +70,11 @@ def predictions_frame(correct, groups=None):
 
 
 def write_solved_run(folder, number, method, target=30.0, knobs=None, **changes):
-    """Write a finished run whose knob was solved for a target; "unmerged" has no knob."""
+    """Write a finished run whose knob was solved for ``target`` percent fewer FLOPs; "unmerged" has no knob."""
     trained = changes.get("trained", False)
     knob = {"dhtm": "k", "lotm": "k", "tome": "r", "unmerged": None}.get(method, "keep_rate")
     options = {"tome": {"proportional_attention": True, "inflect": 0.0}, "dpc_knn": {"weighted": trained}}
-    new = {
+    metrics = {
         "method": method,
         "knob": knob,
         "knobs": {knob or "k": {"k": 40, "r": 8, "keep_rate": 0.7, None: 0}[knob]}
@@ -86,4 +86,4 @@ def write_solved_run(folder, number, method, target=30.0, knobs=None, **changes)
         "flops_reduction_pct": target + 0.25 if knob else 0.0,
         "weights_sha256": method if trained else "0" * 64,
     }
-    write_run(folder, number, **new | changes)
+    write_run(folder, number, **metrics | changes)

@@ -1,4 +1,4 @@
-"""The web page of the report, opened in a real browser."""
+"""The report's HTML page, also opened in a real browser."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from made_up import without_counting, write_solved_run
+from made_up import stub_gflops, write_solved_run
 
 from dhtm.report.report import report
 
@@ -30,7 +30,7 @@ def page(tmp_path_factory):
     (sweep / "sweep.json").write_text(json.dumps({"command": "evaluate -m", "runs": overrides}))
     (sweep / "001.json").write_text(json.dumps({"state": "skipped", "reason": "out of reach"}))
     with pytest.MonkeyPatch.context() as patch:
-        without_counting(patch)
+        stub_gflops(patch)
         report(folder / "runs", folder / "out")
     return folder / "out" / "report.html"
 
@@ -51,16 +51,16 @@ def browser():
     driver.quit()
 
 
-def marks(browser, chart):
-    """The points of a chart, each with what a screen reader says of it, once it is drawn."""
+def point_labels(browser, chart):
+    """Wait until a chart is drawn; return the labels of its points for screen readers."""
     for _ in range(100):
         if found := browser.find_elements("css selector", f"#{chart} .mark-symbol.role-mark path"):
-            return [mark.get_attribute("aria-label") for mark in found]
+            return [point.get_attribute("aria-label") for point in found]
         time.sleep(0.1)
-    raise AssertionError(f"{chart} is not drawn")
+    raise AssertionError(f"{chart} was not drawn in 10 s")
 
 
-def test_it_is_small_and_names_the_run_of_every_method(page):
+def test_page_is_small_and_lists_all_runs_and_the_missing_ones(page):
     html = page.read_text()
     assert len(html.encode()) < 4_000_000
     for number in (*range(len(METHODS)), 9):
@@ -76,12 +76,12 @@ def test_it_is_small_and_names_the_run_of_every_method(page):
 
 
 @pytest.mark.parametrize(("width", "media"), [(360, "screen"), (1400, "screen"), (1050, "print")])
-def test_nothing_overflows_and_nothing_is_loaded(page, browser, width, media):
+def test_page_fits_the_width_and_loads_nothing(page, browser, width, media):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
-    marks(browser, "chart1")
+    point_labels(browser, "chart1")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
     requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
@@ -89,18 +89,18 @@ def test_nothing_overflows_and_nothing_is_loaded(page, browser, width, media):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-def test_filters_change_what_is_shown(page, browser):
+def test_filters_select_the_points_of_the_chart(page, browser):
     from selenium.webdriver.support.ui import Select
 
     browser.get(page.as_uri())
-    everything = marks(browser, "chart1")
-    assert len(everything) == len(METHODS) + 1 and any("SiT" in mark for mark in everything)
-    lists = {label.text.split()[0]: label for label in browser.find_elements("css selector", "#chart1 label")}
+    labels = point_labels(browser, "chart1")
+    assert len(labels) == len(METHODS) + 1 and any("SiT" in label for label in labels)
+    filters = {label.text.split()[0]: label for label in browser.find_elements("css selector", "#chart1 label")}
     for name, choice, expected in (
         ("training", "w/ train", 1),
         ("training", "all", 6),
         ("method", "DHTM", 1),
     ):
-        Select(lists[name].find_element("css selector", "select")).select_by_visible_text(choice)
+        Select(filters[name].find_element("css selector", "select")).select_by_visible_text(choice)
         time.sleep(0.5)
-        assert len(marks(browser, "chart1")) == expected
+        assert len(point_labels(browser, "chart1")) == expected

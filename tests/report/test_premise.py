@@ -1,4 +1,4 @@
-"""The premise: similarity by distance, the merge of one pair, and what regions look like, each against a plain loop."""
+"""The premise: similarity by distance and the merge of one pair against plain loops, and statistics of regions."""
 
 import numpy as np
 import pandas as pd
@@ -16,22 +16,22 @@ from dhtm.regions import Regions
 GRID = (14, 14)
 
 
-def reduced(reducer, tokens, ids=None):
-    """What a reducer makes of tokens [B, 196, D] in layer 2."""
+def reduce(reducer, tokens, ids=None):
+    """Run a reducer in layer 2 on tokens [B, 196, D]; return the new tokens and regions."""
     reducer.image_ids = ids
     return reducer(tokens, Regions.identity(len(tokens), GRID), Attention(layer=2))
 
 
-def far(p, q):
+def chebyshev(p, q):
     return max(abs(p // 14 - q // 14), abs(p % 14 - q % 14))
 
 
 def test_similarity_is_the_mean_over_all_pairs_at_a_distance():
     tokens, probe = torch.randn(2, 196, 8), SimilarityProbe()
-    assert reduced(probe, tokens)[0] is tokens
+    assert reduce(probe, tokens)[0] is tokens
     unit = (tokens / tokens.norm(dim=-1, keepdim=True)).double().numpy()
     for distance in (1, 6, 13):
-        pairs = [(p, q) for p in range(196) for q in range(196) if far(p, q) == distance]
+        pairs = [(p, q) for p in range(196) for q in range(196) if chebyshev(p, q) == distance]
         expected = [np.mean([image[p] @ image[q] for p, q in pairs]) for image in unit]
         assert probe.similarity[2][:, distance - 1].tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -39,19 +39,19 @@ def test_similarity_is_the_mean_over_all_pairs_at_a_distance():
 @pytest.mark.parametrize("mode", ["most similar", "random"])
 def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
     tokens = torch.randn(3, 196, 8)
-    new, found = reduced(OnePair(2, 5, mode, seed=1), tokens, torch.tensor([7, 8, 9]))
-    for image, got, assignment in zip(tokens, new, found.assignment, strict=True):
+    new_tokens, regions = reduce(OnePair(2, 5, mode, seed=1), tokens, torch.tensor([7, 8, 9]))
+    for image, new, assignment in zip(tokens, new_tokens, regions.assignment, strict=True):
         (token,) = torch.nonzero(assignment.bincount() == 2).flatten().tolist()
         p, q = torch.nonzero(assignment == token).flatten().tolist()
-        assert far(p, q) == 5
+        assert chebyshev(p, q) == 5
         if mode == "most similar":
             unit = torch.nn.functional.normalize(image, dim=-1)
             similarity = (unit @ unit.T).masked_fill(grid_distances(GRID) != 5, -2)
             assert similarity[p, q] == pytest.approx(similarity.max().item(), abs=1e-6)
         expected = image.clone()
         expected[[p, q]] = (image[p] + image[q]) / 2
-        assert torch.equal(got[assignment], expected)
-        assert torch.equal(got, expected[[i for i in range(196) if i != q]])
+        assert torch.equal(new[assignment], expected)
+        assert torch.equal(new, expected[[i for i in range(196) if i != q]])
 
 
 @pytest.mark.parametrize(
@@ -62,38 +62,38 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
         ({}, "method=unmerged: it merges nothing"),
     ],
 )
-def test_mistakes_are_named(setting, message):
+def test_user_errors_name_the_setting(setting, message):
     premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), {"unmerged": UNMERGED}, **setting)
     with pytest.raises(UserError, match=message):
         measure(premise)
 
 
-def test_random_pairs_depend_on_the_image_and_the_seed_alone():
-    def drawn(ids, seed=0):
-        return reduced(OnePair(2, 3, "random", seed), torch.zeros(len(ids), 196, 8), torch.tensor(ids))[1].assignment
+def test_random_pairs_depend_only_on_the_image_and_the_seed():
+    def assignments_of(ids, seed=0):
+        return reduce(OnePair(2, 3, "random", seed), torch.zeros(len(ids), 196, 8), torch.tensor(ids))[1].assignment
 
-    both = drawn([4, 5])
-    assert torch.equal(both[1:], drawn([5])) and not torch.equal(both[0], both[1])
-    assert not torch.equal(both, drawn([4, 5], seed=1))
+    assignments = assignments_of([4, 5])
+    assert torch.equal(assignments[1:], assignments_of([5])) and not torch.equal(assignments[0], assignments[1])
+    assert not torch.equal(assignments, assignments_of([4, 5], seed=1))
 
 
-def test_statistics_of_regions_by_hand():
+def test_region_statistics_are_those_computed_by_hand():
     assignment = torch.tensor([[0, 0, 1, 2, 3, 1, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 6, 6]])  # 3×3 patches, 7 tokens
     sizes = torch.stack([row.bincount(minlength=7) for row in assignment])
-    found = region_statistics(Regions(assignment, sizes, (3, 3)))
-    assert found["distance"].tolist() == pytest.approx([1, 4 / 3])
-    assert found["adjacent_pct"].tolist() == pytest.approx([100, 200 / 3])
-    assert found["largest"].tolist() == [2, 3]
-    assert found["merged_pct"].tolist() == pytest.approx([400 / 9, 300 / 9])
-    assert found["pieces"].tolist() == [1, 1]
-    apart = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0]])
-    found = region_statistics(Regions(apart, apart[0].bincount()[None], (3, 3)))
-    assert found["pieces"].tolist() == [9 / 8] and found["distance"].tolist() == [2]
+    statistics = region_statistics(Regions(assignment, sizes, (3, 3)))
+    assert statistics["distance"].tolist() == pytest.approx([1, 4 / 3])
+    assert statistics["adjacent_pct"].tolist() == pytest.approx([100, 200 / 3])
+    assert statistics["largest"].tolist() == [2, 3]
+    assert statistics["merged_pct"].tolist() == pytest.approx([400 / 9, 300 / 9])
+    assert statistics["pieces"].tolist() == [1, 1]
+    disconnected = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0]])
+    statistics = region_statistics(Regions(disconnected, disconnected[0].bincount()[None], (3, 3)))
+    assert statistics["pieces"].tolist() == [9 / 8] and statistics["distance"].tolist() == [2]
 
 
-def test_the_script_writes_numbers_and_words(script, tmp_path):
-    small = ["data.limit=12", "n_images=6", "methods=[dhtm,tome]", "target.reduction_pct=null", "distances=[1,13]"]
-    result = script("premise", *small, "device=cpu", f"output_dir={tmp_path}")
+def test_script_writes_a_table_and_a_figure_and_prints_a_summary(script, tmp_path):
+    overrides = ["data.limit=12", "n_images=6", "methods=[dhtm,tome]", "target.reduction_pct=null", "distances=[1,13]"]
+    result = script("premise", *overrides, "device=cpu", f"output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     data = pd.read_csv(tmp_path / "premise.csv")
     assert data.groupby("part").size().to_dict() == {"similarity": 12 * 13, "regions": 2 * 5, "one_merge": 4}

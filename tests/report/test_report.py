@@ -1,4 +1,4 @@
-"""Tables and figures from run directories, published numbers beside ours."""
+"""Reports from run directories, and Table 1 with the published numbers beside ours."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import timm
 from conftest import ROOT
-from made_up import KS, without_counting, write_run
+from made_up import KS, stub_gflops, write_run
 
 import dhtm
 from dhtm.harness.core.errors import UserError
@@ -16,25 +16,25 @@ from dhtm.report.table1 import gflops, table1
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    without_counting(monkeypatch)
+def stubbed_gflops(monkeypatch):
+    stub_gflops(monkeypatch)
 
 
-def test_flops_of_the_published_backbones_are_counted():
+def test_gflops_of_table_1_are_those_of_a_patched_model():
     model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=48, layers=(4, 7, 10)))
     expected = dhtm.count_flops(model).total / 1e9
     assert gflops("deit_tiny", (48,))[4, 7, 10] == [expected] == [pytest.approx(0.81, rel=0.01)]
 
 
-def test_the_layers_that_fit_the_printed_flops_are_as_the_notes_say():
+def test_layers_that_fit_the_published_flops_are_those_in_the_notes():
     rows = pd.read_csv(ROOT / "results/embedded/tables/table1.csv").query("k > 0").set_index(["backbone", "k"])
     nearer = rows.flops_difference_pct_4_7_10.abs() < rows.flops_difference_pct_4_7_11.abs()
     assert nearer["deit_tiny"].all() and not nearer["deit_base"].any()
     assert nearer.index[~nearer & (nearer.index.get_level_values(0) == "deit_small")].tolist() == [("deit_small", 30)]
 
 
-def test_our_runs_stand_beside_the_published_numbers(tmp_path):
-    """Dashes are where ImageNet was not evaluated: nothing is taken from the paper."""
+def test_table_1_shows_our_runs_beside_the_published_numbers(tmp_path):
+    """Rows not evaluated on ImageNet have dashes in our columns, never the paper's numbers."""
     numbers = {"top1": 79.40, "top1_ci95": [79.05, 79.75], "n_images": 50_000}
     write_run(tmp_path, 1000, k=40, backbone="deit_small", data="imagenet", **numbers)
     for number, k in enumerate(KS):
@@ -53,7 +53,7 @@ def test_our_runs_stand_beside_the_published_numbers(tmp_path):
     assert "90.00 [89.00, 91.00]" in text
 
 
-def test_a_report_without_runs_has_the_papers_part(tmp_path):
+def test_report_without_runs_shows_the_published_numbers(tmp_path):
     (tmp_path / "runs").mkdir()
     output = tmp_path / "out"
     report(tmp_path / "runs", output)
@@ -66,7 +66,7 @@ def test_a_report_without_runs_has_the_papers_part(tmp_path):
     assert "<h2>What is missing</h2>" in (output / "report.html").read_text()
 
 
-def test_what_prevents_a_report_is_named(tmp_path):
+def test_missing_unwritable_or_damaged_files_raise(tmp_path):
     with pytest.raises(UserError, match=r"results_dir=.*none: no such directory; evaluate something first"):
         report(tmp_path / "none", tmp_path)
     with pytest.raises(UserError, match=r"output_dir=/proc/nowhere: cannot write there"):

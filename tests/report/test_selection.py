@@ -10,18 +10,18 @@ from dhtm.report.runs import at_target, by_target, load_runs, over_k
 MICRO = ("deit_micro", "digits")
 
 
-def test_what_a_solved_run_says_about_itself(tmp_path):
+def test_runs_have_the_value_of_their_knob_and_targets(tmp_path):
     write_run(tmp_path, 1, k=30)
     write_solved_run(tmp_path, 2, "dpc_knn", 12.5, trained=True)
     write_solved_run(tmp_path, 3, "sinkhorn", untrained=True, targets_reduction_pct=[30.000000000000004, 31.0])
     write_solved_run(tmp_path, 4, "unmerged")
     runs = load_runs(tmp_path).set_index("method")
-    learned = runs.loc[["dhtm", "dpc_knn", "sinkhorn"]]
-    assert learned.knob.tolist() == ["k", "keep_rate", "keep_rate"] and pd.isna(runs.knob["unmerged"])
-    assert learned.value.tolist() == [30, 0.7, 0.7]
+    merging = runs.loc[["dhtm", "dpc_knn", "sinkhorn"]]
+    assert merging.knob.tolist() == ["k", "keep_rate", "keep_rate"] and pd.isna(runs.knob["unmerged"])
+    assert merging.value.tolist() == [30, 0.7, 0.7]
     assert runs.targets.to_dict() == {"dhtm": "", "dpc_knn": "12.5", "sinkhorn": "30,31", "unmerged": ""}
-    solved = by_target(runs)
-    assert list(zip(solved.index, solved.target, strict=True)) == [
+    rows = by_target(runs)
+    assert list(zip(rows.index, rows.target, strict=True)) == [
         ("dpc_knn", 12.5),
         ("sinkhorn", 30),
         ("sinkhorn", 31),
@@ -40,12 +40,12 @@ def test_what_a_solved_run_says_about_itself(tmp_path):
         ("own", False, {"proportional_attention": True}, True),
     ],
 )
-def test_the_papers_options_of_each_method(tmp_path, method, trained, knobs, plain):
+def test_runs_are_plain_only_with_the_papers_options(tmp_path, method, trained, knobs, plain):
     write_solved_run(tmp_path, 1, method, trained=trained, knobs=knobs)
     assert load_runs(tmp_path).plain.tolist() == [plain]
 
 
-def test_a_series_over_k_has_the_papers_options_one_model_and_one_code(tmp_path):
+def test_series_over_k_has_the_papers_options_one_model_and_one_code_version(tmp_path):
     for number, k in enumerate(KS):
         write_run(tmp_path, number, k=k, top1=90.0)
         write_run(tmp_path, 20 + number, k=k, top1=91.0, code_version="3" * 64)
@@ -57,10 +57,10 @@ def test_a_series_over_k_has_the_papers_options_one_model_and_one_code(tmp_path)
         write_run(tmp_path, number, **{"k": 40, "top1": 1.0} | changed)
     (tmp_path / "0000000000000099").mkdir()  # an unfinished run
     series = over_k(load_runs(tmp_path), *MICRO, "dhtm")
-    assert series.top1.to_dict() == dict.fromkeys(KS, 91.0), "the newest of the complete ones"
+    assert series.top1.to_dict() == dict.fromkeys(KS, 91.0), "the newest of the complete series"
 
 
-def test_a_series_has_one_seed_only_if_the_method_draws_at_random(tmp_path):
+def test_series_has_one_seed_only_if_the_method_is_random(tmp_path):
     for number, (method, k, seed) in enumerate(
         [("dhtm", 10, 3), ("dhtm", 20, 0), ("random", 10, 3), ("random", 20, 0)]
     ):
@@ -71,7 +71,7 @@ def test_a_series_has_one_seed_only_if_the_method_draws_at_random(tmp_path):
     assert over_k(runs, *MICRO, "random").index.tolist() == [20]
 
 
-def test_a_solved_k_is_in_the_series_only_if_it_is_the_papers(tmp_path):
+def test_series_has_a_solved_k_only_if_the_paper_has_it(tmp_path):
     write_run(tmp_path, 1, k=10)
     write_solved_run(tmp_path, 10, "dhtm")  # k = 40
     write_solved_run(tmp_path, 11, "dhtm", 25.0, knobs={"k": 33})
@@ -79,17 +79,17 @@ def test_a_solved_k_is_in_the_series_only_if_it_is_the_papers(tmp_path):
     assert over_k(load_runs(tmp_path), *MICRO, "dhtm").index.tolist() == [10, 40]
 
 
-def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
+def test_runs_at_a_target_have_the_same_images_and_weights(tmp_path):
     write_solved_run(tmp_path, 1, "dhtm")
     write_solved_run(tmp_path, 2, "dhtm", layers="all")
     write_solved_run(tmp_path, 3, "dhtm", 40.0)
     write_solved_run(tmp_path, 4, "tome")
     write_solved_run(tmp_path, 5, "tome", trained=True)
     write_solved_run(tmp_path, 6, "lotm")
-    write_solved_run(tmp_path, 7, "lotm")  # once more
+    write_solved_run(tmp_path, 7, "lotm")  # repeats run 6
     write_solved_run(tmp_path, 8, "sit", untrained=True, weights_sha256="9" * 64)
     write_run(tmp_path, 9, k=0)
-    write_run(tmp_path, 10, k=40)  # for no target
+    write_run(tmp_path, 10, k=40)  # without a target
     write_solved_run(tmp_path, 11, "k_medoids", n_images=100)
     write_solved_run(tmp_path, 12, "k_medoids", dtype="bfloat16")
     write_solved_run(tmp_path, 13, "k_medoids", data_fingerprint="5" * 64)
@@ -100,10 +100,10 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
     write_solved_run(tmp_path, 17, "dhtm", backbone="deit_tiny")
     for number, method in enumerate(("dhtm", "tome", "lotm"), start=18):
         write_solved_run(tmp_path, number, method, n_images=500)  # newer, but fewer images
-    write_solved_run(tmp_path, 21, "unmerged", n_images=50_000)  # can be compared with nothing
+    write_solved_run(tmp_path, 21, "unmerged", n_images=50_000)  # no other run on these images
     chosen = at_target(load_runs(tmp_path), *MICRO, 30)
-    found = {(run.method, run.layers, run.trained): int(run.run_id, 16) for run in chosen.itertuples()}
-    assert found == {
+    numbers = {(run.method, run.layers, run.trained): int(run.run_id, 16) for run in chosen.itertuples()}
+    assert numbers == {
         ("dhtm", "4,7,11", False): 1,
         ("dhtm", "all", False): 2,
         ("tome", "all", False): 4,
@@ -112,11 +112,11 @@ def test_runs_at_a_target_are_of_the_same_images_and_weights(tmp_path):
         ("sit", "4,7,10", False): 8,
         ("unmerged", "all", False): 9,
     }
-    every = at_target(load_runs(tmp_path), *MICRO)
-    assert len(every) == len(chosen) + 1 and set(every.target.dropna()) == {30, 40}
+    all_targets = at_target(load_runs(tmp_path), *MICRO)
+    assert len(all_targets) == len(chosen) + 1 and set(all_targets.target.dropna()) == {30, 40}
 
 
-def test_charts_keep_runs_on_different_images_apart(tmp_path):
+def test_charts_separate_runs_on_different_images(tmp_path):
     write_run(tmp_path, 1)
     write_run(tmp_path, 2, n_images=500, split="holdout", dtype="bfloat16")
     write_run(tmp_path, 3, among=7)
@@ -125,7 +125,7 @@ def test_charts_keep_runs_on_different_images_apart(tmp_path):
     assert data[2] == "digits test, 2,000 images, among 7 classes"
 
 
-def test_top1_among_all_classes_is_shown_rather_than_among_some(tmp_path):
+def test_top1_among_all_classes_is_preferred(tmp_path):
     write_run(tmp_path, 1)
     write_run(tmp_path, 2, among=7)  # newer
     assert over_k(load_runs(tmp_path), *MICRO, "dhtm").run_id.tolist() == [f"{1:016x}"]

@@ -1,4 +1,4 @@
-"""Tests and intervals against enumeration, closed forms and resampling written out."""
+"""Statistical tests and intervals against enumeration, closed forms and a plain bootstrap."""
 
 import itertools
 import math
@@ -15,15 +15,15 @@ from dhtm.report.claims import claim
 from dhtm.report.statistics import compare, holm
 
 
-def by_flips(sums):
-    """The share of all flips of signs with a sum at least as great."""
-    flips = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
-    return np.mean(np.array(flips) >= abs(sum(sums)) * (1 - 1e-9))
+def p_of_all_flips(sums):
+    """Return the share of all sign flips whose sum is at least as large in absolute value."""
+    totals = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
+    return np.mean(np.array(totals) >= abs(sum(sums)) * (1 - 1e-9))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 30))
-def test_without_groups_and_with_groups_of_one_the_test_is_mcnemars(first_only, second_only, both):
+def test_p_is_mcnemars_without_groups_and_with_groups_of_one(first_only, second_only, both):
     n_images, disagree = first_only + second_only + both, first_only + second_only
     expected = binomtest(first_only, disagree).pvalue if disagree else 1
     for groups in (None, np.random.default_rng(0).permutation(n_images)):
@@ -37,15 +37,15 @@ def test_without_groups_and_with_groups_of_one_the_test_is_mcnemars(first_only, 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 7)), min_size=1, max_size=40))
-def test_with_groups_every_flip_of_their_signs_is_counted(images):
+def test_p_counts_all_sign_flips_of_groups(images):
     first, second, groups = (np.array(column) for column in zip(*images, strict=True))
     sums = [(first[groups == group].astype(int) - second[groups == group]).sum() for group in set(groups)]
     found = compare(predictions_frame(first, groups), predictions_frame(second, groups))
-    assert found["p"] == pytest.approx(by_flips(sums), rel=1e-9)
+    assert found["p"] == pytest.approx(p_of_all_flips(sums), rel=1e-9)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_interval_is_that_of_a_plain_bootstrap(grouped):
+def test_interval_is_that_of_a_plain_bootstrap(grouped):
     rng = np.random.default_rng(1)
     n_images, n_groups = 400, 90
     groups = rng.integers(0, n_groups, n_images) if grouped else np.arange(n_images)
@@ -62,25 +62,25 @@ def test_the_interval_is_that_of_a_plain_bootstrap(grouped):
     assert interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.4)
 
 
-def test_differences_of_kl_are_tested_by_flipping_signs():
+def test_differences_of_kl_are_tested_by_sign_flips():
     differences = np.random.default_rng(2).normal(0.4, 1, 12)
     first, second = (predictions_frame([True] * 12).assign(kl=kl) for kl in (3 + differences, np.full(12, 3.0)))
     found = compare(first, second)
-    assert found["kl_p"] == pytest.approx(by_flips(differences), abs=0.02), "10,000 random draws"
+    assert found["kl_p"] == pytest.approx(p_of_all_flips(differences), abs=0.02), "10,000 random flips"
     assert found["kl_difference_low"] < differences.mean() < found["kl_difference_high"]
 
 
-def test_an_image_without_a_finite_kl_does_not_count():
+def test_images_without_a_finite_kl_are_ignored():
     noise = np.random.default_rng(3).normal(size=12)
     first, second = (predictions_frame([True] * 12, groups=range(12)).assign(kl=kl) for kl in (3 + noise, 3.0))
-    whole = compare(first[1:], second[1:])
+    expected = compare(first[1:], second[1:])
     first.loc[0, "kl"] = np.inf
     assert {key: value for key, value in compare(first, second).items() if key.startswith("kl_")} == {
-        key: value for key, value in whole.items() if key.startswith("kl_")
+        key: value for key, value in expected.items() if key.startswith("kl_")
     }
 
 
-def test_different_images_are_not_compared():
+def test_comparing_different_images_raises():
     first = predictions_frame([True, False, True])
     for other in (predictions_frame([True, False]), first.rename(index={2: 3}), first.assign(label=[0, 1, 3])):
         with pytest.raises(ValueError, match="different images"):
@@ -89,7 +89,7 @@ def test_different_images_are_not_compared():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_rejects_what_the_stepwise_procedure_does(values):
+def test_holm_rejects_the_same_as_the_stepwise_procedure(values):
     rejected = set()
     for step, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         if values[i] * (len(values) - step) >= 0.05:
@@ -102,16 +102,16 @@ def test_holm_rejects_what_the_stepwise_procedure_does(values):
 
 @settings(deadline=None)
 @given(st.integers(1, 120), st.data())
-def test_what_a_claim_allows_is_found_by_trying_all(n_images, data):
+def test_claim_is_that_of_a_search_over_all_disagreements(n_images, data):
     right, other = (data.draw(st.integers(0, n_images)) for _ in range(2))
     net = abs(right - other)
-    # Both right on `both` images: the first alone on right - both, the second alone on other - both.
+    # If both are right on `both` images, the first alone is right on right - both, the second alone on other - both.
     possible = [right + other - 2 * both for both in range(max(0, right + other - n_images), min(right, other) + 1)]
-    below = [n for n in possible if (binomtest((n + net) // 2, n).pvalue if n else 1) < 0.05]
+    significant = [n for n in possible if (binomtest((n + net) // 2, n).pvalue if n else 1) < 0.05]
     found = claim(100 * right / n_images, 100 * other / n_images, n_images)
-    most_pct = 100 * max(below) / n_images if below else math.nan
+    most_pct = 100 * max(significant) / n_images if significant else math.nan
     assert found["most_disagreement_pct"] == pytest.approx(most_pct, nan_ok=True)
     assert found["greatest_disagreement_pct"] == pytest.approx(100 * max(possible) / n_images)
-    always = found["beyond_chance"] == "beyond chance however often the two disagree"
-    assert always == (bool(below) and max(below) == max(possible))
-    assert (found["beyond_chance"] == "within chance however seldom the two disagree") == (not below)
+    is_always = found["beyond_chance"] == "beyond chance however often the two disagree"
+    assert is_always == (bool(significant) and max(significant) == max(possible))
+    assert (found["beyond_chance"] == "within chance however seldom the two disagree") == (not significant)

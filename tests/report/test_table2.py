@@ -14,13 +14,13 @@ from dhtm.report.table2 import ADDED, table2
 RIGHT = np.ones(1200, dtype=bool)
 
 
-def wrong(first, last):
-    """Return 1,200 predictions, wrong in this range."""
-    return (np.arange(1200) < first) | (np.arange(1200) >= last)
+def wrong(first, end):
+    """Return ``correct`` of 1,200 images: False from ``first`` to before ``end``, else True."""
+    return (np.arange(1200) < first) | (np.arange(1200) >= end)
 
 
-def made(folder, *runs):
-    """Make Table 2 after writing runs: a method, its predictions, and what else it differs in."""
+def make_table(folder, *runs):
+    """Write runs, each given by a method, ``correct`` and changes of its metrics, and make Table 2 of them."""
     for method, correct, changes in runs:
         write_solved_run(folder, len(list(folder.iterdir())), method, correct=correct, **changes)
     return table2(load_runs(folder), folder)
@@ -35,8 +35,8 @@ def cells_of(table, start):
     return frame.set_index("method")
 
 
-def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_path):
-    table = made(tmp_path)
+def test_without_runs_our_columns_have_dashes(tmp_path):
+    table = make_table(tmp_path)
     assert len(table.parts) == 4
     assert table.data[["top1", "flops_g", "difference", "p"]].isna().all(axis=None)
     cells = cells_of(table, "DeiT-Small")
@@ -50,16 +50,16 @@ def test_without_runs_there_are_dashes_and_nothing_is_taken_from_the_paper(tmp_p
     assert "_" not in latex.replace(r"\_", "") and "%" not in latex.replace(r"\%", "")
 
 
-def test_methods_are_compared_under_one_version_of_the_library(tmp_path):
-    """A method that ran again after a change of what all methods share is not put beside the others' older runs."""
+def test_compared_methods_have_one_version_of_the_library(tmp_path):
+    """A newer run of one method, with another library version, is not compared with older runs of the others."""
     runs = [(method, RIGHT, {}) for method in ("dhtm", "tome", "lotm")]
-    rows = rows_of(made(tmp_path, *runs, ("dhtm", wrong(0, 600), {"library_version": "6" * 64})))
+    rows = rows_of(make_table(tmp_path, *runs, ("dhtm", wrong(0, 600), {"library_version": "6" * 64})))
     assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [100, 100, 100]
 
 
 def test_methods_are_compared_image_by_image(tmp_path):
     tiny = {"backbone": "deit_tiny", "data": "imagenet"}
-    table = made(
+    table = make_table(
         tmp_path,
         ("dhtm", wrong(0, 100), {}),
         ("lotm", wrong(70, 200), {}),
@@ -90,10 +90,10 @@ def test_methods_are_compared_image_by_image(tmp_path):
     assert beside["top-1 % published"] == "70.94" and beside["top-1 % ours"].startswith("75.00")
 
 
-def test_the_correction_counts_every_test_of_the_table(tmp_path):
+def test_correction_counts_all_tests_of_the_table(tmp_path):
     wrongs = {"dhtm": 0, "tome": 7, "lotm": 8, "unmerged": 3}
     backbones = ("deit_micro", "deit_tiny")
-    table = made(tmp_path, *[(m, wrong(0, n), {"backbone": of}) for of in backbones for m, n in wrongs.items()])
+    table = make_table(tmp_path, *[(m, wrong(0, n), {"backbone": b}) for b in backbones for m, n in wrongs.items()])
     assert table.data.p.count() == 6
     assert table.data.p_holm.tolist() == pytest.approx(holm(table.data.p).tolist(), nan_ok=True)
     cells = cells_of(table, "deit_micro")
@@ -101,23 +101,23 @@ def test_the_correction_counts_every_test_of_the_table(tmp_path):
     assert cells.loc["ToMe OTS", "p"] == "0.0156", "0.0625 after the correction"
 
 
-def test_untrained_methods_are_marked_until_trained_ones_exist(tmp_path):
+def test_untrained_runs_are_marked_and_shown_only_without_trained_ones(tmp_path):
     untrained = {"untrained": True, "weights_sha256": "8" * 64}
     runs = [("dhtm", RIGHT, {}), ("sit", wrong(0, 900), untrained), ("sinkhorn", wrong(0, 900), untrained)]
     runs += [("dpc_knn", wrong(0, 300), {}), ("dpc_knn", wrong(0, 900), untrained | {"knobs": {"weighted": True}})]
-    cells = cells_of(made(tmp_path, *runs, ("sinkhorn", wrong(0, 100), {"trained": True})), "deit_micro")
+    cells = cells_of(make_table(tmp_path, *runs, ("sinkhorn", wrong(0, 100), {"trained": True})), "deit_micro")
     assert cells.loc[["SiT (untrained)", "DPC-KNN (untrained)"], "top-1 % ours"].str.startswith("25.00").all()
     assert cells.loc["Sinkhorn", "top-1 % ours"].startswith("91.67")
-    assert cells.loc["DPC-KNN OTS", "top-1 % ours"].startswith("75.00"), "has nothing to train"
+    assert cells.loc["DPC-KNN OTS", "top-1 % ours"].startswith("75.00"), "no weights to train"
 
 
-def test_lost_predictions_are_named(tmp_path):
+def test_missing_predictions_raise(tmp_path):
     with pytest.raises(UserError, match=r"0001/predictions.parquet: missing or damaged"):
-        made(tmp_path, ("dhtm", RIGHT, {}), ("tome", None, {"n_images": 1200}))
+        make_table(tmp_path, ("dhtm", RIGHT, {}), ("tome", None, {"n_images": 1200}))
 
 
 def test_the_papers_claims(tmp_path):
-    table = made(tmp_path)
+    table = make_table(tmp_path)
     claims = table.data.dropna(subset="claim").set_index(["backbone", "method"])
     assert len(claims) == 25
     for (backbone, method), row in claims.drop(("deit_small", "random")).iterrows():
@@ -126,8 +126,8 @@ def test_the_papers_claims(tmp_path):
         p, q = top1["DHTM"] / 100, top1[method] / 100
         assert row.independent_disagreement_pct == pytest.approx(100 * (p * (1 - q) + q * (1 - p)))
     assert claims.loc[("deit_small", "random"), "published_difference"] == 3.14
-    broken = claims.index[~claims.as_claimed.astype(bool)].tolist()
-    assert broken == [("deit_small", "SiT"), ("deit_base", "SiT"), ("deit_base", "K-Medoids")]
+    wrong_claims = claims.index[~claims.as_claimed.astype(bool)].tolist()
+    assert wrong_claims == [("deit_small", "SiT"), ("deit_base", "SiT"), ("deit_base", "K-Medoids")]
     only_if = claims.beyond_chance.str.extract(r"at most ([\d.]+)% of the images")[0].dropna().astype(float).to_dict()
     assert only_if.keys() == {
         ("deit_tiny", "ToMe w/train"), ("deit_small", "ToMe OTS"), ("deit_small", "LoTM"), ("deit_small", "ToMe w/train"),
@@ -139,10 +139,10 @@ def test_the_papers_claims(tmp_path):
     assert f"{shares.min():.0f} to {shares.max():.0f}% if they erred independently" in table.markdown()
 
 
-def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
-    """KL, agreement and flips of the methods off the shelf, each with a paired test against DHTM."""
+def test_changes_of_the_outputs_have_their_own_part(tmp_path):
+    """This part has KL, agreement and flips of methods off the shelf, with paired tests of the KL against DHTM."""
     kl = np.random.default_rng(0).exponential(0.01, 1200)
-    table = made(
+    table = make_table(
         tmp_path,
         ("unmerged", RIGHT, {"kl": 0 * kl}),
         ("dhtm", RIGHT, {"kl": kl}),
@@ -152,18 +152,18 @@ def test_what_merging_changes_has_a_part_of_its_own(tmp_path):
     )
     (frame,) = [frame for caption, frame in table.parts if caption.endswith("against the unmerged model's outputs")]
     cells = frame.set_index("method")
-    assert list(cells.index) == ["ToMe OTS", "LoTM", "DHTM"], "neither the unmerged nor a trained one"
+    assert list(cells.index) == ["ToMe OTS", "LoTM", "DHTM"], "neither unmerged nor trained runs"
     assert cells.loc["LoTM", "flips won / lost"] == "0 / 30"
     assert cells.loc["LoTM", "agreement % [95% interval]"].startswith("97.50 [")
     assert cells.loc["LoTM", "DHTM − this, nats"].startswith("−0.0040 [")
     assert cells.loc["LoTM", "p"] == "<0.0001*" and float(cells.loc["ToMe OTS", "p"]) > 0.9
     rows = rows_of(table)
     assert rows.kl["DHTM"] == pytest.approx(kl.mean()) and pd.isna(rows.kl["DPC-KNN"])
-    assert rows.kl_p.dropna().index.tolist() == ["ToMe OTS", "LoTM"], "a KL from itself of 0 is not tested"
+    assert rows.kl_p.dropna().index.tolist() == ["ToMe OTS", "LoTM"], "the unmerged model's KL is 0"
     assert rows.kl["unmerged"] == 0 and rows.p["unmerged"] == 1
 
 
-def test_more_reductions_than_the_papers_have_parts_where_there_are_runs(tmp_path):
-    table = made(tmp_path, *[(method, RIGHT, {"target": 40.0}) for method in ("dhtm", "tome")])
+def test_other_reductions_have_parts_if_they_have_runs(tmp_path):
+    table = make_table(tmp_path, *[(method, RIGHT, {"target": 40.0}) for method in ("dhtm", "tome")])
     cells = cells_of(table, "deit_micro (embedded) on digits, 1,200 images, 40% fewer FLOPs")
     assert cells.index.tolist() == ["ToMe OTS", "DHTM"]

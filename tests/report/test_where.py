@@ -1,4 +1,4 @@
-"""Where the accuracy goes: what the page counts."""
+"""The page's section on where the accuracy goes: the counts in its tables."""
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from dhtm.report.page import where
 from dhtm.report.runs import load_runs
 
 
-def test_the_tokens_that_an_object_is_in(monkeypatch):
+def test_tokens_that_cover_an_object_are_counted(monkeypatch):
     monkeypatch.setattr(where, "N_SCENES", 24)
     data, model = Digits(), Backbone("deit_micro", "deit_micro", 10).bare()
     split = open_split(data, "test", resolve_data_config(model=model), 10)
@@ -23,36 +23,36 @@ def test_the_tokens_that_an_object_is_in(monkeypatch):
         dhtm.patch(model, dhtm.DHTM(k=k))
         counts[k] = where.object_regions(model, split, data)
         dhtm.unpatch(model)
-    assert counts[0].tolist() == digit_patches.tolist(), "unmerged, every patch is a token"
+    assert counts[0].tolist() == digit_patches.tolist(), "without merging, every patch is a token"
     assert (counts[60] <= counts[0]).all() and (counts[60] >= 1).all() and counts[60].sum() < counts[0].sum()
 
 
 def test_top1_by_the_number_of_tokens():
-    found = {"DHTM": pd.DataFrame({"correct": np.arange(40) % 2 == 0})}
-    table = where.by_regions(found, {"DHTM": pd.Series([2] * 10 + [8] * 20)})
+    predictions = {"DHTM": pd.DataFrame({"correct": np.arange(40) % 2 == 0})}
+    table = where.by_regions(predictions, {"DHTM": pd.Series([2] * 10 + [8] * 20)})
     row = table.iloc[0]
     assert (row["1 to 3"], row["7 to 9"], row["19 or more"]) == ("50.0 (10)", "50.0 (20)", "–")
     assert row["mean tokens"] == "6.0"
 
 
-def test_flips_are_won_and_lost():
-    of_run = pd.DataFrame({"class_1": [0, 1, 0, 1, 1], "unmerged_class": [0, 0, 1, 1, 0]})
-    of_run = of_run.assign(label=0, kl=[0.0, 0.2, 0.3, 0.9, 0.4], correct=of_run.class_1 == 0)
-    (row,) = where.flips({"DHTM": of_run}).to_dict("records")
+def test_flips_are_counted_as_won_or_lost():
+    predictions = pd.DataFrame({"class_1": [0, 1, 0, 1, 1], "unmerged_class": [0, 0, 1, 1, 0]})
+    predictions = predictions.assign(label=0, kl=[0.0, 0.2, 0.3, 0.9, 0.4], correct=predictions.class_1 == 0)
+    (row,) = where.flips({"DHTM": predictions}).to_dict("records")
     assert list(row.values()) == ["DHTM", "1", "2", "2", "4, 1"]
-    words = "the greatest KL among the flips"
-    assert where.notable_images(of_run) == {3: "the greatest KL", 2: f"{words} won", 4: f"{words} lost"}
-    assert where.notable_images(of_run.iloc[:1]) == {0: "the greatest KL"}
+    prefix = "the greatest KL among the flips"
+    assert where.notable_images(predictions) == {3: "the greatest KL", 2: f"{prefix} won", 4: f"{prefix} lost"}
+    assert where.notable_images(predictions.iloc[:1]) == {0: "the greatest KL"}
 
 
-def test_agreement_between_methods_is_beyond_chance():
-    found = {"a": pd.DataFrame({"class_1": [0, 0, 1, 1]}), "b": pd.DataFrame({"class_1": [0, 1, 1, 1]})}
-    table = where.agreement_between(found).set_index("kappa")
-    # They agree on 3 of 4 images; by chance they would on 1/2 · 1/4 + 1/2 · 3/4 = 1/2 of them.
+def test_agreement_between_methods_is_cohens_kappa():
+    predictions = {"a": pd.DataFrame({"class_1": [0, 0, 1, 1]}), "b": pd.DataFrame({"class_1": [0, 1, 1, 1]})}
+    table = where.agreement_between(predictions).set_index("kappa")
+    # They agree on 3/4 of the images, and by chance would agree on 1/2 · 1/4 + 1/2 · 3/4 = 1/2 of them.
     assert (table.loc["a", "a"], table.loc["b", "a"], table.loc["a", "b"]) == ("1.000", "0.500", "")
 
 
-def test_a_method_in_several_layers_has_a_name_for_each(tmp_path):
+def test_labels_distinguish_the_layers_of_a_method(tmp_path):
     write_solved_run(tmp_path, 0, "unmerged")
     for number, layers in enumerate(("all", [4, 7, 11], [7]), start=1):
         write_solved_run(tmp_path, number, "dhtm", layers=layers)
@@ -60,7 +60,7 @@ def test_a_method_in_several_layers_has_a_name_for_each(tmp_path):
     assert sorted(frame.label) == ["DHTM", "DHTM, layers 7", "DHTM, layers all", "unmerged"]
 
 
-def test_without_labels_the_images_that_change_most_have_no_class():
-    of_run = pd.DataFrame({"kl": [0.5], "label": -1, "unmerged_class": 1, "class_1": 2})
-    (row,) = where.most_changed({"DHTM": of_run}).to_dict("records")
+def test_images_without_labels_have_no_class():
+    predictions = pd.DataFrame({"kl": [0.5], "label": -1, "unmerged_class": 1, "class_1": 2})
+    (row,) = where.most_changed({"DHTM": predictions}).to_dict("records")
     assert list(row.values()) == ["DHTM", "0", "0.5000", "–", "1", "2"]
