@@ -1,4 +1,4 @@
-"""ATC against scipy's hierarchical clustering and a plain statement of it."""
+"""ATC against SciPy's hierarchical clustering and a plain implementation."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ from dhtm.reducer import Attention
 from dhtm.vit import tokens_by_layer
 
 LINKAGES = ("average", "complete", "single")
-BACKENDS = [name for name in kernels.CLUSTERINGS if name != "triton"]  # test_triton.py tests the kernel
+BACKENDS = [name for name in kernels.CLUSTERINGS if name != "triton"]  # test_triton.py tests the Triton kernel
 
 
 def cosine_distances(features):
-    """1 − cos between all pairs of features [N, F], the cosines rounded to float32."""
+    """Return 1 − cos between all pairs of features [N, F], with cosines rounded to float32."""
     features = features.astype(np.float64)
     norms = np.sqrt((features**2).sum(1))
     products = features @ features.T
@@ -30,12 +30,12 @@ def cosine_distances(features):
 
 
 def greedy_clusters(features, k, linkage):
-    """Merge the nearest two clusters k times, ties to the first pair; lists of members, in the order of their lowest."""
+    """Merge the two nearest clusters k times, ties to the first pair; return lists of members, ordered by their lowest."""
     distances = cosine_distances(features).tolist()
     clusters = [[i] for i in range(len(features))]
     for _ in range(k):
         pairs = [(i, j) for i in range(len(clusters)) for j in range(i + 1, len(clusters))]
-        i, j = min(pairs, key=lambda pair: distances[min(pair)][max(pair)])  # the first of equals
+        i, j = min(pairs, key=lambda pair: distances[min(pair)][max(pair)])  # the first of equal pairs
         n_i, n_j = len(clusters[i]), len(clusters[j])
         for c in range(len(clusters)):
             if c not in (i, j):
@@ -58,8 +58,8 @@ def groups_of(token_map):
 @pytest.mark.parametrize(("n", "channels", "ks"), [(60, 8, range(60)), (196, 64, (20, 98))])
 @pytest.mark.parametrize("linkage", LINKAGES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_cut_is_scipys(linkage, backend, n, channels, ks):
-    """Merge for merge: the clusters after any number of merges, and after those of a layer of a network."""
+def test_clusters_are_scipys(linkage, backend, n, channels, ks):
+    """Check every number of merges of 60 tokens, and two numbers for 196 tokens, as many as in a DeiT."""
     features = torch.randn(2, n, channels, generator=torch.Generator().manual_seed(0))
     trees = [scipy_linkage(squareform(cosine_distances(image), checks=False), linkage) for image in features.numpy()]
     for k in ks:
@@ -71,7 +71,7 @@ def test_every_cut_is_scipys(linkage, backend, n, channels, ks):
 
 @st.composite
 def clusterings(draw):
-    """Keys with many exact ties, zeros among them, or without; merges; a linkage."""
+    """Draw features, with many exact ties and zero vectors or without; a number of merges; and a linkage."""
     n = draw(st.integers(1, 14))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     features = rng.integers(-1, 3, (2, n, 2)) if draw(st.booleans()) else rng.normal(size=(2, n, 3))
@@ -89,7 +89,7 @@ def test_ties_go_to_the_first_pair(case, backend):
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 12), share=st.floats(0.1, 1), linkage=st.sampled_from(LINKAGES), seed=st.integers(0, 2**32 - 1))
-def test_one_step(n, share, linkage, seed):
+def test_layer_matches_the_plain_implementation(n, share, linkage, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n, 4, generator=rng)
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_one_step(n, share, linkage, seed):
     groups = [greedy_clusters(image.mean(0).numpy(), n - m, linkage) for image in keys]
     attention = Attention(1, keys=keys)
     check_step(atc, tokens, regions, attention, groups)
-    atc.proportional_attention = False  # then averages are even
+    atc.proportional_attention = False  # averages are then unweighted
     for image, new in enumerate(atc(tokens, regions, attention)[0]):
         torch.testing.assert_close(new, average(tokens[image], torch.ones(n), groups[image])[0])
 
@@ -109,8 +109,8 @@ def test_one_step(n, share, linkage, seed):
     ("r", "inflect", "removed"),
     [(8, 0.0, [8] * 5), (8, -1.0, [16, 12, 8, 4, 0]), ([150, 1, 0, 40, 2], 0.0, [150, 1, 0, 40, 2])],
 )
-def test_exactly_r_are_removed_in_each_layer(r, inflect, removed):
+def test_each_layer_removes_exactly_r_tokens(r, inflect, removed):
     model = dhtm.patch(build("deit_tiny_distilled"), ATC(None, layers="all", r=r, inflect=inflect))
-    left = [196 - sum(removed[: layer + 1]) for layer in range(5)]
+    remaining = [196 - sum(removed[: layer + 1]) for layer in range(5)]
     logits(model, images_for(model))
-    assert tokens_by_layer(model) == [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == left
+    assert tokens_by_layer(model) == [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == remaining

@@ -1,4 +1,4 @@
-"""DPC-KNN against loops over the tokens of one image."""
+"""DPC-KNN against plain loops over the tokens of one image."""
 
 import math
 
@@ -13,7 +13,7 @@ from dhtm.reducer import Attention
 
 
 def density_peaks(tokens, m, neighbours):
-    """The centres among a list of tokens in order, and the centre that each token joins."""
+    """Return the centres among a list of tokens, in order, and the centre that each token joins."""
     n = len(tokens)
     distance = [[math.dist(a, b) / math.sqrt(len(a)) for b in tokens] for a in tokens]
     density = []
@@ -37,10 +37,10 @@ def density_peaks(tokens, m, neighbours):
     kind=st.sampled_from(["even", "weighted", "ties"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tokens(n, share, channels, neighbours, kind, seed):
+def test_layer_matches_plain_loops(n, share, channels, neighbours, kind, seed):
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, n, channels, dtype=torch.float64, generator=rng)
-    if kind == "ties":  # sixteen whole numbers, whose mean and distances have no rounding errors
+    if kind == "ties":  # sixteen integers, whose mean and distances have no rounding errors
         tokens, n, channels = torch.randint(-2, 3, (2, 16, 1), generator=rng).double(), 16, 1
     m = max(1, round(share * n))
     reducer = DPCKNN(m / n, layers=(2,), neighbours=neighbours, weighted=kind == "weighted")

@@ -1,4 +1,4 @@
-"""K-Medoids against loops over the tokens of one image."""
+"""K-Medoids against plain loops over the tokens of one image."""
 
 import math
 
@@ -12,10 +12,10 @@ from dhtm.reducer import Attention
 
 
 def k_medoids(tokens, weights, m, rounds, cost_is):
-    """The medoids of a list of tokens in order, and the place among them of the one that each token joins."""
+    """Return the medoids among a list of tokens, in order, and for each token the index of the medoid that it joins."""
 
     def join():
-        return [min(range(m), key=lambda place: math.dist(tokens[medoids[place]], token)) for token in tokens]
+        return [min(range(m), key=lambda rank: math.dist(tokens[medoids[rank]], token)) for token in tokens]
 
     def cost(token, members):
         if cost_is == "own":
@@ -24,11 +24,11 @@ def k_medoids(tokens, weights, m, rounds, cost_is):
 
     medoids = sorted(sorted(range(len(tokens)), key=lambda i: -weights[i])[:m])  # both sorts are stable
     for _ in range(rounds):
-        joined, better = join(), []
-        for place, medoid in enumerate(medoids):
-            members = [i for i in range(len(tokens)) if joined[i] == place]
-            better.append(min(members, key=lambda i: cost(i, members)) if members else medoid)
-        medoids = sorted(better)
+        joined, new_medoids = join(), []
+        for rank, medoid in enumerate(medoids):
+            members = [i for i in range(len(tokens)) if joined[i] == rank]
+            new_medoids.append(min(members, key=lambda i: cost(i, members)) if members else medoid)
+        medoids = sorted(new_medoids)
     return medoids, join()
 
 
@@ -43,11 +43,11 @@ def k_medoids(tokens, weights, m, rounds, cost_is):
     ties=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tokens(n, share, channels, rounds, kind, cost, ties, seed):
+def test_layer_matches_plain_loops(n, share, channels, rounds, kind, cost, ties, seed):
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, n, channels, dtype=torch.float64, generator=rng)
     weights = torch.randn(2, n, generator=rng).softmax(dim=1)
-    if ties:  # sixteen whole numbers: mean, distances and sums of these in sixteenths have no rounding errors
+    if ties:  # sixteen integers, weights in sixteenths: mean, distances and weighted sums have no rounding errors
         tokens, n, channels = torch.randint(-3, 4, (2, 16, 1), generator=rng).float(), 16, 1
         weights = torch.randint(0, 4, (2, 16), generator=rng) / 16
     m = max(1, round(share * n))
@@ -58,4 +58,4 @@ def test_any_tokens(n, share, channels, rounds, kind, cost, ties, seed):
         medoids, joined = k_medoids(tokens[i].tolist(), weights[i].tolist(), m, rounds, cost)
         assert torch.equal(kept[i], tokens[i, medoids])
         assert regions.assignment[i].tolist() == joined
-        assert regions.sizes[i].tolist() == [joined.count(place) for place in range(m)]
+        assert regions.sizes[i].tolist() == [joined.count(rank) for rank in range(m)]

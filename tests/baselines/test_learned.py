@@ -14,13 +14,13 @@ from dhtm import Regions
 from dhtm.reducer import Attention
 
 TOKENS = np.random.default_rng(0).normal(2, 3, size=(2, 12, 6))
-NORMALISED = (TOKENS - TOKENS.mean(-1, keepdims=True)) / np.sqrt(TOKENS.var(-1, keepdims=True) + 1e-5)  # by LayerNorm
+NORMALISED = (TOKENS - TOKENS.mean(-1, keepdims=True)) / np.sqrt(TOKENS.var(-1, keepdims=True) + 1e-5)  # LayerNorm
 UNITS = TOKENS / np.linalg.norm(TOKENS, axis=-1, keepdims=True)
 
 
 @torch.no_grad()
-def reduced(reducer):
-    """Set the parameters at random and reduce TOKENS to 4; returns parameters by name, new tokens and assignment."""
+def reduce_tokens(reducer):
+    """Set random parameters and reduce TOKENS to 4; return the parameters by name, new tokens and assignment."""
     reducer.attach(6, 1, (3, 4), (2,))
     for parameter in reducer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
@@ -29,44 +29,44 @@ def reduced(reducer):
     return parameters, new, regions.assignment.tolist()
 
 
-def close(new, expected):
+def check_close(new, expected):
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [False, True])
-def test_patch_merger_is_the_formula(scale):
-    parameters, new, assignment = reduced(PatchMerger(0.34, layers=(2,), scale=scale))
+def test_patch_merger_matches_its_formula(scale):
+    parameters, new, assignment = reduce_tokens(PatchMerger(0.34, layers=(2,), scale=scale))
     x = NORMALISED * parameters["norm.weight"] + parameters["norm.bias"]
     assert parameters["queries"].shape == (4, 6)
     products = np.einsum("md,bnd->bmn", parameters["queries"], x) / (np.sqrt(6) if scale else 1)
     weights = softmax(products, axis=2)
-    close(new, np.einsum("bmn,bnd->bmd", weights, x))
+    check_close(new, np.einsum("bmn,bnd->bmd", weights, x))
     assert assignment == weights.argmax(1).tolist()
 
 
-def test_sit_is_the_formula():
-    parameters, new, assignment = reduced(SiT(0.34, layers=(2,)))
+def test_sit_matches_its_formula():
+    parameters, new, assignment = reduce_tokens(SiT(0.34, layers=(2,)))
     w1, b1, w2, b2 = (parameters[f"mlp.{layer}.{kind}"] for layer in (1, 3) for kind in ("weight", "bias"))
     assert w1.shape == (3, 6) and w2.shape == (4, 3)
     hidden = (NORMALISED * parameters["mlp.0.weight"] + parameters["mlp.0.bias"]) @ w1.T + b1
     hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
     weights = softmax(parameters["scale"] * (hidden @ w2.T + b2), axis=1)
-    close(new, np.einsum("bnm,bnd->bmd", weights, TOKENS))
+    check_close(new, np.einsum("bnm,bnd->bmd", weights, TOKENS))
     assert assignment == weights.argmax(2).tolist()
 
 
 def test_sinkhorn_transports_normalised_tokens():
-    parameters, new, assignment = reduced(Sinkhorn(0.34, layers=(2,), epsilon=0.1, iterations=5))
+    parameters, new, assignment = reduce_tokens(Sinkhorn(0.34, layers=(2,), epsilon=0.1, iterations=5))
     assert parameters["centres"].shape == (4, 6)
     centres = parameters["centres"] / np.linalg.norm(parameters["centres"], axis=1, keepdims=True)
-    weights = np.stack([scaled(centres @ image.T / 0.1, 5) for image in UNITS])
-    weights /= weights.sum(1, keepdims=True)  # those of each token sum to 1
-    close(new, weights @ UNITS)
+    weights = np.stack([sinkhorn_knopp(centres @ image.T / 0.1, 5) for image in UNITS])
+    weights /= weights.sum(1, keepdims=True)  # the weights of each token sum to 1
+    check_close(new, weights @ UNITS)
     assert assignment == weights.argmax(1).tolist()
 
 
-def scaled(scores, iterations):
-    """Sinkhorn and Knopp: divide the rows by their sums, then the columns by theirs, over and over."""
+def sinkhorn_knopp(scores, iterations):
+    """Run the Sinkhorn-Knopp algorithm: each iteration scales the M rows to sums of 1/M, then the N columns to 1/N."""
     plan = np.exp(scores)
     for _ in range(iterations):
         plan /= plan.sum(1, keepdims=True) * len(plan)
@@ -79,8 +79,8 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(plan, torch.tensor([[[0.5, 0.0], [0.0, 0.5]]]))
 
 
-def test_in_training_centres_become_unit_vectors_and_learn_as_such():
-    """The gradient is that with respect to the units, which finite differences measure: along a unit vector too."""
+def test_training_normalises_centres_outside_the_gradient():
+    """The gradient, checked by finite differences, is with respect to the unit vectors, and has a part along each."""
     reducer = Sinkhorn(0.34, layers=(2,))
     reducer.attach(6, 1, (3, 4), (2,))
     centres = reducer.double().stages["2"].centres
@@ -94,28 +94,28 @@ def test_in_training_centres_become_unit_vectors_and_learn_as_such():
     torch.testing.assert_close(centres.detach(), units)
 
     def loss(centres):
-        plans = [scaled(centres.reshape(4, 6) @ image.T, 3) * 12 for image in UNITS]
+        plans = [sinkhorn_knopp(centres.reshape(4, 6) @ image.T, 3) * 12 for image in UNITS]
         return sum(((plan @ image) ** 3).sum() for plan, image in zip(plans, UNITS, strict=True))
 
     expected = approx_fprime(units.numpy().ravel(), loss)
     np.testing.assert_allclose(centres.grad.numpy().ravel(), expected, rtol=1e-4, atol=1e-6)
-    assert (centres.grad * units).sum(1).abs().min() > 1e-3, "normalisation would have removed this part"
+    assert (centres.grad * units).sum(1).abs().min() > 1e-3, "through the normalisation this part would be 0"
 
 
-def started(reducer):
-    """The stage of a reducer to 98 tokens of 192 channels."""
+def new_stage(reducer):
+    """Return the untrained stage of a reducer from 196 to 98 tokens of 192 channels."""
     reducer.attach(192, 1, (14, 14), (2,))
     return reducer.stages["2"]
 
 
 @pytest.mark.parametrize(("method", "name"), [(PatchMerger, "queries"), (Sinkhorn, "centres")])
-def test_new_tokens_start_from_the_standard_normal_distribution(method, name):
-    start = getattr(started(method(0.5, layers=(2,))), name).detach().numpy()
-    assert start.shape == (98, 192) and kstest(start.ravel(), "norm").pvalue > 0.01
+def test_queries_and_centres_start_standard_normal(method, name):
+    values = getattr(new_stage(method(0.5, layers=(2,))), name).detach().numpy()
+    assert values.shape == (98, 192) and kstest(values.ravel(), "norm").pvalue > 0.01
 
 
-def test_parameters_of_sit_start_as_the_authors_start_them():
-    stage = started(SiT(0.5, layers=(2,)))
+def test_sit_has_the_authors_initialisation_and_weight_decay():
+    stage = new_stage(SiT(0.5, layers=(2,)))
     for linear in (stage.mlp[1], stage.mlp[3]):
         assert kstest(linear.weight.detach().numpy().ravel() / 0.02, "norm").pvalue > 0.01
         assert not linear.bias.any()

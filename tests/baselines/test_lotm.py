@@ -1,4 +1,4 @@
-"""LoTM against the greedy walk through the pairs of each row, pair by pair."""
+"""LoTM against a plain greedy loop over the pairs of neighbours in each row."""
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ def cosine(a, b):
     return a @ b / norms if norms else 0.0
 
 
-def walk(rows, k):
-    """Rows of (token, patches), reduced by k merges: most similar first, each token once a pass, as many passes as needed."""
+def merge_greedily(rows, k):
+    """Merge k pairs in rows of (token, patches), most similar first, each token at most once per pass; return the rows."""
     while k:
         pairs = [(y, x) for y, row in enumerate(rows) for x in range(len(row) - 1)]
         pairs.sort(key=lambda pair: -cosine(rows[pair[0]][pair[1]][0], rows[pair[0]][pair[1] + 1][0]))  # a stable sort
@@ -34,20 +34,20 @@ def walk(rows, k):
 @st.composite
 def cases(draw):
     grid = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    left, ks = grid[0] * (grid[1] - 1), []
+    n_pairs, ks = grid[0] * (grid[1] - 1), []
     for _ in range(draw(st.integers(1, 3))):
-        ks.append(draw(st.integers(0, left)))
-        left -= ks[-1]
+        ks.append(draw(st.integers(0, n_pairs)))
+        n_pairs -= ks[-1]
     return grid, ks
 
 
 @settings(max_examples=100, deadline=None)
 @given(case=cases(), channels=st.integers(2, 5), ties=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_any_tokens_layer_after_layer(case, channels, ties, seed):
+def test_successive_layers_match_the_plain_loop(case, channels, ties, seed):
     ((height, width), ks), rng = case, torch.Generator().manual_seed(seed)
     n = height * width
     tokens = torch.randn(2, n, channels, dtype=torch.float64, generator=rng)
-    if ties:  # numbers as tokens of one channel: the cosine is the product of their signs, also after averaging
+    if ties:  # with one channel, every cosine is a product of signs, also after averaging
         tokens = torch.tensor([-5.0, -1, 1, 2, 4])[torch.randint(5, (2, n, 1), generator=rng)]
     images = [
         [[(image[y * width + x].numpy(), [y * width + x]) for x in range(width)] for y in range(height)]
@@ -57,7 +57,7 @@ def test_any_tokens_layer_after_layer(case, channels, ties, seed):
     for k in ks:
         tokens, regions = LoTM(k)(tokens, regions, Attention())
         for i, rows in enumerate(images):
-            expected = [token for row in walk(rows, k) for token in row]
+            expected = [token for row in merge_greedily(rows, k) for token in row]
             torch.testing.assert_close(tokens[i], torch.tensor(np.stack([token for token, _ in expected])))
             place = {patch: new for new, (_, patches) in enumerate(expected) for patch in patches}
             assert regions.assignment[i].tolist() == [place[patch] for patch in range(n)]

@@ -1,4 +1,4 @@
-"""PiToMe against a plain statement of it, token by token."""
+"""PiToMe against a plain implementation, token by token."""
 
 import math
 
@@ -14,7 +14,7 @@ from dhtm.reducer import Attention
 
 
 def pitome(keys, ratio, layer, depth, margin=0.75, alpha=1.0, schedule="deit"):
-    """Groups of the tokens with these keys [N, d] after layer ``layer`` of ``depth``; a group is where its B token was."""
+    """Return the groups of tokens with keys [N, d] in layer ``layer`` of ``depth``, each in the place of its B token."""
     n = len(keys)
     r = math.floor(n - n * ratio)
     units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
@@ -46,22 +46,22 @@ def pitome(keys, ratio, layer, depth, margin=0.75, alpha=1.0, schedule="deit"):
     alpha=st.sampled_from([1.0, 0.5]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_one_step(n, ratio, layer, schedule, margin, alpha, seed):
+def test_layer_matches_the_plain_implementation(n, ratio, layer, schedule, margin, alpha, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n, 4, generator=rng) + 0.5
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
     regions = unequal_regions(n, seed)
     options = {"margin": margin, "alpha": alpha, "schedule": schedule}
-    reducer = PiToMe(ratio, layers=(2, 3, 5, 6, 9), **options)  # l and L count within these
+    reducer = PiToMe(ratio, layers=(2, 3, 5, 6, 9), **options)  # layer and depth are counted within these
     attention = Attention(reducer.schedule[layer - 1], keys=keys)
     groups = [pitome(image.double().mean(0).numpy(), ratio, layer, 5, **options) for image in keys]
     check_step(reducer, tokens, regions, attention, groups)
 
 
 def test_equal_energies_go_to_the_lower_index():
-    """Eight equal tokens: their order is that of their indices, and every A token proposes the first B token."""
+    """Eight equal tokens are ordered by their indices, and every A token proposes the first B token."""
     keys, tokens = torch.ones(1, 1, 8, 2), torch.arange(8.0)[None, :, None]
     _, regions = PiToMe(0.75, layers=(1, 2))(tokens, Regions.identity(1, (1, 8)), Attention(1, keys=keys))
-    assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]  # 0 and 2, the first two of A, go to 1
+    assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]  # 0 and 2, the first two of A, merge into 1
     _, regions = PiToMe(0.75, layers=(1, 2))(tokens, Regions.identity(1, (1, 8)), Attention(2, keys=keys))
     assert regions.assignment.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]]

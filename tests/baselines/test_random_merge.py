@@ -1,4 +1,4 @@
-"""Random merging: its draws are uniform, and depend on the seed and the image alone."""
+"""Random merging: its draws are uniform, and depend only on the seed and the image."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from dhtm.merge import get_neighbors
 from dhtm.reducer import Attention
 from dhtm.regions import grid_pairs
 
-HERE = [name for name in kernels.DRAWS if name != "triton"]  # which tests/test_triton.py is about
+BACKENDS = [name for name in kernels.DRAWS if name != "triton"]  # test_triton.py tests the Triton kernel
 
 
-def lot(*keys):
-    """SplitMix64 as Steele et al. (2014) print it, on integers that wrap at 2⁶⁴, one key after the other."""
+def hash_keys(*keys):
+    """Hash keys, one after the other, to 62 bits by SplitMix64 as printed by Steele et al. (2014)."""
     state = 0
     for key in keys:
         state = (state + key + 0x9E3779B97F4A7C15) % 2**64
@@ -26,14 +26,14 @@ def lot(*keys):
     return state % 2**62
 
 
-def drawn(tokens, grid, k, connectivity, seed, image_id):
-    """One image's tokens [N, D] after k merges, and the patches of each."""
+def merge_one_by_one(tokens, grid, k, connectivity, seed, image_id):
+    """Merge one image's tokens [N, D] k times; return the new tokens and the patches of each."""
     adjacent = {tuple(pair) for pair in grid_pairs(grid, connectivity).tolist()}
     n = grid[0] * grid[1]
     regions, names, values = [{patch} for patch in range(n)], list(range(n)), list(tokens)
     for step in range(k):
         pairs = get_neighbors(regions, adjacent)
-        i, j = max(pairs, key=lambda pair: lot(seed, image_id, n - step, names[pair[0]] * n + names[pair[1]]))
+        i, j = max(pairs, key=lambda pair: hash_keys(seed, image_id, n - step, names[pair[0]] * n + names[pair[1]]))
         regions[i], values[i] = regions[i] | regions[j], (values[i] + values[j]) / 2
         del regions[j], names[j], values[j]
     return torch.stack(values), regions
@@ -41,7 +41,7 @@ def drawn(tokens, grid, k, connectivity, seed, image_id):
 
 @st.composite
 def draws(draw):
-    """A grid, merges, connectivity, seed and the ids of some images."""
+    """Draw a grid, a number of merges, a connectivity, a seed and the ids of some images."""
     grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 1))
     ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=3))
     seed = draw(st.one_of(st.integers(0, 9), st.integers(-(2**70), 2**70)))
@@ -49,7 +49,7 @@ def draws(draw):
 
 
 def check_draws(case, backend, device="cpu"):
-    """A backend draws as stated above, and continues from the regions it made."""
+    """Check a backend against the loop above, and against "torch" in this layer and in a second one."""
     grid, k, connectivity, seed, ids = case
     n = grid[0] * grid[1]
     tokens = torch.randn(len(ids), n, 3, generator=torch.Generator().manual_seed(0)).to(device)
@@ -62,18 +62,18 @@ def check_draws(case, backend, device="cpu"):
         results.append([first, reducer(*first, Attention())])
     for (expected, expected_regions), (merged, regions) in zip(*results, strict=True):
         assert torch.equal(regions.assignment, expected_regions.assignment)
-        torch.testing.assert_close(merged, expected)  # on a GPU the terms of a sum come in any order
+        torch.testing.assert_close(merged, expected)  # a GPU adds the terms of a sum in any order
     merged, regions = results[1][0]
     for image, image_id in enumerate(ids):
-        values, expected = drawn(tokens[image].cpu(), grid, k, connectivity, seed, image_id)
+        values, expected = merge_one_by_one(tokens[image].cpu(), grid, k, connectivity, seed, image_id)
         torch.testing.assert_close(merged[image].cpu(), values)
         patches = regions.assignment[image].tolist()
         assert [{i for i, token in enumerate(patches) if token == t} for t in range(len(expected))] == expected
 
 
 @settings(max_examples=60, deadline=None)
-@given(draws(), st.sampled_from(HERE))
-def test_every_backend_draws_the_same(case, backend):
+@given(draws(), st.sampled_from(BACKENDS))
+def test_backends_draw_the_same_pairs(case, backend):
     check_draws(case, backend)
 
 
@@ -83,26 +83,26 @@ def merge(n_images, k, ids=None):
     return reducer(torch.randn(n_images, 6, 4), Regions.identity(n_images, (2, 3)), Attention())
 
 
-def test_every_adjacent_pair_is_as_likely():
+def test_adjacent_pairs_are_equally_likely():
     _, regions = merge(11_000, 1)
     joined, counts = regions.assignment.unique(dim=0, return_counts=True)
     assert len(joined) == 11  # the pairs of a 2×3 grid with diagonals
     assert chisquare(counts.numpy()).pvalue > 1e-4
 
 
-def test_images_are_numbered_if_they_have_no_ids():
+def test_images_without_ids_are_numbered_by_position():
     _, by_position = merge(3, 4)
     _, numbered = merge(3, 4, torch.arange(3))
     assert torch.equal(by_position.assignment, numbered.assignment)
 
 
-def test_ids_of_another_batch_are_refused():
+def test_ids_of_another_batch_size_raise():
     with pytest.raises(ValueError, match=r"image_ids must be int64 \[B\] = \[3\], not torch.int64 \[2\]"):
         merge(3, 2, torch.arange(2))
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_tokens_that_touch_none_cannot_be_merged(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_running_out_of_adjacent_tokens_raises(backend):
     regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
     with pytest.raises(ValueError, match="k=2 merges, but image 0 of the batch runs out of adjacent tokens"):
         RandomMerge(2, backend=backend)(torch.ones(1, 3, 2), regions, Attention())

@@ -1,4 +1,4 @@
-"""Token mergence against loops over the tokens of one image, its coarser views against numpy's averages."""
+"""Token mergence against plain loops over the tokens of one image, and its coarser views against NumPy's averages."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from dhtm.reducer import Attention
 
 
 def mergence(tokens, importance, m):
-    """One image's merged tokens [N, D] → [M, D], and the place among them of each token."""
+    """Merge one image's tokens, [N, D] → [M, D]; return them and for each old token the index of its new one."""
     n = len(tokens)
     crucial = sorted(sorted(range(n), key=lambda i: -importance[i])[:m])
     units = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
@@ -25,7 +25,7 @@ def mergence(tokens, importance, m):
 
 
 def views(tokens, grid, linears):
-    """Tokens [P, D] with coarser views added: the mean of each cell, through (scale, W, b)."""
+    """Add a coarser view to tokens [P, D] for each (scale, weight, bias): the mean of each cell, mapped linearly."""
     height, width = grid
     image = tokens.reshape(height, width, -1)
     enriched = image.copy()
@@ -38,13 +38,13 @@ def views(tokens, grid, linears):
     return enriched.reshape(len(tokens), -1)
 
 
-def made(m, channels, grid, **options):
+def make_reducer(m, channels, grid, **options):
     reducer = TokenMergence(m / (grid[0] * grid[1]), layers=(2, 4), **options)
     reducer.attach(channels, 1, grid, (2, 4))
     return reducer
 
 
-def test_equal_importance_and_similarity_go_to_the_lower_index():
+def test_equal_importance_or_similarity_goes_to_the_lower_index():
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [2.0, 0.0]]])
     for importance, assignment in (
         ([1, 1, 1, 1, 1], [0, 1, 2, 0, 0]),
@@ -52,14 +52,14 @@ def test_equal_importance_and_similarity_go_to_the_lower_index():
         ([1, 2, 2, 3, 1], [1, 0, 1, 2, 1]),
     ):
         attention = Attention(2, cls=torch.tensor([importance]) / 16)
-        _, regions = made(3, 2, (1, 5))(tokens, Regions.identity(1, (1, 5)), attention)
+        _, regions = make_reducer(3, 2, (1, 5))(tokens, Regions.identity(1, (1, 5)), attention)
         assert regions.assignment.tolist() == [assignment]
 
 
-def test_tokens_that_nothing_attends_to_are_averaged_all_the_same():
+def test_tokens_without_cls_attention_are_averaged():
     attention = Attention(2, cls=torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]])
-    new, _ = made(2, 2, (1, 4))(tokens, Regions.identity(1, (1, 4)), attention)
+    new, _ = make_reducer(2, 2, (1, 4))(tokens, Regions.identity(1, (1, 4)), attention)
     torch.testing.assert_close(new, torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]))
 
 
@@ -71,10 +71,10 @@ def test_tokens_that_nothing_attends_to_are_averaged_all_the_same():
     scales=st.sampled_from([(2, 4), (3,), (4, 2), ()]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_tokens_and_coarser_views_before_the_first_reduction_only(grid, share, channels, scales, seed):
+def test_layers_match_plain_loops_and_only_the_first_adds_views(grid, share, channels, scales, seed):
     n, rng = grid[0] * grid[1], np.random.default_rng(seed)
     tokens, importance = rng.normal(size=(2, n, channels)).astype(np.float32), rng.dirichlet(np.ones(n), 2)
-    reducer = made(max(1, round(share * n)), channels, grid, scales=scales)
+    reducer = make_reducer(max(1, round(share * n)), channels, grid, scales=scales)
     for parameter in reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
     linears = [

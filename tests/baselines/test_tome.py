@@ -1,4 +1,4 @@
-"""ToMe against a literal statement of bipartite soft matching over the full sequence, alone and in whole models."""
+"""ToMe against a plain implementation of bipartite soft matching over the full sequence, alone and in a model."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from dhtm.vit import tokens_by_layer
 
 
 def soft_matching(keys, n_prefix, r):
-    """The new sequence of one image as lists of the old positions that each token is made of, from keys [S, d]."""
+    """Return for each token of one image's new sequence the old positions that are merged into it, by keys [S, d]."""
     r = min(r, (len(keys) - n_prefix) // 2)
     if r == 0:
         return [[i] for i in range(len(keys))]
@@ -35,7 +35,7 @@ def soft_matching(keys, n_prefix, r):
 @given(
     n=st.integers(1, 15), n_prefix=st.sampled_from([0, 1, 2, 5]), r=st.integers(0, 9), seed=st.integers(0, 2**32 - 1)
 )
-def test_one_step(n, n_prefix, r, seed):
+def test_layer_matches_the_plain_implementation(n, n_prefix, r, seed):
     rng = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 3, n_prefix + n, 4, generator=rng)
     tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_one_step(n, n_prefix, r, seed):
     check_step(tome, tokens, regions, Attention(1, keys=keys[:, :, n_prefix:]), groups)
 
 
-def test_the_whole_model_gives_the_logits_of_the_written_out_one():
+def test_model_matches_a_forward_pass_written_out():
     check_model(ToMe(13), lambda layer, keys: soft_matching(keys, 2, 13), depth=12)
 
 
@@ -64,5 +64,5 @@ def test_the_whole_model_gives_the_logits_of_the_written_out_one():
     ],
 )
 def test_schedules(options, merged):
-    left = [196 - sum(merged[:layer]) for layer in range(1, 13)]
-    assert tokens_by_layer(dhtm.patch(build("deit_tiny", depth=12), ToMe(**options))) == left
+    remaining = [196 - sum(merged[:layer]) for layer in range(1, 13)]
+    assert tokens_by_layer(dhtm.patch(build("deit_tiny", depth=12), ToMe(**options))) == remaining
