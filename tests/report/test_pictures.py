@@ -23,7 +23,7 @@ from dhtm.report.visualize import draw_merges, visualize
 
 DHTM = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5]})
 SOFT = Method("patch_merger", "baselines.PatchMerger", "keep_rate", options={"keep_rate": 0.7, "layers": [4, 7, 10]})
-IN_ALL = Method("dhtm_all", "dhtm.DHTM", "k", options={"k": 10, "layers": "all"})
+ALL_LAYERS = Method("dhtm_all", "dhtm.DHTM", "k", options={"k": 10, "layers": "all"})
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_borders_of_large_images_are_wider():
     assert border[:, 224:226].all() and border.sum() == 448 * 2
 
 
-@pytest.mark.parametrize(("method", "layers"), [(DHTM, [2, 5]), (IN_ALL, [1, 7, 12]), (SOFT, [4, 7, 10])])
+@pytest.mark.parametrize(("method", "layers"), [(DHTM, [2, 5]), (ALL_LAYERS, [1, 7, 12]), (SOFT, [4, 7, 10])])
 def test_samples_show_at_most_three_layers(split, method, layers):
     pictures = sample_regions(model_with(method), split)
     assert len(pictures) == 6

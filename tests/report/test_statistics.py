@@ -29,10 +29,10 @@ def test_p_is_mcnemars_without_groups_and_with_groups_of_one(first_only, second_
     for groups in (None, np.random.default_rng(0).permutation(n_images)):
         first = predictions_frame([True] * first_only + [False] * second_only + [True] * both, groups)
         second = predictions_frame([False] * first_only + [True] * (second_only + both), groups)
-        found = compare(first, second.sample(frac=1, random_state=0))  # images are paired by index
-        assert found["p"] == pytest.approx(expected, rel=1e-9)
-        assert (found["first_only"], found["second_only"]) == (first_only, second_only)
-        assert found["difference"] == pytest.approx(100 * (first_only - second_only) / n_images)
+        result = compare(first, second.sample(frac=1, random_state=0))  # images are paired by index
+        assert result["p"] == pytest.approx(expected, rel=1e-9)
+        assert (result["first_only"], result["second_only"]) == (first_only, second_only)
+        assert result["difference"] == pytest.approx(100 * (first_only - second_only) / n_images)
 
 
 @settings(deadline=None, max_examples=30)
@@ -40,8 +40,8 @@ def test_p_is_mcnemars_without_groups_and_with_groups_of_one(first_only, second_
 def test_p_counts_all_sign_flips_of_groups(images):
     first, second, groups = (np.array(column) for column in zip(*images, strict=True))
     sums = [(first[groups == group].astype(int) - second[groups == group]).sum() for group in set(groups)]
-    found = compare(predictions_frame(first, groups), predictions_frame(second, groups))
-    assert found["p"] == pytest.approx(p_of_all_flips(sums), rel=1e-9)
+    result = compare(predictions_frame(first, groups), predictions_frame(second, groups))
+    assert result["p"] == pytest.approx(p_of_all_flips(sums), rel=1e-9)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -51,23 +51,23 @@ def test_interval_is_that_of_a_plain_bootstrap(grouped):
     groups = rng.integers(0, n_groups, n_images) if grouped else np.arange(n_images)
     easy = rng.random(n_images)[groups if grouped else slice(None)]  # images of one group resemble each other
     first, second = easy < 0.8, easy + rng.normal(0, 0.2, n_images) < 0.7
-    found = compare(*(predictions_frame(correct, groups if grouped else None) for correct in (first, second)))
+    result = compare(*(predictions_frame(correct, groups if grouped else None) for correct in (first, second)))
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     values, means = 100 * (first.astype(int) - second), []
     for _ in range(4_000):
         drawn = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
         means.append(values[drawn].mean())
-    assert found["difference"] == pytest.approx(values.mean())
-    interval = (found["difference_low"], found["difference_high"])
+    assert result["difference"] == pytest.approx(values.mean())
+    interval = (result["difference_low"], result["difference_high"])
     assert interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.4)
 
 
 def test_differences_of_kl_are_tested_by_sign_flips():
     differences = np.random.default_rng(2).normal(0.4, 1, 12)
     first, second = (predictions_frame([True] * 12).assign(kl=kl) for kl in (3 + differences, np.full(12, 3.0)))
-    found = compare(first, second)
-    assert found["kl_p"] == pytest.approx(p_of_all_flips(differences), abs=0.02), "10,000 random flips"
-    assert found["kl_difference_low"] < differences.mean() < found["kl_difference_high"]
+    result = compare(first, second)
+    assert result["kl_p"] == pytest.approx(p_of_all_flips(differences), abs=0.02), "10,000 random flips"
+    assert result["kl_difference_low"] < differences.mean() < result["kl_difference_high"]
 
 
 def test_images_without_a_finite_kl_are_ignored():
@@ -108,10 +108,10 @@ def test_claim_is_that_of_a_search_over_all_disagreements(n_images, data):
     # If both are right on `both` images, the first alone is right on right - both, the second alone on other - both.
     possible = [right + other - 2 * both for both in range(max(0, right + other - n_images), min(right, other) + 1)]
     significant = [n for n in possible if (binomtest((n + net) // 2, n).pvalue if n else 1) < 0.05]
-    found = claim(100 * right / n_images, 100 * other / n_images, n_images)
+    result = claim(100 * right / n_images, 100 * other / n_images, n_images)
     most_pct = 100 * max(significant) / n_images if significant else math.nan
-    assert found["most_disagreement_pct"] == pytest.approx(most_pct, nan_ok=True)
-    assert found["greatest_disagreement_pct"] == pytest.approx(100 * max(possible) / n_images)
-    is_always = found["beyond_chance"] == "beyond chance however often the two disagree"
+    assert result["most_disagreement_pct"] == pytest.approx(most_pct, nan_ok=True)
+    assert result["greatest_disagreement_pct"] == pytest.approx(100 * max(possible) / n_images)
+    is_always = result["beyond_chance"] == "beyond chance however often the two disagree"
     assert is_always == (bool(significant) and max(significant) == max(possible))
-    assert (found["beyond_chance"] == "within chance however seldom the two disagree") == (not significant)
+    assert (result["beyond_chance"] == "within chance however seldom the two disagree") == (not significant)
