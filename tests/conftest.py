@@ -1,4 +1,4 @@
-"""What the tests share: composing configs, running scripts, and small data of the real form."""
+"""Fixtures for all tests: composed configs, evaluations, scripts, and a small set of photographs."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ import socket
 import subprocess
 import tempfile
 
-# Tests that run side by side share the cores: threads that wait for each other's cores take many times as long. This is set
-# before PyTorch is imported, and the processes that tests start inherit it.
+# Parallel tests share the cores; with more threads than cores they would take many times as long. This must be set before
+# PyTorch is imported, and the processes that tests start inherit it.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -18,30 +18,30 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from processes import ROOT, start_script
 
-if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, if this is set before its import
+if not torch.cuda.is_available():  # then Triton must use its interpreter, which it reads when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# No test may use the network or find what an earlier download left, as on a new machine that is offline.
+# Tests use neither the network nor earlier downloads, as on a new machine that is offline.
 _EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _EMPTY, "TORCH_HOME": _EMPTY, "WANDB_SILENT": "true"}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Random models and images are the same in every run of the tests."""
+    """Seed PyTorch, so that random models and images are the same every time."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def composed():
-    """Compose a config as a script would: composed("method.k=10", config_name="evaluate")."""
+    """Return a function that composes a config as a script does: composed("method.k=10", config_name="evaluate")."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         yield lambda *overrides, config_name="evaluate", **more: compose(config_name, list(overrides), **more)
 
 
 @pytest.fixture
 def evaluated(composed, tmp_path):
-    """Evaluate in this process, by overrides; returns the metrics. Results and cache are in the test's own folder."""
+    """Return a function that evaluates with overrides in this process, writes below ``tmp_path``, and returns the metrics."""
     from dhtm.harness import config
     from dhtm.harness.runs.evaluate import evaluate
 
@@ -54,26 +54,25 @@ def evaluated(composed, tmp_path):
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Run a script in ``world`` processes, told of each other as torchrun does: ranks(2, "evaluate", "method.k=10").
+    """Return a function that runs a script in ``world`` processes, as torchrun does: ranks(2, "evaluate", "method.k=10").
 
-    Returns:
-        For each rank what subprocess.run would return.
+    It returns one ``subprocess.CompletedProcess`` per rank.
     """
 
     def run(world, name, *arguments):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
-        said, processes = [tmp_path_factory.mktemp("said") for _ in range(world)], []
-        for rank, folder in enumerate(said):
+        with socket.socket() as unused:
+            unused.bind(("localhost", 0))
+            shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(unused.getsockname()[1]), "WORLD_SIZE": str(world)}
+        folders, processes = [tmp_path_factory.mktemp("output") for _ in range(world)], []
+        for rank, folder in enumerate(folders):
             torchrun = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
             files = {"stdout": folder / "stdout", "stderr": folder / "stderr"}
             processes.append(start_script(name, *arguments, **files, **torchrun))
         for process in processes:
             process.join(300)
         codes = [process.exitcode for process in processes]
-        assert None not in codes, f"it did not end: {name} {arguments}"
-        texts = [[(folder / file).read_text(encoding="utf-8") for file in ("stdout", "stderr")] for folder in said]
+        assert None not in codes, f"timed out: {name} {arguments}"
+        texts = [[(folder / file).read_text(encoding="utf-8") for file in ("stdout", "stderr")] for folder in folders]
         return [subprocess.CompletedProcess(name, code, *text) for code, text in zip(codes, texts, strict=True)]
 
     return run
@@ -81,13 +80,13 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def script(ranks):
-    """Run a script of scripts/ in a process of its own: script("evaluate", "method.k=10"). Returns as subprocess.run."""
+    """Return a function that runs a script as its own process, like subprocess.run: script("evaluate", "method.k=10")."""
     return lambda name, *arguments: ranks(1, name, *arguments)[0]
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A data root as ImageNet ships, but small: train/ and val/ of three synsets of JPEGs, one of them grey, of odd sizes."""
+    """Return a small data root in ImageNet's layout: train/ and val/, three synsets, JPEGs of several sizes, some grey."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for synset, n_images in (("n01440764", 3), ("n02102040", 2), ("n02979186", 3)):

@@ -1,7 +1,7 @@
-"""Processes that tests start, kill and wait for.
+"""Start scripts as processes, which tests kill or wait for.
 
-A script takes seconds to start, most of them for imports. Here it runs in a process forked from a server that has imported
-what scripts import and has done nothing else: no thread, generator or device is in use yet, as in a new process.
+A script takes seconds to start, mostly for imports. Here it runs in a process forked from a server that has already imported
+what scripts import, and has done nothing else. As in a new process, no thread, generator or device is in use yet.
 """
 
 import atexit
@@ -26,44 +26,44 @@ _server.set_forkserver_preload(
 
 
 def wait_for(condition, seconds=120):
-    """Look again and again until the condition holds."""
+    """Wait until the condition holds, checking it every 10 ms."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "in vain"
+        assert time.monotonic() < deadline, f"the condition does not hold after {seconds} s"
         time.sleep(0.01)
 
 
 def start_script(name, *arguments, stdout=os.devnull, stderr=os.devnull, **variables):
-    """Start a script of scripts/, as the leader of a process group.
+    """Start a script of scripts/ as the leader of a new process group.
 
     Args:
-        name: without its ending.
-        stdout, stderr: files for what it writes.
-        variables: for its environment, besides those of this process.
+        name: file name without ".py".
+        stdout, stderr: files that its output is written to.
+        variables: environment variables, added to those of this process.
 
     Returns:
-        The process, of multiprocessing.
+        The ``multiprocessing.Process``.
     """
     options = [name, list(map(str, arguments)), str(stdout), str(stderr), dict(os.environ) | variables]
     process = _server.Process(target=_script, args=options)
     process.start()
-    atexit.register(_end, process)  # before multiprocessing waits for it
+    atexit.register(_end, process)  # runs before multiprocessing's own handler, which waits for the process
     return process
 
 
 def _end(process):
-    """Kill a process and those that it has started, if it still is there."""
+    """Kill a process and its children if it is still running."""
     if process.is_alive():
-        with contextlib.suppress(ProcessLookupError):  # it has no group yet
+        with contextlib.suppress(ProcessLookupError):  # it does not lead a group yet
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
 
 
 def _script(name, arguments, stdout, stderr, environment):
-    multiprocessing.set_start_method(None, force=True)  # for its own children as by default, not as this one was
+    multiprocessing.set_start_method(None, force=True)  # the script's children start in the default way
     os.setsid()
-    # A shell's background jobs ignore it, and so do their children.
+    # If the tests run as a background job of a shell, they ignore SIGINT, and their children inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -75,4 +75,4 @@ def _script(name, arguments, stdout, stderr, environment):
     try:
         runpy.run_path(str(file), run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # a forked process ends without
+        atexit._run_exitfuncs()  # multiprocessing's children do not run these themselves
