@@ -1,4 +1,4 @@
-"""As many images as ImageNet's validation set has: memory stays flat, and each is counted once."""
+"""An evaluation of as many images as ImageNet's validation set has."""
 
 import contextlib
 import subprocess
@@ -18,7 +18,7 @@ ARCHITECTURE = "test_vit"  # timm's smallest, for 160×160 images
 
 
 @pytest.mark.stress
-def test_fifty_thousand_images_in_flat_memory(tmp_path):
+def test_memory_stays_flat_and_each_image_is_predicted_once(tmp_path):
     n_images, n_classes = 50_000, 1000
     rng = np.random.default_rng(0)
     for number in range(n_classes):
@@ -37,30 +37,30 @@ def test_fifty_thousand_images_in_flat_memory(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT)
     used = []
     while process.poll() is None:
-        if done(tmp_path / "runs") > n_images // 10:  # once everything is under way
+        if n_stored(tmp_path / "runs") > n_images // 10:  # after start-up
             used.append(memory(process.pid))
         time.sleep(1)
     assert process.returncode == 0
     first, last = (np.median(part) for part in np.array_split(used, 5)[:: len(np.array_split(used, 5)) - 1])
-    # The images take 3.8 GB. The unmerged model's outputs take 0.2 GB, and PyArrow keeps freed memory when it has read them.
-    assert last < first + 1e9, "it keeps images"
+    # All images take 3.8 GB. The unmerged model's outputs take 0.2 GB, and PyArrow keeps the memory that reading them took.
+    assert last < first + 1e9, "memory grows with the number of images"
     files = list((tmp_path / "runs").glob("*/predictions.parquet"))
-    assert len(files) == 2, "the unmerged model's run comes first"
+    assert len(files) == 2, "must be this run and the unmerged model's"
     for file in files:
         rows = pd.read_parquet(file)
         assert rows["index"].tolist() == list(range(n_images))
         assert rows.label.tolist() == [index // 50 for index in range(n_images)]
 
 
-def done(results):
-    """Images whose predictions are stored, by the shards' names."""
+def n_stored(results):
+    """Return roughly how many predictions are stored, judging by the names of the shards."""
     return max((int(file.name[:8]) for file in results.glob("*/shards/[0-9]*.parquet")), default=0)
 
 
 def memory(pid):
-    """Bytes that a process and those that load images for it hold for themselves."""
-    process, used = psutil.Process(pid), 0
-    for one in [process, *process.children()]:
+    """Return the bytes that a process and its children, which load images, do not share with others."""
+    process, total = psutil.Process(pid), 0
+    for member in [process, *process.children()]:
         with contextlib.suppress(psutil.Error):  # it has ended
-            used += one.memory_full_info().uss
-    return used
+            total += member.memory_full_info().uss
+    return total

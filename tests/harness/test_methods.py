@@ -1,4 +1,4 @@
-"""Trained weights: found, loaded, and refused where they belong to something else."""
+"""Weights trained with a method: they are found and loaded, or refused if they do not match."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ def with_options(method, checkpoint="trained", **options):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A SiT at keep rate 0.5 in deit_micro, saved as training does: a folder, the file in it, and the model."""
+    """Save a SiT at keep rate 0.5 in deit_micro, as training does; return the folder, the file in it, and the model."""
     torch.manual_seed(7)
     model = SIT.put_into(MICRO.load(), MICRO.name)
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -39,8 +39,8 @@ def test_weights_are_found_by_backbone_method_and_knob_or_by_file(weights, tmp_p
     folder, file, trained = weights
     images = torch.randn(3, 1, 56, 56)
     for method, checkpoints in ((SIT, folder), (with_options(SIT, file), tmp_path)):
-        model, found = load_model(MICRO, method, checkpoints)
-        assert found == file
+        model, loaded_file = load_model(MICRO, method, checkpoints)
+        assert loaded_file == file
         with torch.inference_mode():
             assert torch.equal(model(images), trained(images))
 
@@ -53,13 +53,13 @@ MISMATCHES = {
 }
 
 
-def test_weights_of_something_else_are_refused_with_the_mismatch(weights, tmp_path):
+def test_mismatched_weights_are_refused_and_the_mismatch_is_named(weights, tmp_path):
     for mismatch, (backbone, method) in MISMATCHES.items():
         with pytest.raises(UserError, match=re.escape(f"trained with {mismatch}")):
             load_model(backbone, with_options(method, weights[1]), tmp_path)
 
 
-def test_weights_of_an_unfinished_training_are_taken_only_by_name(weights, tmp_path):
+def test_weights_of_an_unfinished_training_are_loaded_only_by_file(weights, tmp_path):
     file = tmp_path / MICRO.name / SIT.place / "last.safetensors"
     file.parent.mkdir(parents=True)
     save_weights(weights[2], MICRO, SIT, torch.float32, history(2, 6), file)
@@ -68,7 +68,7 @@ def test_weights_of_an_unfinished_training_are_taken_only_by_name(weights, tmp_p
     assert load_model(MICRO, with_options(SIT, file), tmp_path)[1] == file
 
 
-def test_files_that_are_not_trained_weights(weights, tmp_path):
+def test_damaged_and_unrelated_weights_are_refused(weights, tmp_path):
     damaged = tmp_path / "w.safetensors"
     damaged.write_bytes(weights[1].read_bytes()[:5000])
     for file, message in (
@@ -79,7 +79,7 @@ def test_files_that_are_not_trained_weights(weights, tmp_path):
             load_model(MICRO, with_options(SIT, file), tmp_path)
 
 
-def test_a_learned_method_without_weights_needs_permission_and_is_marked(evaluated, tmp_path):
+def test_learned_method_without_weights_needs_allow_untrained_and_is_marked(evaluated, tmp_path):
     sinkhorn = ["method=sinkhorn", "method.keep_rate=0.31", f"checkpoints_dir={tmp_path}", "data.limit=8"]
     with pytest.raises(UnavailableError, match=r"no weights trained for sinkhorn_keep_rate_0.31 in deit_micro"):
         evaluated(*sinkhorn)
@@ -88,6 +88,6 @@ def test_a_learned_method_without_weights_needs_permission_and_is_marked(evaluat
     metrics = evaluated(*sinkhorn, "allow_untrained=true")
     assert metrics["untrained"] and not metrics["trained"]
     again = evaluated(*sinkhorn, "allow_untrained=true", "force=true")
-    assert again["run_id"] == metrics["run_id"], "untrained parameters are those of the seed"
+    assert again["run_id"] == metrics["run_id"], "the seed must determine untrained parameters"
     plain = evaluated("data.limit=8", "method=lotm")
     assert not plain["untrained"] and not plain["trained"]

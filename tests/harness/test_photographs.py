@@ -1,4 +1,4 @@
-"""ImageNet in every form that it is kept in: the same images, in the same classes, as timm reads them; and what is no image."""
+"""Photographs in every supported form: images and classes are the same, and unreadable data is reported."""
 
 import io
 import json
@@ -28,21 +28,21 @@ from dhtm.harness.runs.directory import predictions
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
+def no_cached_lists():
     module._list.cache_clear()
 
 
 @pytest.fixture(scope="session")
 def images():
-    """File name and content of twelve validation images, and the synset of each."""
+    """Return twelve validation images: file name → (content, synset)."""
     rng = np.random.default_rng(1)
-    found = {}
+    files = {}
     for number in range(1, 13):
         content = io.BytesIO()
         pixels = rng.integers(0, 256, (5, 4 + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 30)).save(content, "JPEG")
-        found[f"ILSVRC2012_val_{number:08d}.JPEG"] = content.getvalue(), forms.CHOSEN[number * 7 % 4]
-    return found
+        files[f"ILSVRC2012_val_{number:08d}.JPEG"] = content.getvalue(), forms.CHOSEN[number * 7 % 4]
+    return files
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
@@ -58,28 +58,28 @@ def test_every_form_has_the_same_images_in_the_same_classes(form, images, tmp_pa
         (PILToTensor()(Image.open(io.BytesIO(content))).numpy().tobytes(), forms.SYNSETS.index(synset))
         for content, synset in images.values()
     ]
-    if "class_folders" in form.__name__:  # files are in the order of their folders
+    if "class_folders" in form.__name__:  # files are sorted by folder
         found, expected = sorted(found), sorted(expected)
     assert found == expected
 
 
 @pytest.mark.parametrize("form", [forms.flat_with_devkit, forms.parquet])
-def test_what_identifies_the_data_changes_with_it(form, images, tmp_path):
+def test_fingerprint_changes_with_content_and_classes(form, images, tmp_path):
     third = "ILSVRC2012_val_00000003.JPEG"
     content, synset = images[third]
     changed = [{third: (content + b"more", synset)}, {third: (content, forms.CHOSEN[3])}]
-    folders = [made(tmp_path / str(i)) for i in range(4)]
+    folders = [new_folder(tmp_path / str(i)) for i in range(4)]
     versions = [images, images, *(images | change for change in changed)]
     splits = [forms.opened_as(form, folder, version) for folder, version in zip(folders, versions, strict=True)]
     assert len({split.fingerprint for split in splits}) == 3
 
 
-SMALLEST = "test_vit"  # timm's, for images of 160×160
+SMALLEST = "test_vit"  # timm's smallest ViT, for images of 160×160
 
 
 @pytest.fixture
 def run(evaluated, tmp_path):
-    """Evaluate a small ViT on photographs; returns the metrics and the predictions."""
+    """Return a function that evaluates a small ViT on a data root and returns the metrics and the predictions."""
     save_file(timm.create_model(SMALLEST).state_dict(), tmp_path / "weights.safetensors")
     options = [
         "backbone=deit_tiny", f"backbone.architecture={SMALLEST}", f"backbone.checkpoint={tmp_path}/weights.safetensors",
@@ -93,40 +93,40 @@ def run(evaluated, tmp_path):
     return run_on
 
 
-def test_an_evaluation_is_the_same_whatever_the_form_and_how_it_is_read(run, images, tmp_path):
-    forms.flat_with_devkit(made(tmp_path / "flat"), images)
-    _, direct = run(tmp_path / "flat", "cache_dir=null", "num_workers=0")
+def test_predictions_do_not_depend_on_form_cache_or_workers(run, images, tmp_path):
+    forms.flat_with_devkit(new_folder(tmp_path / "flat"), images)
+    _, uncached = run(tmp_path / "flat", "cache_dir=null", "num_workers=0")
     for form, option in ((forms.shards, "num_workers=0"), (forms.parquet, "num_workers=2")):
-        root = made(tmp_path / form.__name__)
-        given = form(root, images) or {}
-        pd.testing.assert_frame_equal(run(given.get("root", root), option)[1], direct)
+        root = new_folder(tmp_path / form.__name__)
+        settings = form(root, images) or {}
+        pd.testing.assert_frame_equal(run(settings.get("root", root), option)[1], uncached)
     assert len(list((tmp_path / "cache").glob("*/00000.npy"))) == 2
 
 
-def made(folder):
+def new_folder(folder):
     folder.mkdir()
     return folder
 
 
-def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images, tmp_path, caplog):
-    unmerged = ("method=unmerged", "method.k=0", "method.layers=all")  # which other runs would carry out first
-    forms.flat_with_devkit(made(tmp_path / "root"), images)
+def test_unreadable_images_are_reported_or_skipped(run, images, tmp_path, caplog):
+    unmerged = ("method=unmerged", "method.k=0", "method.layers=all")  # every other run would evaluate it first
+    forms.flat_with_devkit(new_folder(tmp_path / "root"), images)
     files = sorted((tmp_path / "root" / "val").iterdir())
     broken = [files[1], files[8]]
     for file in broken:
         file.write_bytes(file.read_bytes()[:300])
     message = rf"image 1 cannot be read: {broken[0]}: .* and 1 more, listed in .*failed.csv"
-    for options in ([], ["cache_dir=null"]):  # the second time without the predictions that are stored
+    for options in ([], ["cache_dir=null"]):  # the second time, all other predictions are already stored
         with pytest.raises(UserError, match=message):
             run(tmp_path / "root", *unmerged, "num_workers=0", *options)
-        assert all(str(file) in caplog.text for file in broken), "each is named"
+        assert all(str(file) in caplog.text for file in broken), "must log every unreadable file"
         caplog.clear()
     (folder,) = [file.parent for file in (tmp_path / "runs").glob("*/failed.csv")]
     listed = pd.read_csv(folder / "failed.csv")
     assert listed["index"].tolist() == [1, 8] and listed.file.tolist() == [str(file) for file in broken]
     assert not (folder / "metrics.json").exists()
     metrics, rows = run(tmp_path / "root", *unmerged, "data.on_error=skip")
-    assert metrics["images_per_s"] is None, "none was predicted this time"
+    assert metrics["images_per_s"] is None, "all predictions were already stored"
     assert rows.index.tolist() == [0, *range(2, 8), 9, 10, 11]
     for options in (["cache_dir=null"], ["num_workers=0"]):
         metrics, again = run(tmp_path / "root", *unmerged, "data.on_error=skip", "force=true", *options)
@@ -143,8 +143,8 @@ def test_images_that_cannot_be_read_are_named_and_counted_or_skipped(run, images
 
 
 @pytest.mark.parametrize(("kind", "split"), [(Images, "all"), (Photographs, "val")])
-def test_links_to_folders_are_followed_and_links_to_nothing_are_unreadable(kind, split, photos, tmp_path):
-    folder = made(tmp_path / "fish")
+def test_links_are_followed_and_broken_links_are_unreadable(kind, split, photos, tmp_path):
+    folder = new_folder(tmp_path / "fish")
     (folder / "linked").symlink_to(photos / "val" / "n01440764")
     (folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
     dataset = kind("links", str(tmp_path)).open(split, PILToTensor()).dataset
@@ -153,18 +153,18 @@ def test_links_to_folders_are_followed_and_links_to_nothing_are_unreadable(kind,
         dataset[0]
 
 
-def test_a_disk_that_goes_away_ends_the_run_at_once(images, tmp_path):
-    forms.flat_with_devkit(made(tmp_path / "mounted"), images)
+def test_disk_that_disappears_ends_loading_at_once(images, tmp_path):
+    forms.flat_with_devkit(new_folder(tmp_path / "mounted"), images)
     split = forms.opened(tmp_path / "mounted", class_map="synsets")
     batches = load(split.dataset, [[index] for index in range(12)], num_workers=2)
     next(batches)
     (tmp_path / "mounted/val").rename(tmp_path / "elsewhere")
-    made(tmp_path / "mounted/val")  # as an empty folder to mount on
+    new_folder(tmp_path / "mounted/val")  # as the empty mount point of an unmounted disk
     with pytest.raises(UserError, match=r"data\.root=.*/mounted/val: it disappeared, or is empty now"):
         list(batches)
 
 
-def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
+def test_class_map_numbers_the_classes_of_a_subset(images, tmp_path):
     forms.in_class_folders(tmp_path, images)
 
     def labels(**options):
@@ -207,12 +207,12 @@ def test_classes_of_a_subset_are_numbered_by_a_map(images, tmp_path):
         ({"root": "hf://datasets/ILSVRC/imagenet-1k"}, r"data\.root=hf://.*: cannot be read \(.*"),
     ],
 )
-def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_path):
+def test_error_for_unreadable_data_is_one_line(options, message, images, tmp_path):
     forms.in_class_folders(tmp_path, images)
     (tmp_path / "val" / "zebra").mkdir()
     (tmp_path / "val" / "zebra" / "a.JPEG").write_bytes(b"")
     (tmp_path / "broken.json").write_text("{")
-    made(tmp_path / "nothing")
+    new_folder(tmp_path / "nothing")
     forms.write(tmp_path / "flat/val/1.JPEG", b"")
     forms.write_tar(tmp_path / "empty.tar", {"a.txt": b""})
     unknown = {"image": [{"bytes": b"", "path": "1.JPEG"}], "label": [-1]}
@@ -229,42 +229,42 @@ def test_what_cannot_be_read_as_data_is_one_line(options, message, images, tmp_p
     assert "\n" not in str(error.value)
 
 
-def test_tables_with_classes_in_another_order_are_refused(images, tmp_path):
-    """By which every prediction would count as wrong."""
+def test_tables_with_reordered_or_missing_classes_are_refused(images, tmp_path):
+    """Otherwise, correct predictions would count as wrong."""
     for name, names in {"sorted": sorted(forms.WORDS), "few": forms.WORDS[:999]}.items():
-        forms.table(images, names).to_parquet(made(tmp_path / name) / "validation.parquet")
+        forms.table(images, names).to_parquet(new_folder(tmp_path / name) / "validation.parquet")
         with pytest.raises(UserError, match=r"the class \w+.* is not one of class_map=synsets"):
             forms.opened(tmp_path / name, class_map="synsets")
 
 
-def test_tables_with_synsets_for_names_may_have_them_in_any_order(images, tmp_path):
+def test_tables_may_list_synsets_in_any_order(images, tmp_path):
     forms.table(images, forms.SYNSETS[::-1]).to_parquet(tmp_path / "validation.parquet")
     split = forms.opened(tmp_path, class_map="synsets")
     expected = [999 - forms.SYNSETS.index(synset) for _, synset in images.values()]
     assert [label for _, label in split.dataset] == expected
 
 
-def test_numbers_of_classes_are_checked(images, tmp_path):
+def test_class_numbers_out_of_range_are_refused(images, tmp_path):
     forms.write_shards(tmp_path, images, lambda synset: {"cls": 997 + forms.CHOSEN.index(synset)})
     with pytest.raises(UserError, match="has class 1000, the last is 999"):
         forms.opened(tmp_path, class_map="synsets")
 
 
-def test_a_tar_file_that_is_not_whole_is_refused(images, tmp_path):
-    """``tarfile`` by itself would list what comes before the damage."""
+def test_damaged_tar_file_is_refused(images, tmp_path):
+    """``tarfile`` itself would list the members before the damage, without an error."""
     forms.original_tar(tmp_path, images)
     file = tmp_path / "ILSVRC2012_img_val.tar"
     with tarfile.open(file) as tar:
-        at = tar.getmembers()[5].offset
+        offset = tar.getmembers()[5].offset
     content = file.read_bytes()
-    for damaged in (content[:at] + b"x" * 512 + content[at + 512 :], content[:at], content[: at + 521]):
+    for damaged in (content[:offset] + b"x" * 512 + content[offset + 512 :], content[:offset], content[: offset + 521]):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: not a tar file, or damaged"):
             forms.opened(tmp_path, class_map="synsets")
 
 
-def test_of_the_hub_one_split_is_taken(images, tmp_path, monkeypatch):
-    """A local folder stands for the hub, whose files are listed and read in the same way."""
+def test_hub_dataset_opens_the_requested_split(images, tmp_path, monkeypatch):
+    """A local folder stands in for the hub, whose files are listed and read in the same way."""
     forms.parquet(tmp_path, images)
     monkeypatch.chdir(tmp_path.parent)
     split = forms.opened(f"hf://datasets/{tmp_path.name}", class_map="synsets")
@@ -273,54 +273,54 @@ def test_of_the_hub_one_split_is_taken(images, tmp_path, monkeypatch):
         Photographs("x", f"hf://datasets/{tmp_path.name}").open("test", None)
 
 
-def test_asked_among_the_present_classes_and_by_the_reassessed_labels(run, images, tmp_path):
-    """Both against plain arithmetic on the model's own logits."""
-    forms.in_class_folders(made(tmp_path / "data"), images)
+def test_accuracy_among_present_classes_and_by_reassessed_labels(run, images, tmp_path):
+    """Check ``data.among=present`` and ``data.real_labels=true`` against plain arithmetic on the model's logits."""
+    forms.in_class_folders(new_folder(tmp_path / "data"), images)
     metrics, rows = run(tmp_path / "data", "data.among=present", "data.real_labels=true", "method.k=0", "num_workers=0")
     model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "weights.safetensors")).eval()
     present = [forms.SYNSETS.index(synset) for synset in forms.CHOSEN]
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    real = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
-    right = []  # of the images that have labels
+    real_labels = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+    correct = []  # for the images that have reassessed labels
     for row, file in zip(rows.itertuples(), sorted((tmp_path / "data" / "val").glob("*/*")), strict=True):
         with torch.inference_mode():
             logits = model(transform(Image.open(file))[None])[0]
         best = max(present, key=lambda output: logits[output])
         assert row.class_1 == best and {row.class_1, row.class_2, row.class_3, row.class_4} == set(present)
-        if labels := real[int(file.stem[-8:]) - 1]:
-            right.append(best in labels)
-    assert (metrics["n_images_real"], metrics["top1_real"]) == (len(right), 100 * np.mean(right))
+        if labels := real_labels[int(file.stem[-8:]) - 1]:
+            correct.append(best in labels)
+    assert (metrics["n_images_real"], metrics["top1_real"]) == (len(correct), 100 * np.mean(correct))
 
 
-def test_without_datasets_the_remedy_is_named(images, tmp_path, monkeypatch):
+def test_error_without_datasets_names_the_extra(images, tmp_path, monkeypatch):
     forms.parquet(tmp_path, images)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
         forms.opened(tmp_path)
 
 
-def test_images_are_kept_out_of_the_training(photos):
-    """Every second image of each class, the same in every run; the validation images are not touched."""
+def test_holdout_keeps_images_of_each_class_out_of_training(photos):
+    """Check that ``holdout=2`` takes half of each class, rounded up, and leaves the validation images alone."""
 
     def names(split, holdout=2):
         return Photographs("photos", str(photos), holdout=holdout).open(split, PILToTensor()).dataset.names()
 
-    training, kept_out, everything = names("train"), names("holdout"), names("train", holdout=None)
-    assert sorted(training + kept_out) == everything and not set(training) & set(kept_out)
+    training, held_out, everything = names("train"), names("holdout"), names("train", holdout=None)
+    assert sorted(training + held_out) == everything and not set(training) & set(held_out)
     classes = [Path(name).parent.name for name in everything]
-    n_kept_out = {name: -(-classes.count(name) // 2) for name in classes}
-    assert Counter(Path(name).parent.name for name in kept_out) == n_kept_out
+    n_held_out = {name: -(-classes.count(name) // 2) for name in classes}
+    assert Counter(Path(name).parent.name for name in held_out) == n_held_out
     assert names("val") == names("val", holdout=None)
 
 
-TURNED = Image.Exif()
-TURNED[0x0112] = 6
-KINDS = {  # that ImageNet has, or that users have; as files named .JPEG: mode, and options of saving
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+KINDS = {  # found in ImageNet or in users' data; all are saved as .JPEG: mode, and options of saving
     "CMYK": ("CMYK", {}),  # ILSVRC2012_val_00019877 and others
     "PNG of 16 bits": ("I;16", {"format": "PNG"}),
     "palette with transparency": ("P", {"format": "PNG", "transparency": bytes(range(256))}),
     "grey with alpha": ("LA", {"format": "PNG"}),
-    "turned by EXIF": ("RGB", {"exif": TURNED}),
+    "rotated by EXIF": ("RGB", {"exif": ROTATED}),
     "broken EXIF": ("RGB", {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02\x01\x12\x00\x03"}),
 }
 
@@ -346,7 +346,7 @@ def test_odd_images_are_read_as_timm_reads_them(kind, tmp_path):
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    """PIL would only warn."""
+    """PIL itself would only warn."""
     Image.new("L", (12, 10)).save(tmp_path / "bomb.png")
     (tmp_path / "labels.csv").write_text("bomb.png,0\n")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -1,4 +1,4 @@
-"""Run ids: the same on every machine and Python, and different whenever a prediction could be different."""
+"""The version of the code, which is part of run ids, and the environment that a run records."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 
 from dhtm.harness.runs import provenance
 
-# The best class of the first 40 test scenes at 40% fewer FLOPs, in version 2.
+# The predicted class of each of the first 40 test scenes at 40% fewer FLOPs, in version 2.
 PREDICTED = {
     "dhtm": "9087906398456837654222716257255729291035",
     "tome": "9087906398456837654222716257255729291035",
@@ -17,18 +17,18 @@ PREDICTED = {
 
 
 @pytest.mark.parametrize("method", PREDICTED)
-def test_predictions_are_those_of_the_present_version(evaluated, tmp_path, method):
-    """If a prediction has changed on purpose, raise provenance.VERSION, and put the new predictions here.
+def test_predictions_are_those_of_the_current_version(evaluated, tmp_path, method):
+    """If predictions change on purpose, raise provenance.VERSION and put the new predictions into PREDICTED.
 
-    They were made in one batch. Here there are six, which must not matter.
+    Those were computed in one batch; this test uses six, which must not matter.
     """
     metrics = evaluated(f"method={method}", "target.reduction_pct=40", "data.limit=40", "batch_size=7")
     predictions = pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
     assert (provenance.VERSION, "".join(map(str, predictions.class_1))) == (2, PREDICTED[method])
 
 
-def test_the_code_version_depends_on_the_version_and_the_file_of_the_method_alone(tmp_path, monkeypatch):
-    """On its bytes, which no Python parses in its own way."""
+def test_code_version_is_the_version_and_a_hash_of_the_methods_file(tmp_path, monkeypatch):
+    """The hash is of the file's bytes, so it does not depend on how a version of Python parses them."""
     file = tmp_path / "new_method.py"
     versions = []
     for comment in ("# first\n", "# second\n"):
@@ -43,7 +43,7 @@ def test_the_code_version_depends_on_the_version_and_the_file_of_the_method_alon
     assert versions[0] != versions[1]
 
 
-def test_no_other_variables_are_recorded(monkeypatch):
+def test_only_listed_environment_variables_are_recorded(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-word")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     recorded = provenance.environment()
