@@ -1,4 +1,4 @@
-"""W&B: runs are really logged, and no failure of W&B ends a run."""
+"""Logging to W&B: what is logged is complete, and no failure of W&B ends a run."""
 
 import contextlib
 import dataclasses
@@ -37,9 +37,9 @@ STEPS = list(range(4, 41, 4))  # after each batch of 4 of 40 images
 
 @pytest.fixture(autouse=True)
 def fresh_wandb(monkeypatch):
-    """W&B as at the start of a process, and without a login."""
+    """Put W&B into the state of a new process without a login."""
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_ERROR_REPORTING"):
-        monkeypatch.setenv(name, "")  # so that a value that the test sets is removed after it
+        monkeypatch.setenv(name, "")  # so that monkeypatch removes a value set during the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", "/nowhere")
     yield
@@ -49,10 +49,10 @@ def fresh_wandb(monkeypatch):
 
 @pytest.fixture
 def log_in(fresh_wandb, monkeypatch):
-    """Log in to W&B at an address."""
+    """Return a function that logs in to W&B at a URL."""
 
     def log_in_at(url):
-        wandb.teardown()  # it has read the environment
+        wandb.teardown()  # it reads the environment only when it starts
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
 
@@ -61,7 +61,7 @@ def log_in(fresh_wandb, monkeypatch):
 
 @pytest.fixture
 def tracked(composed, tmp_path):
-    """Make a small evaluation with W&B offline, changed by overrides."""
+    """Return a function that describes a small evaluation with W&B offline and further overrides."""
     small = ["method.k=10", "data.limit=40", "batch_size=4", "device=cpu", "tracker=wandb", "tracker.mode=offline"]
 
     def describe(*overrides):
@@ -72,23 +72,23 @@ def tracked(composed, tmp_path):
 
 
 def records(folder):
-    """Yield everything in the .wandb files below a folder, oldest first: after a header, LevelDB's log of protobuf records."""
+    """Yield the protobuf records of the .wandb files below a folder, oldest first; each file is a LevelDB log with a header."""
     for file in sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.parent.name):
         data, offset, record = file.read_bytes(), 7, b""
         while offset + 7 <= len(data):
-            if 2**15 - offset % 2**15 < 7:  # too little is left of this block of 32 KiB for a chunk's header
+            if 2**15 - offset % 2**15 < 7:  # no space is left for a chunk's header in this block of 32 KiB
                 offset += 2**15 - offset % 2**15
                 continue
             length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
             record += data[offset + 7 : offset + 7 + length]
             offset += 7 + length
-            if kind in (1, 4):  # whole, or the last chunk
+            if kind in (1, 4):  # a whole record, or its last chunk
                 yield Record.FromString(record)
                 record = b""
 
 
 def logged(folder):
-    """Return what the .wandb files below a folder hold: descriptions of runs, rows, the summary, artifacts, exit codes."""
+    """Return the contents of the .wandb files below a folder: runs, rows, the summary, artifacts and exit codes."""
     wandb.teardown()  # W&B may still be writing after a run has finished
     found = SimpleNamespace(runs=[], rows=[], summary={}, artifacts=[], exit_codes=[])
     for record in records(folder):
@@ -118,7 +118,7 @@ def steps(rows, step="step"):
     return [row[step] for row in rows if "running/top1" in row]
 
 
-def test_an_offline_run_holds_everything(tracked, tmp_path):
+def test_offline_run_has_metrics_pictures_and_files(tracked, tmp_path):
     metrics = evaluate(tracked("experiment=table1"), sample_regions)
     found = logged(tmp_path)
     (run,), rows = found.runs, found.rows
@@ -140,12 +140,12 @@ def test_an_offline_run_holds_everything(tracked, tmp_path):
     assert (artifact.type, artifact.name) == ("run", f"run-{metrics['run_id']}")
     stored = {file.name for file in (tmp_path / "runs" / metrics["run_id"]).iterdir()} - {"changes.diff"}
     assert {file.path for file in artifact.manifest.contents} == stored
-    for file in artifact.manifest.contents:  # they wait beside the rest, to be uploaded
+    for file in artifact.manifest.contents:  # copies that wait for upload
         assert file.local_path.startswith(str(tmp_path / "wandb"))
     assert found.exit_codes == [0]
 
 
-def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked, tmp_path, monkeypatch):
+def test_resumed_or_finished_run_continues_its_wandb_run(tracked, tmp_path, monkeypatch):
     evaluate(dataclasses.replace(tracked(), method=UNMERGED, tracker=None))
     predict = evaluation.predict
     with monkeypatch.context() as patched:
@@ -164,7 +164,7 @@ def test_a_run_that_resumes_or_is_found_finished_continues_its_wandb_run(tracked
 
 
 class BreakingServer(BaseHTTPRequestHandler):
-    """Starts a run as W&B does, and answers everything else with an error."""
+    """A server that starts a run as W&B's does, and answers all other requests with an error."""
 
     def do_POST(self):
         query, answer = self.rfile.read(int(self.headers["Content-Length"])), None
@@ -183,7 +183,7 @@ class BreakingServer(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_breaks_half_way_is_left_after_a_while(log_in, monkeypatch, caplog, tmp_path):
+def test_logging_gives_up_on_a_server_that_breaks_half_way(log_in, monkeypatch, caplog, tmp_path):
     monkeypatch.setitem(tracking._SETTINGS, "finish_timeout", 1)
     server = ThreadingHTTPServer(("127.0.0.1", 0), BreakingServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -193,13 +193,12 @@ def test_a_server_that_breaks_half_way_is_left_after_a_while(log_in, monkeypatch
     found = logged(tmp_path)  # ends W&B, as the end of the process does
     assert time.monotonic() - start < 30
     server.shutdown()
-    assert not list(tmp_path.glob("wandb/offline-*")), "with a login, it logs online"
+    assert not list(tmp_path.glob("wandb/offline-*")), "must log online, because there is a login"
     assert "W&B failed, nothing more is logged to this run" in caplog.text
-    assert [row["epoch"] for row in found.rows] == [1], "`wandb sync` can upload it later"
+    assert [row["epoch"] for row in found.rows] == [1], "must be stored, so that `wandb sync` can upload it later"
 
 
-def test_without_a_network_it_logs_offline(log_in, monkeypatch, caplog, tmp_path):
-    """Connections are accepted and never answered."""
+def test_logging_is_offline_if_the_server_never_answers(log_in, monkeypatch, caplog, tmp_path):
     monkeypatch.setitem(tracking._SETTINGS, "init_timeout", 2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -212,14 +211,14 @@ def test_without_a_network_it_logs_offline(log_in, monkeypatch, caplog, tmp_path
     assert [row["epoch"] for row in found.rows] == [1, 1]
 
 
-def test_without_a_login_it_logs_offline(caplog, tmp_path):
+def test_logging_is_offline_without_a_login(caplog, tmp_path):
     log_epochs(mode="online", dir=tmp_path)
     assert "no login to W&B: logged offline" in caplog.text
     assert [row["epoch"] for row in logged(tmp_path).rows] == [1]
 
 
-def test_no_host_variable_command_line_or_home_is_logged(tmp_path):
-    """By the script, in files of any kind."""
+def test_host_variables_command_line_and_home_are_not_logged(tmp_path):
+    """Check all files that the script writes; only those of the run directory may contain the home folder."""
     overrides = [
         "method.k=10", f"checkpoints_dir={tmp_path}/planted-home/x", "data.limit=8", "device=cpu", "tracker=wandb",
         "tracker.mode=offline", f"results_dir={tmp_path}/written/runs", f"tracker.dir={tmp_path}/written",
@@ -234,7 +233,7 @@ def test_no_host_variable_command_line_or_home_is_logged(tmp_path):
         assert found <= ({b"planted-home"} if file.parent.parent.name == "runs" else set()), file
 
 
-def test_a_training_logs_its_epochs_and_continues_its_wandb_run(composed, tmp_path, monkeypatch):
+def test_resumed_training_logs_all_epochs_to_one_wandb_run(composed, tmp_path, monkeypatch):
     options = ["recipe=embedded", "data.limit=16", "batch_size=8", "epochs=2", "num_workers=0", "device=cpu"]
     wandb_options = ["tracker=wandb", f"tracker.dir={tmp_path}", "tracker.mode=offline", f"output={tmp_path}/out"]
     training, top1 = config.training(composed(*options, *wandb_options, config_name="train")), trainer._Trainer.top1
@@ -258,7 +257,7 @@ def test_a_training_logs_its_epochs_and_continues_its_wandb_run(composed, tmp_pa
     assert (found.rows[-1]["top1"], found.rows[-1]["loss"]) == (last["top1"], last["loss"])
 
 
-def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
+def test_report_is_logged_with_tables_and_figures(tmp_path):
     picture = tmp_path / "figure4.png"
     Image.new("RGB", (20, 10)).save(picture)
     table = pd.DataFrame({"k": [0, 40], "top1": [96.5, 96.25]})
@@ -269,24 +268,24 @@ def test_a_report_is_logged_with_its_tables_and_figures(tmp_path):
     assert json.loads(stored.read_text())["data"] == table.to_numpy().tolist()
 
 
-def test_after_a_failure_nothing_more_is_logged(monkeypatch, caplog, tmp_path):
+def test_nothing_more_is_logged_after_a_failure(monkeypatch, caplog, tmp_path):
     calls = []
     for name in ("log", "finish"):
         monkeypatch.setattr(f"wandb.Run.{name}", lambda *a, name=name, **o: calls.append(name) or 1 / 0)
     log_epochs(2, mode="offline", dir=tmp_path)
     assert calls == ["log", "finish"]
-    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
+    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "must warn once per run"
 
 
 @pytest.mark.parametrize(("broken", "folder"), [("wandb.init", None), (None, "/proc/nowhere")])
-def test_no_failure_of_wandb_matters(monkeypatch, caplog, tmp_path, broken, folder):
+def test_failing_start_of_wandb_only_warns(monkeypatch, caplog, tmp_path, broken, folder):
     if broken:
         monkeypatch.setattr(broken, lambda *a, **o: 1 / 0)
     log_epochs(2, mode="offline", dir=folder or tmp_path)
-    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "one warning per run"
+    assert caplog.text.count("W&B failed, nothing more is logged to this run") == 1, "must warn once per run"
 
 
-def test_a_wandb_that_cannot_be_imported_and_pictures_that_fail_do_not_matter(tracked, tmp_path, monkeypatch, caplog):
+def test_missing_wandb_and_failing_pictures_only_warn(tracked, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "wandb", None)
         metrics = evaluate(tracked())
@@ -297,13 +296,13 @@ def test_a_wandb_that_cannot_be_imported_and_pictures_that_fail_do_not_matter(tr
     assert found.summary["top1"] == metrics["top1"] and found.exit_codes == [0]
 
 
-def test_by_default_and_disabled_nothing_is_started(evaluated, monkeypatch):
+def test_wandb_is_not_started_by_default_or_if_disabled(evaluated, monkeypatch):
     monkeypatch.setattr("wandb.init", lambda **options: pytest.fail("W&B was started"))
     for options in ([], ["tracker=wandb", "tracker.mode=disabled"]):
         evaluated("data.limit=2", *options)
 
 
-def test_the_dashboard_has_a_panel_for_each_question_and_the_colours_of_methods(log_in, monkeypatch, tmp_path):
+def test_dashboard_has_all_panels_and_the_colours_of_methods(log_in, monkeypatch, tmp_path):
     write_run(tmp_path, 7, method="dhtm")
     log_in("http://127.0.0.1")
     saved = []

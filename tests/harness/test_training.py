@@ -1,4 +1,4 @@
-"""The trainer resumes bit for bit, trains alike over ranks and parts, and refuses what cannot end well."""
+"""Training resumes bit for bit, is the same over ranks and accumulated batches, and refuses invalid settings."""
 
 import os
 import shutil
@@ -29,13 +29,13 @@ SHORT = [
 
 @pytest.fixture
 def described(composed):
-    """Make a training of overrides."""
+    """Return a function that describes a training by overrides."""
     return lambda *overrides: config.training(composed(*overrides, config_name="train"))
 
 
 @pytest.fixture
 def run(described, tmp_path):
-    """Train in this process, into a folder of the test's own."""
+    """Return a function that trains in this process, into a folder below ``tmp_path``."""
 
     def train_with(*overrides, folder="out"):
         return trainer.train(described(*SHORT, f"output={tmp_path}/{folder}", *overrides))
@@ -45,7 +45,7 @@ def run(described, tmp_path):
 
 @pytest.fixture(scope="module")
 def on_photographs(tmp_path_factory):
-    """timm's smallest ViT with three outputs, and overrides that start from a file of its weights."""
+    """Save timm's smallest ViT with three outputs; return it, and overrides that train it on photographs from these weights."""
     model, file = Backbone("tiny", "test_vit", 3).bare(), tmp_path_factory.mktemp("tiny") / "w.safetensors"
     save_file(model.state_dict(), file)
     options = ["backbone.architecture=test_vit", f"backbone.checkpoint={file}", "backbone.num_classes=3"]
@@ -57,14 +57,14 @@ def state(folder):
     return load_file(folder / "last.safetensors")
 
 
-def equal(one, other, **tolerance):
+def assert_close(one, other, **tolerance):
     assert one.keys() == other.keys()
     for key, value in one.items():
         torch.testing.assert_close(value, other[key], **tolerance)
 
 
-def test_a_training_killed_in_its_second_epoch_resumes_bit_for_bit(tmp_path, script):
-    """With random crops, erasing, mixup and drop path, which all draw from generators that depend on the epoch."""
+def test_killed_training_resumes_bit_for_bit(tmp_path, script):
+    """The training uses random crops, erasing, mixup and drop path, whose random generators depend on the epoch."""
     training = [
         "train", *SHORT, "augment=true", "mixup=0.2", "drop_path=0.2", "auto_augment=null", "random_erasing=0.5",
         "color_jitter=0.4", "num_workers=1",
@@ -75,15 +75,15 @@ def test_a_training_killed_in_its_second_epoch_resumes_bit_for_bit(tmp_path, scr
     wait_for((killed / "last.pt").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
-    assert len(pd.read_csv(killed / "history.csv")) < 3, "killed before its end"
+    assert len(pd.read_csv(killed / "history.csv")) < 3, "must be killed before its end"
     result = script(*training, f"output={killed}")
     assert result.returncode == 0 and "resuming after epoch" in result.stdout
-    equal(state(whole), state(killed), rtol=0, atol=0)
+    assert_close(state(whole), state(killed), rtol=0, atol=0)
     columns = ["epoch", "lr", "loss", "top1"]
     assert pd.read_csv(whole / "history.csv")[columns].equals(pd.read_csv(killed / "history.csv")[columns])
 
 
-def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run):
+def test_finished_training_is_not_repeated_and_refuses_more_epochs(run):
     last = run("epochs=1")
     assert run("epochs=1") == last
     with pytest.raises(
@@ -92,8 +92,8 @@ def test_a_finished_training_is_not_repeated_and_more_epochs_are_another_one(run
         run("epochs=2")
 
 
-def test_a_training_whose_images_moved_resumes(described, on_photographs, photos, tmp_path):
-    """As on a cluster, where each job copies them to a disk of its own."""
+def test_checkpoint_accepts_moved_images_and_refuses_others(described, on_photographs, photos, tmp_path):
+    """On a cluster, for example, each job copies the images to its own disk."""
     options = [*on_photographs[1], f"output={tmp_path}/out"]
     last = trainer.train(described(*options, f"data.root={photos}"))
     moved = shutil.copytree(photos, tmp_path / "moved")
@@ -104,7 +104,7 @@ def test_a_training_whose_images_moved_resumes(described, on_photographs, photos
         trainer.train(described(*options, f"data.root={other}"))
 
 
-def test_one_process_at_a_time_trains_into_a_folder(run, monkeypatch, tmp_path):
+def test_training_locks_its_folder(run, monkeypatch, tmp_path):
     def resume(self):
         with pytest.raises(Timeout):
             FileLock(tmp_path / "out/.lock").acquire(timeout=0)
@@ -116,7 +116,7 @@ def test_one_process_at_a_time_trains_into_a_folder(run, monkeypatch, tmp_path):
     FileLock(tmp_path / "out/.lock").acquire(timeout=0).lock.release()
 
 
-def test_ranks_that_find_other_checkpoints_do_not_resume(run, monkeypatch):
+def test_ranks_with_different_checkpoints_do_not_resume(run, monkeypatch):
     monkeypatch.setattr(trainer.Ranks, "gather", lambda self, n_epochs: [n_epochs, 1])
     with pytest.raises(
         UserError, match=r"would resume after epochs \[0, 1\]; set output=DIR on a disk that all machines"
@@ -124,8 +124,8 @@ def test_ranks_that_find_other_checkpoints_do_not_resume(run, monkeypatch):
         run()
 
 
-def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
-    """Loading processes that live on keep their copy of a data set, which must not need to be told the epoch."""
+def test_scenes_of_an_epoch_depend_only_on_its_number():
+    """Loading processes keep their own copies of a data set, so opening another epoch must not change it."""
 
     def images(dataset):
         return torch.stack([dataset[i][0] for i in range(len(dataset))])
@@ -134,7 +134,7 @@ def test_the_scenes_of_an_epoch_depend_on_nothing_but_its_number():
     dataset = split.dataset_in(1)
     first, second = images(dataset), images(split.dataset_in(2))
     assert not torch.equal(first, second)
-    assert torch.equal(images(dataset), first), "also after the next epoch was loaded"
+    assert torch.equal(images(dataset), first), "must be the same after the next epoch was loaded"
     assert torch.equal(images(of_another_process.dataset_in(2)), second)
 
 
@@ -144,33 +144,33 @@ def test_training_learns_and_the_evaluation_finds_its_weights(described, evaluat
     small = [*options, "epochs=2", "num_workers=0", "data.limit=160", "batch_size=32", "save_dtype=float32"]
     last = trainer.train(described("recipe=embedded", *small))
     after = evaluated(*options, "data.limit=160")
-    assert after["trained"] and after["top1"] == pytest.approx(last["top1"]), "validation is the runner's evaluation"
+    assert after["trained"] and after["top1"] == pytest.approx(last["top1"]), "must equal training's own validation"
     assert after["top1"] > before["top1"]
     folder = next((tmp_path / "deit_micro").iterdir())
     assert after["params_m"] == pytest.approx(sum(value.numel() for value in state(folder).values()) / 1e6)
-    written = ["best.safetensors", "history.csv", "last.pt", "last.safetensors"]
-    assert sorted(file.name for file in folder.glob("[!.]*")) == written
+    file_names = ["best.safetensors", "history.csv", "last.pt", "last.safetensors"]
+    assert sorted(file.name for file in folder.glob("[!.]*")) == file_names
 
 
-def test_parts_of_a_batch_and_ranks_train_as_the_whole_batch(run, ranks, tmp_path):
+def test_accumulation_and_ranks_train_as_the_whole_batch_does(run, ranks, tmp_path):
     exact = ["save_dtype=float32", "epochs=1"]
     whole = run(*exact, folder="whole")
     parts = run(*exact, "accumulate=4", folder="parts")
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
-    equal(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
+    assert_close(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
     sweep = [*SHORT, *exact, "method.keep_rate=0.5,0.6", f"checkpoints_dir={tmp_path}"]
     for result in ranks(2, "train", "-m", *sweep):
         assert result.returncode == 0, result.stderr
     shared = tmp_path / "deit_micro/sit_keep_rate_0.5"
-    equal(state(tmp_path / "whole"), state(shared), rtol=1e-3, atol=1e-4)
+    assert_close(state(tmp_path / "whole"), state(shared), rtol=1e-3, atol=1e-4)
     (row,) = pd.read_csv(shared / "history.csv").to_dict("records")
-    assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "the mean over ranks"
-    assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "each image counted once"
-    assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the next training of the same processes"
+    assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "must be the mean over ranks"
+    assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "must count each image once"
+    assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the same processes must run the next training"
 
 
-def test_photographs_with_the_whole_protocol(described, on_photographs, photos, tmp_path):
-    """From a checkpoint, with mixup, cutmix, RandAugment and erasing, in bfloat16, with ToMe on."""
+def test_whole_protocol_trains_on_photographs(described, on_photographs, photos, tmp_path):
+    """Start from a checkpoint, with ToMe, mixup, cutmix, RandAugment and erasing, in bfloat16."""
     model, options = on_photographs
     more = ["batch_size=4", "amp=bfloat16", "num_workers=1", "clip_grad=1.0", f"output={tmp_path}/out"]
     last = trainer.train(described(*options, f"data.root={photos}", *more))
@@ -180,7 +180,7 @@ def test_photographs_with_the_whole_protocol(described, on_photographs, photos, 
     assert not torch.equal(trained["head.weight"], model.head.weight)
 
 
-def test_the_splits_must_be_other_images_of_the_same_classes(described, on_photographs, photos, tmp_path):
+def test_splits_must_have_different_images_and_the_same_classes(described, on_photographs, photos, tmp_path):
     options = [*on_photographs[1], f"output={tmp_path}/out"]
     with pytest.raises(UserError, match=r"data.train_split=train and data.split=val are the same images"):
         trainer.train(described(*options, f"data.root={photos}/train"))
@@ -190,7 +190,7 @@ def test_the_splits_must_be_other_images_of_the_same_classes(described, on_photo
         trainer.train(described(*options, f"data.root={tmp_path}/data"))
 
 
-def test_options_of_the_augmentation_reach_timm(described):
+def test_augmentation_options_reach_timm(described):
     options = ["augment=true", "auto_augment=null", "color_jitter=0.3", "crop_scale=[0.3,0.9]", "mixup_prob=0.25"]
     training = described(*SHORT, *options)
     images, _ = trainer._open_splits(training, training.backbone.bare())
@@ -199,20 +199,20 @@ def test_options_of_the_augmentation_reach_timm(described):
     assert trainer._mixup(training, 10).mix_prob == 0.25
 
 
-def test_from_scratch_starts_with_random_weights(run, tmp_path):
-    still = ["seed=123456", "epochs=1", "base_lr=0", "warmup_epochs=0", "data.limit=16"]
-    run(*still, "init=scratch", folder="scratch")
-    run(*still, folder="pretrained")
+def test_training_from_scratch_starts_with_random_weights(run, tmp_path):
+    frozen = ["seed=123456", "epochs=1", "base_lr=0", "warmup_epochs=0", "data.limit=16"]
+    run(*frozen, "init=scratch", folder="scratch")
+    run(*frozen, folder="pretrained")
     embedded = load_file(EMBEDDED_WEIGHTS)
     assert torch.equal(state(tmp_path / "pretrained")["head.weight"], embedded["head.weight"])
     assert not torch.equal(state(tmp_path / "scratch")["head.weight"], embedded["head.weight"])
-    method = {key for key in state(tmp_path / "scratch") if key.startswith("reducer.")}
-    assert method and set(state(tmp_path / "scratch")) == embedded.keys() | method, (
-        "the method's parameters are saved too"
+    added = {key for key in state(tmp_path / "scratch") if key.startswith("reducer.")}
+    assert added and set(state(tmp_path / "scratch")) == embedded.keys() | added, (
+        "must save the method's parameters too"
     )
 
 
-def test_a_loss_that_is_not_finite_stops_and_a_damaged_checkpoint_is_named(run, tmp_path):
+def test_nonfinite_loss_stops_training_and_damaged_checkpoint_is_named(run, tmp_path):
     run("epochs=1", "base_lr=0")
     file = tmp_path / "out/last.pt"
     checkpoint = file.read_bytes()
@@ -225,14 +225,14 @@ def test_a_loss_that_is_not_finite_stops_and_a_damaged_checkpoint_is_named(run, 
         run("epochs=1")
 
 
-def test_running_out_of_memory_keeps_the_last_epoch_and_the_remedy_resumes(run, monkeypatch, caplog):
+def test_training_that_runs_out_of_memory_resumes_with_accumulate(run, monkeypatch, caplog):
     caplog.set_level("INFO")
-    whole, calls = trainer.cross_entropy, iter(range(100))
+    cross_entropy, calls = trainer.cross_entropy, iter(range(100))
 
     def full(logits, *arguments, **options):
         if len(logits) == 16 and next(calls) == 4:  # in the second epoch
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(logits, *arguments, **options)
+        return cross_entropy(logits, *arguments, **options)
 
     monkeypatch.setattr(trainer, "cross_entropy", full)
     with pytest.raises(UserError, match=r"out of memory \(CUDA out of memory\); try accumulate=2"):
@@ -254,23 +254,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
-def test_what_cannot_end_well_is_refused_at_once(run, overrides):
+def test_invalid_settings_are_refused(run, overrides):
     with pytest.raises(UserError, match=REFUSED[overrides]) as error:
         run(*overrides.split())
     assert overrides.split("=")[0].removeprefix("method.") in str(error.value)
 
 
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
-def test_trainings_can_be_launched_by_submitit(composed, launcher):
-    """All that the launcher's config refers to exists in a training's."""
+def test_submitit_config_resolves_for_trainings(composed, launcher):
     OmegaConf.register_new_resolver("n_gpus", lambda: 1, replace=True)
     options = [f"hydra/launcher={launcher}", "checkpoints_dir=/elsewhere", "hydra.job.name=train"]
     hydra = composed(*options, config_name="train", return_hydra_config=True).hydra
     assert OmegaConf.to_container(hydra.launcher, resolve=True)["submitit_folder"].startswith("/elsewhere/")
 
 
-def test_training_the_embedded_model_writes_weights_that_the_runner_loads(composed, tmp_path):
-    """A few steps of the real thing."""
+def test_training_the_embedded_model_writes_loadable_weights(composed, tmp_path):
     file = tmp_path / "new/micro.safetensors"
     stages = (
         "stages=[{steps: 3, batch_size: 8, window: 8, difficulty: [0, 0.5]}, "
@@ -282,4 +280,4 @@ def test_training_the_embedded_model_writes_weights_that_the_runner_loads(compos
     assert all(value.isfinite().all() for value in model.state_dict().values())
     first = file.read_bytes()
     config.call(train_embedded, settings)
-    assert file.read_bytes() == first, "a seed fixes the training"
+    assert file.read_bytes() == first, "the seed must determine the training"
