@@ -33,7 +33,7 @@ def test_random_overrides_succeed_or_fail_with_one_line(composed, script, tmp_pa
     paths = [key for key in keys(config) if key.split(".")[0] not in ("results_dir", "cache_dir", "checkpoints_dir")]
     for _ in range(n_commands):
         key = rng.choice(paths)
-        # Hydra itself refuses the name of a choice that does not exist, with a traceback of its own.
+        # If a choice is a list or a number, Hydra's own error names neither the key nor the value.
         is_choice = key == "experiment" or OmegaConf.is_dict(config.get(key))
         override = f"{key}={rng.choice(NAMES if is_choice else VALUES)}"
         result = script("evaluate", *fixed, f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", override)
