@@ -114,8 +114,8 @@ def log_epochs(n_epochs=1, run_id="abc", **options):
             run.do(lambda run, epoch=epoch: run.log({"epoch": epoch}))
 
 
-def steps(rows, step="step"):
-    return [row[step] for row in rows if "running/top1" in row]
+def steps(rows):
+    return [row["step"] for row in rows if "running/top1" in row]
 
 
 def test_offline_run_has_metrics_pictures_and_files(tracked, tmp_path):

@@ -85,7 +85,7 @@ def test_page_fits_the_width_and_loads_nothing(page, browser, width, media):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
     requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
-    assert not [request for request in requests if '"url":"http' in request]
+    assert requests and not [request for request in requests if '"url":"http' in request]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 

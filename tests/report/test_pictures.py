@@ -95,6 +95,7 @@ def test_samples_are_normalised_by_the_split(split):
         split, dataset=[((i + 1) / 2, label) for i, label in map(split.dataset.__getitem__, (0, 1))]
     )
     pictures = sample_regions(model_with(DHTM), dataclasses.replace(raw, normalise=lambda images: images * 2 - 1))
+    assert len(pictures) == 2
     for (image, caption), (expected, text) in zip(pictures, sample_regions(model_with(DHTM), split), strict=False):
         assert caption == text and (np.asarray(image) == np.asarray(expected)).all()
 

@@ -12,7 +12,7 @@ import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.report.report import report
 from dhtm.report.runs import load_runs, read_published
-from dhtm.report.table1 import gflops, table1
+from dhtm.report.table1 import NOTES, gflops, table1
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,12 @@ def test_gflops_of_table_1_are_those_of_a_patched_model():
     assert gflops("deit_tiny", (48,))[4, 7, 10] == [expected] == [pytest.approx(0.81, rel=0.01)]
 
 
-def test_layers_that_fit_the_published_flops_are_those_in_the_notes():
+def test_note_on_the_layers_of_the_published_flops_is_true():
     rows = pd.read_csv(ROOT / "results/embedded/tables/table1.csv").query("k > 0").set_index(["backbone", "k"])
     nearer = rows.flops_difference_pct_4_7_10.abs() < rows.flops_difference_pct_4_7_11.abs()
     assert nearer["deit_tiny"].all() and not nearer["deit_base"].any()
-    assert nearer.index[~nearer & (nearer.index.get_level_values(0) == "deit_small")].tolist() == [("deit_small", 30)]
+    (k,) = nearer.index[~nearer & (nearer.index.get_level_values(0) == "deit_small")].get_level_values("k")
+    assert f"closer to layers 4, 7 and 10 for DeiT-Tiny, and for DeiT-Small except at k = {k}." in " ".join(NOTES)
 
 
 def test_table_1_shows_our_runs_beside_the_published_numbers(tmp_path):
