@@ -1,4 +1,4 @@
-"""What the tests of the library and of the methods share: small models, all methods, and a forward pass written out."""
+"""Small models, all methods and a reference forward pass, for the tests of the library and of the methods."""
 
 import functools
 
@@ -9,7 +9,7 @@ import baselines
 import dhtm
 from dhtm.vit import image_shape
 
-# Real architectures, cut to a few blocks and heads so that the matrix runs in seconds: what matters is their parts.
+# Real architectures, because the parts of their blocks matter, with few blocks and heads so that tests take seconds.
 SMALL = {"depth": 5, "embed_dim": 48, "num_heads": 3}
 MODELS = {
     "deit_tiny": ("deit_tiny_patch16_224", {}),
@@ -21,7 +21,7 @@ MODELS = {
     "dinov2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 10}),
     "siglip (attention pooling)": ("vit_base_patch16_siglip_224", {"num_classes": 10}),
     "q/k norm, average pooling": ("vit_medium_patch16_gap_256", {"qk_norm": True}),
-    "eva without rotations": (  # it has a class token, but not the attribute of other models that says so
+    "eva without rotations": (  # has a class token, but no attribute has_class_token
         "eva02_tiny_patch14_224",
         {"img_size": 112, "use_rot_pos_emb": False, "use_abs_pos_emb": True, "qkv_fused": True, "qkv_bias": False},
     ),
@@ -41,7 +41,7 @@ ROTARY = {
         {"rope_type": "axial", "pretrained_cfg_overlay": {"input_size": (3, 128, 128)}},
     ),
 }
-METHODS = {  # as functions of layers=
+METHODS = {  # functions that take layers=
     "DHTM": functools.partial(dhtm.DHTM, 20, features="keys", proportional_attention=True),
     "DHTM, all pairs": functools.partial(dhtm.DHTM, 20, connectivity="all"),
     "DHTMPlus": functools.partial(dhtm.DHTMPlus, 40, inflect=0, mass="attention"),  # 20 in each of two layers
@@ -60,20 +60,20 @@ METHODS = {  # as functions of layers=
 }
 
 
-def build(name, **more):
+def build(name, **overrides):
     architecture, options = (MODELS | ROTARY)[name]
     torch.manual_seed(0)
-    model = timm.create_model(architecture, pretrained=False, **(SMALL | options | more)).eval()
+    model = timm.create_model(architecture, pretrained=False, **(SMALL | options | overrides)).eval()
     for key, parameter in model.named_parameters():
         if "rope" in key:
             continue
-        # LayerScale and biases start at almost nothing, which would hide a lost one.
+        # LayerScale and biases start near zero, which would hide that one is not applied.
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.2, 1)
     return model
 
 
-def shaken(model):
-    """The model, its reducer's parameters at random: what starts at zero would hide a mistake."""
+def randomise_reducer(model):
+    """Randomise the reducer's parameters, because those that start at zero would hide a mistake; return the model."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.reducer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -91,7 +91,7 @@ def logits(model, images):
 
 
 def attend(attention, normed, sizes=None):
-    """Unfused attention of timm's module with log sizes added: shares [B, heads, S, S], keys [B, heads, S, d], output."""
+    """Run a timm attention unfused, with log sizes added; return shares [B, heads, S, S], keys [B, heads, S, d], output."""
     queries, keys, values = attention.qkv(normed).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     scores = (queries.float() @ keys.float().transpose(2, 3)) / queries.shape[-1] ** 0.5
@@ -101,10 +101,10 @@ def attend(attention, normed, sizes=None):
 
 @torch.inference_mode()
 def forward(model, image, merge, proportional):
-    """The logits of one image, with unfused attention and a merge after it written into timm's own modules.
+    """Return the logits of one image, computed by timm's modules with unfused attention and a merge after it.
 
     Args:
-        merge: called with (layer, x [S, D], sizes [S], keys [heads, S, d], output of attention [S, D]), returns x and sizes.
+        merge: called with (layer, x [S, D], sizes [S], keys [heads, S, d], attention output [S, D]), returns x and sizes.
         proportional: add log sizes to the attention logits.
     """
     x = model.norm_pre(model._pos_embed(model.patch_embed(image)))
@@ -117,13 +117,13 @@ def forward(model, image, merge, proportional):
 
 
 def average(x, sizes, groups):
-    """The tokens and sizes after x [S, D] of these sizes were merged in groups of old positions."""
+    """Merge x [S, D] of these sizes in groups of positions; return the weighted averages and their sizes."""
     new = torch.stack([(x[group] * sizes[group, None]).sum(0) / sizes[group].sum() for group in groups])
     return new, torch.stack([sizes[group].sum() for group in groups])
 
 
 def check_step(reducer, tokens, regions, attention, groups_of_image):
-    """One call of a reducer gives the averages of the groups [B][M] of tokens, weighted by patches, and their regions."""
+    """Check that a reducer returns the averages of the groups [B][M] of tokens, weighted by patches, and their regions."""
     new_tokens, new_regions = reducer(tokens, regions, attention)
     for image, groups in enumerate(groups_of_image):
         expected, sizes = average(tokens[image], regions.sizes[image], groups)
@@ -134,17 +134,17 @@ def check_step(reducer, tokens, regions, attention, groups_of_image):
 
 
 def check_model(reducer, groups_of, **options):
-    """A small DeiT with the reducer gives the logits of the forward pass written out.
+    """Check that a small DeiT with the reducer gives the logits of :func:`forward`, not those of the unpatched model.
 
     Args:
-        groups_of: called with (layer, keys [S, d], averaged over heads and float64), returns groups of positions.
+        groups_of: called with (layer, float64 keys [S, d], averaged over heads), returns groups of positions.
     """
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | options).eval()
-    for block in model.blocks:  # sharp attention, so that its keys and sizes matter
+    for block in model.blocks:  # sharp attention, so that keys and sizes matter
         torch.nn.init.normal_(block.attn.qkv.weight, std=2 * model.embed_dim**-0.5)
         torch.nn.init.normal_(block.attn.proj.weight, std=model.embed_dim**-0.5)
-    image = images_for(model, batch=1, seed=2)  # no two similarities that matter are within 1e-5 of each other
+    image = images_for(model, batch=1, seed=2)  # a seed with which similarities that decide a merge differ by over 1e-5
     plain, merged = logits(model, image), logits(dhtm.patch(model, reducer), image)
     dhtm.unpatch(model)
 
@@ -156,7 +156,7 @@ def check_model(reducer, groups_of, **options):
 
 
 def unequal_regions(n, seed):
-    """Two images' n tokens of one to several patches in a row."""
+    """Return the regions of two images in a grid of one row: n tokens, each of one or more patches."""
     rng = torch.Generator().manual_seed(seed)
     patches = torch.cat([torch.arange(n), torch.randint(n, (6,), generator=rng)])
     assignment = torch.stack([patches, patches.flip(0)])

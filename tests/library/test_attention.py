@@ -1,4 +1,4 @@
-"""What a reducer sees of the attention beside it."""
+"""The attention that a reducer receives."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import dhtm
 
 
 class Gather(dhtm.Reducer):
-    """Averages the first 21 tokens, and keeps what attention it was shown."""
+    """Averages the first 21 tokens, and records the attention that it receives."""
 
     def __init__(self, position, needs, proportional=False):
         super().__init__(layers=(2, 4))
@@ -29,44 +29,44 @@ class Gather(dhtm.Reducer):
 )
 @pytest.mark.parametrize("position", ["after_attention", "before_block"])
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "q/k norm, average pooling", "eva without rotations"])
-def test_a_reducer_sees_the_last_attention(name, position, needs, proportional):
-    """Prefix tokens pay attention too; in a model without CLS its attention is that of all tokens."""
-    model, inputs = build(name), []
+def test_reducer_receives_the_last_attention(name, position, needs, proportional):
+    """The queries include prefix tokens; in a model without CLS, "cls" is the attention of all tokens."""
+    model, calls = build(name), []
     before = position == "before_block"
     reducer = Gather(position, needs - {"output"} if before else needs, proportional)
     dhtm.patch(model, reducer)
     for block in model.blocks:
-        block.attn.register_forward_hook(lambda module, args, output: inputs.append((module, args[0], output)))
+        block.attn.register_forward_hook(lambda module, args, output: calls.append((module, args[0], output)))
     logits(model, images_for(model))
     prefix, seen = model.num_prefix_tokens, {attention.layer: attention for attention in reducer.seen}
-    for layer, (attention, normed, output) in enumerate(inputs, start=1):
-        reduced = layer if before else layer - 1  # the last layer that reduced before it, or none
+    for layer, (attention, normed, output) in enumerate(calls, start=1):
+        last = layer if before else layer - 1  # the last layer that may have reduced the tokens of this attention
         sizes = torch.ones(normed.shape[:2])
-        if proportional and reduced:
-            sizes[:, prefix:] = dhtm.regions(model, reduced).sizes
+        if proportional and last:
+            sizes[:, prefix:] = dhtm.regions(model, last).sizes
         with torch.inference_mode():
             shares, keys, expected = attend(attention, normed, sizes)
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)  # the attention that the model computes
-        reads = layer + 1 if before else layer
-        if reads in (2, 4):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)  # so shares and keys are those of the model
+        reader = layer + 1 if before else layer
+        if reader in (2, 4):
             expected = {
                 "keys": keys[:, :, prefix:],
                 "output": output[:, prefix:],
                 "cls": (shares.mean(2) if name == "q/k norm, average pooling" else shares[:, :, 0]).mean(1)[:, prefix:],
                 "received": shares.mean(dim=(1, 2))[:, prefix:],
             }
-            for what, value in expected.items():
-                value = value if what in reducer.needs else None
-                torch.testing.assert_close(getattr(seen[reads], what), value, rtol=1e-4, atol=1e-6)
+            for key, value in expected.items():
+                value = value if key in reducer.needs else None
+                torch.testing.assert_close(getattr(seen[reader], key), value, rtol=1e-4, atol=1e-6)
 
 
-def test_no_output_of_attention_before_a_block():
+def test_reducer_before_a_block_cannot_need_the_attention_output():
     with pytest.raises(ValueError, match="Gather acts before a block, where its attention has no output yet"):
         dhtm.patch(build("deit_tiny"), Gather("before_block", {"output"}))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_attention_of_cls_is_float32_in_half_precision(autocast):
+def test_cls_attention_is_float32_in_half_precision(autocast):
     model, inputs = build("deit_tiny"), []
     model, images = (model, images_for(model)) if autocast else (model.bfloat16(), images_for(model).bfloat16())
     reducer = Gather("before_block", {"cls"})

@@ -1,4 +1,4 @@
-"""A patched model under torch.compile and torch.export gives what it gives eagerly, and its regions with it."""
+"""A patched model gives the same outputs under torch.compile, torch.export and ONNX Runtime as in eager mode."""
 
 import functools
 
@@ -17,13 +17,13 @@ CASES += [(METHODS["DHTM"], name) for name in ("dinov3", "rope, mixed axes for e
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].func.__name__} in {case[1]}")
 def model(request):
-    torch.compiler.reset()  # every method compiles the same code again, which has a limit
+    torch.compiler.reset()  # all cases compile the same code, and recompilations are limited
     method, name = request.param
     return dhtm.patch(build(name, depth=2), method(layers=(1, 2)))
 
 
 @torch.no_grad()
-def test_compiled_in_one_graph_for_any_batch_size(model):
+def test_model_compiles_to_one_graph_for_any_batch_size(model):
     images = images_for(model, 3)
     expected, regions = model(images), dhtm.regions(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -35,19 +35,19 @@ def test_compiled_in_one_graph_for_any_batch_size(model):
 
 
 @torch.no_grad()
-def test_exported_for_any_batch_size_and_loaded_again(model, tmp_path):
+def test_exported_model_can_be_loaded_and_takes_any_batch_size(model, tmp_path):
     images, batch = images_for(model, 3), torch.export.Dim("batch", min=1, max=64)
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for some in (images, images[:1], images.repeat(3, 1, 1, 1)):
-        torch.testing.assert_close(loaded(some), model(some), rtol=1e-4, atol=1e-4)
-    assert model.reducer.adaptive or dhtm.count_flops(model).merging > 0, "what the trace left does not matter"
+    for inputs in (images, images[:1], images.repeat(3, 1, 1, 1)):
+        torch.testing.assert_close(loaded(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    assert model.reducer.adaptive or dhtm.count_flops(model).merging > 0, "FLOPs can still be counted after an export"
 
 
 @pytest.mark.stress
 @torch.no_grad()
-def test_compiled_to_machine_code():
-    """The default compiler of torch.compile, which takes many seconds for each layer."""
+def test_default_compiler_gives_the_same_logits():
+    """torch.compile with its default backend takes many seconds for each layer."""
     torch.compiler.reset()
     model = dhtm.patch(build("112", depth=1), dhtm.DHTM(k=30, layers=(1,), proportional_attention=True))
     images = images_for(model)
@@ -58,24 +58,24 @@ def test_compiled_to_machine_code():
 @pytest.mark.parametrize(
     "method", [dhtm.DHTM(k=3, layers=(2,), linkage="size", backend="torch"), baselines.ToMe(13)], ids=["dhtm", "tome"]
 )
-def test_onnx_gives_the_same_in_another_runtime(method, tmp_path):
+def test_onnx_runtime_gives_the_same_logits(method, tmp_path):
     model = dhtm.patch(build("112", depth=2), method)
     images, batch = images_for(model, 3), torch.export.Dim("batch", min=1, max=64)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=({0: batch},))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    for some in (images, images[:1], images.repeat(3, 1, 1, 1)):
-        (logits,) = session.run(None, {session.get_inputs()[0].name: some.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(some), rtol=1e-4, atol=1e-4)
+    for inputs in (images, images[:1], images.repeat(3, 1, 1, 1)):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_onnx_refuses_what_it_has_no_operator_for(tmp_path):
+def test_onnx_export_with_the_numba_backend_fails(tmp_path):
     model = dhtm.patch(build("112", depth=1), dhtm.DHTM(k=3, layers=(1,), backend="numba"))
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"dhtm\.hierarchical_merge"):
         torch.onnx.export(model, (images_for(model),), tmp_path / "model.onnx", dynamo=True)
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_a_compiled_model_trains():
+def test_compiled_model_has_the_same_gradients():
     model = dhtm.patch(build("112", depth=2).train(), dhtm.DHTM(k=30, layers=(1,)))
     gradients = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):

@@ -1,4 +1,4 @@
-"""FLOPs against the closed form, and against the figures that METHODS and the paper rest on."""
+"""Counted FLOPs against the closed form of the paper (Eq. 4) and the published GFLOPs."""
 
 import itertools
 
@@ -15,7 +15,7 @@ DEIT = {"deit_tiny": (192, 1.2584), "deit_small": (384, 4.6083), "deit_base": (7
 
 
 def closed_form(width, in_attention, in_mlp):
-    """Eq. 4 at each layer's numbers of patch tokens, plus embedding, norms (5 a value) and head."""
+    """Return Eq. 4 for each layer's numbers of patch tokens, plus embedding, norms (5 per value) and head."""
     flops = 196 * width * 3 * 16 * 16 + 5 * (in_mlp[-1] + 1) * width + width * 1000
     for n, left in zip(in_attention, in_mlp, strict=True):
         flops += 4 * (n + 1) * width**2 + 2 * (n + 1) ** 2 * width + 5 * (n + 1) * width
@@ -23,15 +23,15 @@ def closed_form(width, in_attention, in_mlp):
     return flops
 
 
-def without_weights(name):
-    """A model whose numbers are whatever memory holds: drawing those of DeiT-Base takes seconds."""
+def uninitialised(name):
+    """Return a model with uninitialised weights, because initialising DeiT-Base takes seconds."""
     with torch.device("meta"):
         return timm.create_model(f"{name}_patch16_224").to_empty(device="cpu")
 
 
 @pytest.mark.parametrize("name", DEIT)
-def test_count_is_the_published_one_and_the_closed_form(name):
-    (width, gflops), model = DEIT[name], without_weights(name)
+def test_count_equals_the_published_one_and_the_closed_form(name):
+    (width, gflops), model = DEIT[name], uninitialised(name)
     assert round(dhtm.count_flops(model).total / 1e9, 4) == gflops
     for k, layers in ((0, (4, 7, 11)), (56, (4, 7, 11)), (40, (4, 7, 10))):
         dhtm.patch(model, dhtm.DHTM(k=k, layers=layers))
@@ -42,7 +42,7 @@ def test_count_is_the_published_one_and_the_closed_form(name):
         assert count.total == pytest.approx(expected, rel=1e-3) and (count.merging > 0) == (k > 0)
 
 
-def test_layers_add_up():
+def test_layers_add_up_to_the_total():
     count = dhtm.count_flops(dhtm.patch(timm.create_model("deit_tiny_patch16_224"), dhtm.DHTM(k=40)))
     embedding, norm, head = 196 * 192 * 768, 5 * 77 * 192, 192 * 1000
     assert len(count.by_layer) == 12 and sum(count.by_layer) + embedding + norm + head == count.total
@@ -62,7 +62,7 @@ def test_count_does_not_depend_on_how_the_model_runs():
     assert counts == [counts[0]] * 6
 
 
-def test_norms_of_either_kind_count_the_same():
+def test_layernorm_and_rmsnorm_count_the_same():
     counts = []
     for norm in ("layernorm", "rmsnorm"):
         model = timm.create_model("deit_tiny_patch16_224", depth=2, norm_layer=norm, qk_norm=True)
@@ -70,7 +70,7 @@ def test_norms_of_either_kind_count_the_same():
     assert counts[0] == counts[1]
 
 
-def test_counting_leaves_the_model_as_it_was():
+def test_counting_does_not_change_the_model():
     model = dhtm.patch(build("112"), dhtm.DHTM(k=20, layers=(2, 3))).train()
     model(torch.randn(2, 3, 112, 112))
     before = dhtm.regions(model)
@@ -93,7 +93,7 @@ ALL_PAIRS = sum(n * (n - 1) // 2 + sum(left - 1 for left in range(n - 40, n)) fo
         (PatchMerger(0.5), sum(5 * n * 192 + 2 * m * n * 192 for n, m in itertools.pairwise([196, 98, 49, 24]))),
     ],
 )
-def test_what_methods_compute_is_counted(reducer, merging):
+def test_count_includes_the_computation_of_the_method(reducer, merging):
     model = dhtm.patch(timm.create_model("deit_tiny_patch16_224"), reducer)
     count = dhtm.count_flops(model)
     assert count.merging == merging
@@ -102,12 +102,12 @@ def test_what_methods_compute_is_counted(reducer, merging):
     assert count.total == closed_form(192, in_attention, left[1:]) + merging
 
 
-def test_a_model_with_a_convolutional_stem_is_counted():
+def test_model_with_a_convolutional_stem_can_be_counted():
     model = timm.create_model("vit_tiny_r_s16_p8_224")
     plain = dhtm.count_flops(model).total
     assert 0 < dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=5))).total < plain
 
 
-def test_image_size():
+def test_image_size_can_be_given():
     dynamic, wide = build("dynamic size"), build("224x336")
     assert dhtm.count_flops(dynamic, (224, 336)) == dhtm.count_flops(wide)

@@ -1,4 +1,4 @@
-"""Encoders of transformers, copied into timm models, compute the same and can be patched."""
+"""Encoders of transformers that are copied into timm models give the same features and can be patched."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ ENCODERS = {
 
 @pytest.mark.parametrize(("name", "size"), [*((name, None) for name in ENCODERS), ("dinov2", 168), ("siglip", 64)])
 @torch.inference_mode()
-def test_the_same_features(name, size):
+def test_copied_encoder_gives_the_same_features(name, size):
     torch.manual_seed(0)
     encoder = ENCODERS[name]().eval()
-    for parameter in encoder.parameters():  # biases and layer scales start at what would hide a lost one
+    for parameter in encoder.parameters():  # the initial biases and layer scales would hide one that is not copied
         torch.nn.init.normal_(parameter, std=0.2)
     images = torch.randn(2, 3, size or 112, size or 112)
-    more = {"interpolate_pos_encoding": True} if name != "dinov2" else {}  # which always interpolates
-    expected = encoder(images, **more).last_hidden_state
+    options = {"interpolate_pos_encoding": True} if name != "dinov2" else {}  # DINOv2 always interpolates
+    expected = encoder(images, **options).last_hidden_state
     model = dhtm.to_timm(encoder, size)
     torch.testing.assert_close(model.forward_features(images), expected, rtol=1e-4, atol=1e-4)
     dhtm.patch(model, dhtm.DHTM(k=5, layers=(2, 3)))
@@ -31,7 +31,7 @@ def test_the_same_features(name, size):
 
 
 @torch.inference_mode()
-def test_the_timm_model_in_a_wrapper():
+def test_timm_model_in_a_wrapper_can_be_patched():
     config = transformers.TimmWrapperConfig(architecture="deit_tiny_patch16_224", num_labels=7)
     classifier = transformers.AutoModelForImageClassification.from_config(config).eval()
     images = torch.randn(2, 3, 224, 224)
@@ -43,15 +43,15 @@ def test_the_timm_model_in_a_wrapper():
     assert classifier(images).logits.shape == (2, 7) and dhtm.regions(classifier.timm_model).n_tokens == 196 - 120
 
 
-def test_what_cannot_be_copied_or_patched_is_refused():
+def test_unsupported_encoders_raise():
     giant = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True))
     with pytest.raises(TypeError, match=r"cannot copy a Dinov2Model into a timm model: it has no 'blocks\.0\.mlp"):
         dhtm.to_timm(giant)
-    others = {
+    encoders = {
         "register_tokens": transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SMALL)),
         "distillation_token": transformers.DeiTModel(transformers.DeiTConfig(**SMALL)),
     }
-    for parameter, encoder in others.items():
+    for parameter, encoder in encoders.items():
         with pytest.raises(
             TypeError, match=rf"cannot copy a \w+ into a timm model: it also has 'embeddings.{parameter}"
         ):

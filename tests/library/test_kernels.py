@@ -1,4 +1,4 @@
-"""The kernels: memory layouts, threads, dtypes, the choice of a backend, and the operator."""
+"""The kernels: memory layouts, threads, dtypes, the choice of a backend, and the operators."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from test_merge import HERE, WHERE, smooth
+from test_merge import CPU_BACKENDS, DEVICE_OF, smooth
 
 from dhtm import Regions, hierarchical_merge, kernels
 from dhtm.kernels import compiled, merge_flops
@@ -30,16 +30,16 @@ from dhtm.regions import grid_pairs
         lambda x: x[:0],
     ],
 )
-def test_any_strides_and_dtypes(view, backend):
-    tokens = view(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(7)).to(WHERE[backend]))
+def test_tokens_may_have_any_strides_and_dtype(view, backend):
+    tokens = view(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(7)).to(DEVICE_OF[backend]))
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).contiguous()
     expected, regions = hierarchical_merge(wide, 5, grid=(3, 4), backend="torch")
-    merged, other = hierarchical_merge(tokens, 5, grid=(3, 4), backend=backend)
+    merged, merged_regions = hierarchical_merge(tokens, 5, grid=(3, 4), backend=backend)
     assert merged.dtype == tokens.dtype and torch.equal(merged, expected.to(tokens.dtype))
-    assert torch.equal(regions.assignment, other.assignment) and regions.sizes.shape == (len(tokens), 7)
+    assert torch.equal(regions.assignment, merged_regions.assignment) and regions.sizes.shape == (len(tokens), 7)
 
 
-def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
+def test_numba_gives_the_same_with_any_number_of_threads_and_in_a_forked_process():
     tokens = smooth(9, (6, 6), 16, seed=8)
     threads = torch.get_num_threads()
     try:
@@ -60,38 +60,38 @@ def test_numba_is_the_same_at_any_number_of_threads_and_in_forked_processes():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("process", [os.getpid(), 0], ids=["PyTorch's threads", "threads of our own"])
-def test_errors_in_a_thread_are_passed_on(process, monkeypatch):
+@pytest.mark.parametrize("process", [os.getpid(), 0], ids=["PyTorch's threads", "a thread pool"])
+def test_error_in_a_thread_is_raised(process, monkeypatch):
     monkeypatch.setattr(compiled, "_PROCESS", process)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
-    def interrupted(first, last):
+    def interrupt(first, last):
         if last == 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compiled.in_parallel(interrupted, 100)
+        compiled.in_parallel(interrupt, 100)
 
 
-def test_numba_without_a_place_for_machine_code(tmp_path):
-    # One of the functions, which is quick.
+def test_numba_works_without_a_folder_for_machine_code(tmp_path):
+    # A single function, which compiles quickly.
     code = "from dhtm.kernels.compiled import round_score; assert round_score(0.5) == 0.5"
-    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    no_folder = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/nowhere"}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | nowhere, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code], env=os.environ | no_folder, cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
 
 
-def test_auto_is_the_fastest_that_works(monkeypatch):
+def test_auto_is_the_fastest_available_backend(monkeypatch):
     works = {}
-    monkeypatch.setattr(kernels, "_triton_works", lambda device: works.get("here", True))
+    monkeypatch.setattr(kernels, "_triton_works", lambda device: works.get("triton", True))
     assert kernels.pick("auto", torch.device("cpu")) == "numba"
     assert kernels.pick("auto", torch.device("meta")) == "torch"
     assert kernels.pick("auto", torch.device("cuda")) == "triton"
-    works["here"] = False
+    works["triton"] = False
     assert kernels.pick("auto", torch.device("cuda")) == "torch"
-    works["here"] = True
+    works["triton"] = True
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend, device in (("numba", "cuda"), ("triton", "cpu")):
         with pytest.raises(
@@ -105,11 +105,11 @@ def test_auto_is_the_fastest_that_works(monkeypatch):
             kernels.pick(backend, torch.device(device))
 
 
-def test_triton_that_makes_no_code_is_said_once(monkeypatch):
-    def no_compiler(*arguments):
+def test_triton_that_cannot_compile_warns_once(monkeypatch):
+    def fail_to_compile(*arguments):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setattr("dhtm.kernels.gpu.merge", no_compiler)
+    monkeypatch.setattr("dhtm.kernels.gpu.merge", fail_to_compile)
     kernels._triton_compiles.cache_clear()
     message = re.escape(
         "backend='auto': Triton does not work on cpu (Failed to find C compiler.); using the slower 'torch'"
@@ -122,25 +122,25 @@ def test_triton_that_makes_no_code_is_said_once(monkeypatch):
     kernels._triton_compiles.cache_clear()
 
 
-@pytest.mark.parametrize("backend", HERE)
-def test_operator_checks(backend):
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_operators_pass_opcheck(backend):
     tokens, regions, ops = torch.randn(3, 16, 5), Regions.identity(3, (4, 4)), torch.ops.dhtm
     for connectivity, features, masses, threshold in (
         (8, None, None, None),
         (kernels.ALL_PAIRS, tokens[..., :2], torch.rand(3, 16), None),
         (4, tokens[..., :2], None, 0.1),
     ):
-        given = tokens.clone().requires_grad_(), features, masses, regions.assignment, regions.sizes
+        inputs = tokens.clone().requires_grad_(), features, masses, regions.assignment, regions.sizes
         options = 5, 4, 4, connectivity, "cosine", "mean", threshold, backend
-        torch.library.opcheck(ops.hierarchical_merge, (*given, *options))
+        torch.library.opcheck(ops.hierarchical_merge, (*inputs, *options))
     if backend != "reference":
         torch.library.opcheck(ops.agglomerate, (tokens, 5, "average", backend))
-        drawn = regions.assignment, regions.sizes, torch.arange(3), 5, 4, 4, 8, 0, backend
-        torch.library.opcheck(ops.random_merge, drawn)
+        inputs = regions.assignment, regions.sizes, torch.arange(3), 5, 4, 4, 8, 0, backend
+        torch.library.opcheck(ops.random_merge, inputs)
 
 
-def test_counted_similarities_are_near_those_that_a_merge_needs():
-    """merge_flops counts by convention; a real merge needs all adjacent pairs once, then the new tokens' neighbours."""
+def test_counted_similarities_are_close_to_those_that_merges_need():
+    """merge_flops counts by a convention; merges need every adjacent pair once, then each new token with its neighbours."""
     generator = torch.Generator().manual_seed(5)
     field = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5, generator=generator), size=14, mode="bicubic")
     tokens, regions = field.flatten(2).transpose(1, 2), Regions.identity(1, (14, 14))
@@ -148,7 +148,7 @@ def test_counted_similarities_are_near_those_that_a_merge_needs():
     for _ in range(40):
         before = regions.sizes
         tokens, regions = hierarchical_merge(tokens, 1, regions)
-        new = (regions.sizes != before[:, :-1])[0].nonzero()[0].item()  # the lower of the two, which grew
+        new = (regions.sizes != before[:, :-1])[0].nonzero()[0].item()  # in the place of the lower of the two
         pairs = {tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()}
         needed += sum(new in pair and pair[0] != pair[1] for pair in pairs)
     counted = merge_flops(196, 40, 16, len(grid_pairs((14, 14), 8)), 196, 8) / 16

@@ -1,4 +1,4 @@
-"""DHTM against an independent statement of it, every backend against the reference, and what must always hold."""
+"""DHTM against an independent implementation with networkx, and every backend against the reference."""
 
 import math
 
@@ -15,9 +15,9 @@ from dhtm import Regions, hierarchical_merge, kernels
 from dhtm.reducer import Attention
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-WHERE = dict.fromkeys(kernels.BACKENDS, "cpu") | {"triton": DEVICES[-1]}
-HERE = [name for name in kernels.BACKENDS if name != "triton"]  # which tests/test_triton.py is about
-THRESHOLDS = {  # but for 0, which is exact, no similarity of small integers, so that rounding decides nothing
+DEVICE_OF = dict.fromkeys(kernels.BACKENDS, "cpu") | {"triton": DEVICES[-1]}
+CPU_BACKENDS = [name for name in kernels.BACKENDS if name != "triton"]  # test_triton.py tests the others
+THRESHOLDS = {  # apart from 0, which is exact, none is a similarity of small integers, so that rounding does not matter
     "cosine": (0.877, 0.491, 0.013, -2.0),
     "euclidean": (0.0, -1.491),
     "manhattan": (-2.013, -9.013),
@@ -39,10 +39,7 @@ def nx_similarity(a, b, name):
 
 
 def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, threshold):
-    """Contract the best edge of a networkx graph k times, or until it is below a threshold.
-
-    Nodes are frozensets of patches, ordered by when they stood.
-    """
+    """Contract the most similar edge of a networkx graph k times, or until its similarity is below a threshold."""
     height, width = grid
     graph = nx.grid_2d_graph(height, width)
     if connectivity == "all":
@@ -51,7 +48,7 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, thresho
         for row in range(height - 1):
             graph.add_edges_from(((row, c), (row + 1, c + 1)) for c in range(width - 1))
             graph.add_edges_from(((row, c + 1), (row + 1, c)) for c in range(width - 1))
-    order = [(row, column) for row in range(height) for column in range(width)]  # the slots, merged ones keep the lower
+    order = [(row, column) for row in range(height) for column in range(width)]  # merged nodes take the lower place
     value = {node: tokens[i] for i, node in enumerate(order)}
     patches = {node: [i] for i, node in enumerate(order)}
     for _ in range(k):
@@ -59,11 +56,11 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, thresho
         edges = [tuple(sorted(edge, key=place.get)) for edge in graph.edges]
 
         def score(edge):
-            found = nx_similarity(value[edge[0]], value[edge[1]], similarity)
+            undiscounted = nx_similarity(value[edge[0]], value[edge[1]], similarity)
             if masses is None:
-                return found
+                return undiscounted
             a, b = (masses[patches[node]].astype(np.float64).sum() for node in edge)
-            return np.float32((np.float64(found) - (similarity == "cosine")) * (a * b / (a + b)))
+            return np.float32((np.float64(undiscounted) - (similarity == "cosine")) * (a * b / (a + b)))
 
         u, v = min(edges, key=lambda e: (-score(e), place[e[0]], place[e[1]]))
         if threshold is not None and score((u, v)) < threshold:
@@ -80,8 +77,8 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, thresho
 
 
 @st.composite
-def merges(draw):
-    """A batch of token grids, smooth or with many exact ties, and a way to merge them."""
+def merge_cases(draw):
+    """Draw a batch of tokens, continuous or with many exact ties; their grid; a number of merges; and options."""
     grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 1))
     n = grid[0] * grid[1]
     batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 9))
@@ -105,8 +102,8 @@ def merges(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(merges())
-def test_reference_is_the_contraction_of_a_graph(case):
+@given(merge_cases())
+def test_reference_equals_the_contraction_of_a_graph(case):
     tokens, grid, k, options = case
     merged, regions = hierarchical_merge(tokens, k, grid=grid, backend="reference", **options)
     for image in range(len(tokens)):
@@ -120,49 +117,49 @@ def test_reference_is_the_contraction_of_a_graph(case):
 
 
 def check_backend(case, backend, device="cpu"):
-    """A backend makes the reference's merges, bit for bit, in two layers: the second measures features of whole regions."""
+    """Check that a backend equals the reference bit for bit in two layers, the second with features of merged tokens."""
     tokens, grid, k, options = case
-    before = tokens.clone()
+    original = tokens.clone()
     features = torch.randint(3, (*tokens.shape[:2], 3), generator=torch.Generator().manual_seed(0)).float()
     results = []
-    for name, there in (("reference", "cpu"), (backend, device)):
-        masses = None if options["masses"] is None else options["masses"].to(there)
+    for name, target in (("reference", "cpu"), (backend, device)):
+        masses = None if options["masses"] is None else options["masses"].to(target)
         first, regions = hierarchical_merge(
-            tokens.to(there), k // 2, grid=grid, **options | {"backend": name, "masses": masses}
+            tokens.to(target), k // 2, grid=grid, **options | {"backend": name, "masses": masses}
         )
-        second = {"backend": name, "features": features[:, : first.shape[1]].to(there)}
+        second = {"backend": name, "features": features[:, : first.shape[1]].to(target)}
         second |= {"masses": None if masses is None else regions.sizes.double()}
         results.append([(first, regions), hierarchical_merge(first, (k + 1) // 2, regions, **options | second)])
     for (expected, expected_regions), (merged, regions) in zip(*results, strict=True):
         assert torch.equal(regions.assignment.cpu(), expected_regions.assignment)
         assert torch.equal(regions.sizes.cpu(), expected_regions.sizes)
         assert torch.equal(merged.cpu(), expected)
-    assert torch.equal(tokens, before), "inputs stay as they are"
+    assert torch.equal(tokens, original), "inputs are not changed"
 
 
 @settings(max_examples=300, deadline=None)
-@given(merges(), st.sampled_from([name for name in HERE if name != "reference"]))
+@given(merge_cases(), st.sampled_from([name for name in CPU_BACKENDS if name != "reference"]))
 def test_every_backend_makes_the_reference_merges(case, backend):
     for device in ("cpu",) if backend == "numba" else DEVICES:
         check_backend(case, backend, device)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("connectivity", [8, "all"])
-def test_a_threshold_below_all_similarities_merges_until_one_token_is_left(backend, connectivity):
+def test_threshold_below_all_similarities_merges_down_to_one_token(backend, connectivity):
     tokens, options = torch.arange(18.0).sin().view(2, 3, 3), {"connectivity": connectivity, "backend": backend}
-    one, its = hierarchical_merge(tokens, 2, grid=(1, 3), **options)
+    expected, expected_regions = hierarchical_merge(tokens, 2, grid=(1, 3), **options)
     for threshold in (-1e300, float("-inf")):
         merged, regions = hierarchical_merge(tokens, 2, grid=(1, 3), threshold=threshold, **options)
         again, regions = hierarchical_merge(merged, 2, regions, threshold=threshold, **options)
-        assert torch.equal(again, merged) and torch.equal(merged[:, :1], one) and not merged[:, 1:].any()
-        assert torch.equal(regions.assignment, its.assignment)
+        assert torch.equal(again, merged) and torch.equal(merged[:, :1], expected) and not merged[:, 1:].any()
+        assert torch.equal(regions.assignment, expected_regions.assignment)
     with pytest.raises(ValueError, match="threshold=nan: it must be a number"):
         hierarchical_merge(tokens, 2, grid=(1, 3), threshold=float("nan"), **options)
 
 
 def test_all_pairs_need_no_grid():
-    """The first and the last of nine tokens are alike; a given grid and the regions so far stay what they are."""
+    """Without a grid, the patches are one row; a given grid, and that of given regions, is kept."""
     tokens = torch.eye(9)
     tokens[8] = tokens[0]
     merged, regions = hierarchical_merge(tokens[None], 1, connectivity="all")
@@ -173,16 +170,16 @@ def test_all_pairs_need_no_grid():
     assert regions.assignment.tolist() == [[0, 0, *range(1, 7), 0]] and regions.grid == (3, 3)
 
 
-def test_the_batch_does_not_change_the_merges():
+def test_merges_do_not_depend_on_the_batch():
     tokens = torch.randn(64, 196, 96, generator=torch.Generator().manual_seed(0))
     merged, regions = hierarchical_merge(tokens, 56, grid=(14, 14))
-    for image in range(0, 64, 7):
-        alone, its = hierarchical_merge(tokens[image : image + 1], 56, grid=(14, 14))
-        assert torch.equal(alone[0], merged[image]) and torch.equal(its.assignment[0], regions.assignment[image])
+    for i in range(0, 64, 7):
+        alone, alone_regions = hierarchical_merge(tokens[i : i + 1], 56, grid=(14, 14))
+        assert torch.equal(alone[0], merged[i]) and torch.equal(alone_regions.assignment[0], regions.assignment[i])
 
 
 def smooth(batch, grid, channels, seed):
-    """Tokens whose neighbours are alike, as in a network: [B, N, D]."""
+    """Return tokens [B, N, D] whose neighbours are similar, as in a network."""
     generator = torch.Generator().manual_seed(seed)
     field = torch.randn(batch, channels, 4, 4, generator=generator)
     field = torch.nn.functional.interpolate(field, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
@@ -204,7 +201,7 @@ def smooth(batch, grid, channels, seed):
         ("torch", (16, 32), 64, 100, {"connectivity": "all", "linkage": "size"}),
     ],
 )
-def test_sizes_of_networks(backend, grid, channels, k, options):
+def test_backends_agree_at_the_sizes_of_networks(backend, grid, channels, k, options):
     tokens = smooth(2, grid, channels, seed=6)
     results = [
         hierarchical_merge(tokens, k, grid=grid, backend=name, **options) for name in (backend, "torch", "numba")
@@ -214,9 +211,9 @@ def test_sizes_of_networks(backend, grid, channels, k, options):
 
 
 @pytest.mark.parametrize("connectivity", [8, "all"])
-@pytest.mark.parametrize("backend", HERE)
-def test_tokens_that_touch_none_cannot_be_merged(backend, connectivity):
-    """Regions may come from any method: here all patches are in the first two tokens, and the third touches no other."""
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_token_without_patches_is_not_merged(backend, connectivity):
+    """One of three tokens has no patch, as regions of other methods may have, so that it is adjacent to no other."""
     regions = Regions(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[2, 2, 0]]), (2, 2))
     tokens = torch.ones(1, 3, 2, requires_grad=True)
     options = {"connectivity": connectivity, "backend": backend}
@@ -235,34 +232,34 @@ def test_tokens_that_touch_none_cannot_be_merged(backend, connectivity):
 
 
 @pytest.mark.parametrize("linkage", ["mean", "size"])
-@pytest.mark.parametrize("backend", WHERE)
+@pytest.mark.parametrize("backend", DEVICE_OF)
 def test_gradients_are_those_of_the_averages(linkage, backend):
     tokens = torch.randn(2, 12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     def merge(x):
         return hierarchical_merge(x, 5, grid=(3, 4), linkage=linkage, backend=backend)[0]
 
-    # Along a random direction in Triton, whose interpreter is slow; number by number in the others.
+    # Triton's interpreter is slow, so the fast mode checks one random direction there.
     options = {"fast_mode": backend == "triton"}
-    assert torch.autograd.gradcheck(merge, (tokens.to(WHERE[backend]).requires_grad_(),), **options)
+    assert torch.autograd.gradcheck(merge, (tokens.to(DEVICE_OF[backend]).requires_grad_(),), **options)
 
 
 @pytest.mark.parametrize("similarity", THRESHOLDS)
-@pytest.mark.parametrize("backend", WHERE)
+@pytest.mark.parametrize("backend", DEVICE_OF)
 def test_nan_and_inf_are_merged_last(backend, similarity):
-    tokens = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(4)).to(WHERE[backend])
+    tokens = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(4)).to(DEVICE_OF[backend])
     tokens[0, 5], tokens[0, 10] = torch.nan, torch.inf
     merged, regions = hierarchical_merge(tokens, 6, grid=(4, 4), similarity=similarity, backend=backend)
-    expected, its = hierarchical_merge(tokens.cpu(), 6, grid=(4, 4), similarity=similarity, backend="reference")
-    assert torch.equal(regions.assignment.cpu(), its.assignment)
+    expected, reference = hierarchical_merge(tokens.cpu(), 6, grid=(4, 4), similarity=similarity, backend="reference")
+    assert torch.equal(regions.assignment.cpu(), reference.assignment)
     torch.testing.assert_close(merged.cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert regions.sizes[0, regions.assignment[0, [5, 10]]].tolist() == [1, 1]
     assert merged.isfinite().all(-1).sum() == 8
 
 
-@pytest.mark.parametrize("backend", WHERE)
+@pytest.mark.parametrize("backend", DEVICE_OF)
 def test_zero_and_minus_zero_are_equally_similar(backend):
-    tokens = torch.tensor([[[1.0, 0.0], [-1e-30, 1e30], [-1.0, 0.0]]], device=WHERE[backend])
+    tokens = torch.tensor([[[1.0, 0.0], [-1e-30, 1e30], [-1.0, 0.0]]], device=DEVICE_OF[backend])
     assert hierarchical_merge(tokens, 1, grid=(1, 3), backend=backend)[1].assignment.tolist() == [[0, 0, 1]]
 
 
@@ -295,7 +292,7 @@ def test_zero_and_minus_zero_are_equally_similar(backend):
         ),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_error_names_the_wrong_argument(change, message):
     arguments = {"tokens": torch.ones(1, 9, 2), "k": 2, "grid": (3, 3)} | change
     with pytest.raises(ValueError, match=message):
         hierarchical_merge(**arguments)
@@ -307,16 +304,16 @@ def test_total_is_shared_between_the_layers(total, n_layers, inflect):
     reducer = dhtm.DHTM(total=total, layers=tuple(range(1, n_layers + 1)), inflect=inflect)
     merges = [reducer.merges_in(layer) for layer in reducer.schedule]
     assert sum(merges) == total and min(merges) >= 0
-    if n_layers > 1:  # a straight line, on average total / n_layers merges high
+    if n_layers > 1:  # linear in the layer, with a mean of total / n_layers
         ends = np.array([1 - inflect, 1 + inflect]) * total / n_layers
         np.testing.assert_allclose(merges, np.linspace(*ends, n_layers), atol=1)
 
 
-def test_mass_spares_what_receives_attention():
-    """Of two equally similar pairs the one that receives less attention merges."""
+def test_attention_mass_protects_tokens_that_receive_attention():
+    """Two pairs are equally similar, and the one that receives less attention merges."""
     tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]]])
-    for received, together in (([0.4, 0.4, 0.1, 0.1], [0, 1, 2, 2]), ([0.1, 0.1, 0.4, 0.4], [0, 0, 1, 2])):
+    for received, expected in (([0.4, 0.4, 0.1, 0.1], [0, 1, 2, 2]), ([0.1, 0.1, 0.4, 0.4], [0, 0, 1, 2])):
         reducer = dhtm.DHTM(1, layers=(1,), mass="attention")
         attention = Attention(layer=1, received=torch.tensor([received]))
         _, regions = reducer(tokens, Regions.identity(1, (1, 4)), attention)
-        assert regions.assignment.tolist() == [together]
+        assert regions.assignment.tolist() == [expected]

@@ -1,4 +1,4 @@
-"""What every token reduction method promises in a model, and the parts that the methods share."""
+"""Every token reduction method in a model, and functions that the methods share."""
 
 import math
 from fractions import Fraction
@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import METHODS, MODELS, ROTARY, build, images_for, logits, shaken
+from networks import METHODS, MODELS, ROTARY, build, images_for, logits, randomise_reducer
 from scipy.spatial.distance import cdist
 
 import dhtm
@@ -15,8 +15,8 @@ from dhtm import Regions
 from dhtm.reducer import Attention, squared_distances
 from dhtm.vit import image_ids, patch_grid, tokens_by_layer
 
-MERGING = ("ToMe", "LoTM", "RandomMerge", "DHTM", "DHTM, all pairs", "DHTMPlus")  # 20 merges a layer
-NETWORKS = {  # parameters in the state dict, where reduction is before layers 2 and 4
+MERGING = ("ToMe", "LoTM", "RandomMerge", "DHTM", "DHTM, all pairs", "DHTMPlus")  # 20 merges per layer
+NETWORKS = {  # parameters in the state dict with layers=(2, 4)
     "PatchMerger": {f"stages.{layer}.{name}" for layer in (2, 4) for name in ("norm.weight", "norm.bias", "queries")},
     "Sinkhorn": {f"stages.{layer}.centres" for layer in (2, 4)},
     "SiT": {f"stages.{layer}.scale" for layer in (2, 4)}
@@ -24,7 +24,7 @@ NETWORKS = {  # parameters in the state dict, where reduction is before layers 2
     "TokenMergence": {f"views.{scale}.{kind}" for scale in (2, 4) for kind in ("weight", "bias")},
     "DPCKNN, weighted": {f"scores.{layer}.{kind}" for layer in (2, 4) for kind in ("weight", "bias")},
 }
-# Every method in one model, one in every model, and one that acts before the block in one with rotations.
+# Every method in one model, one method in every model, and one before the block in a model with rotary embeddings.
 WIDE = "224x336"
 IN_MODELS = [(name, WIDE) for name in METHODS] + [("DHTM", model) for model in MODELS | ROTARY if model != WIDE]
 IN_MODELS += [("PatchMerger", "rope, mixed axes for each head")]
@@ -39,7 +39,7 @@ def n_hooks(model):
 
 
 @pytest.mark.parametrize(("name", "model_name"), IN_MODELS)
-def test_in_a_model(name, model_name):
+def test_method_reduces_tokens_and_unpatch_restores_the_model(name, model_name):
     model, lengths = build(model_name), []
     for block in model.blocks:
         block.norm2.register_forward_hook(lambda module, args, x: lengths.append(x.shape[1] - model.num_prefix_tokens))
@@ -48,7 +48,7 @@ def test_in_a_model(name, model_name):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert dhtm.patch(model, make(name)) is model
     lengths.clear()
-    with image_ids(shaken(model), ids):
+    with image_ids(randomise_reducer(model), ids):
         reduced, regions = logits(model, images), dhtm.regions(model)
     assert reduced.shape == plain.shape and reduced.isfinite().all()
     assert (reduced != plain).any(dim=1).all()
@@ -70,7 +70,7 @@ def test_in_a_model(name, model_name):
             torch.equal(of_layer.sizes, counts) and of_layer.n_tokens == n_tokens and of_layer.grid == patch_grid(model)
         )
 
-    for i in (0, 3):  # the same alone, and with unfused attention
+    for i in (0, 3):  # the same for one image alone, the second time with unfused attention
         with image_ids(model, ids[i : i + 1]):
             torch.testing.assert_close(logits(model, images[i : i + 1]), reduced[i : i + 1], rtol=1e-4, atol=1e-4)
         assert torch.equal(dhtm.regions(model).assignment[0], regions.assignment[i])
@@ -84,16 +84,16 @@ def test_in_a_model(name, model_name):
     assert n_hooks(model) == hooks and [type(block) for block in model.blocks] == types
 
 
-NOTHING = {dhtm.DHTMPlus: 0, ToMe: 0, LoTM: 0, RandomMerge: 0, PiToMe: 1, ATC: 1, KMedoids: 1, DPCKNN: 1}  # knobs
-NOTHING = [(method(knob, layers=(2, 4)), "deit_tiny") for method, knob in NOTHING.items()]
-NOTHING += [(dhtm.DHTM(k=0, layers="all"), model) for model in MODELS | ROTARY]
+NO_MERGES = {dhtm.DHTMPlus: 0, ToMe: 0, LoTM: 0, RandomMerge: 0, PiToMe: 1, ATC: 1, KMedoids: 1, DPCKNN: 1}  # knobs
+NO_MERGES = [(method(knob, layers=(2, 4)), "deit_tiny") for method, knob in NO_MERGES.items()]
+NO_MERGES += [(dhtm.DHTM(k=0, layers="all"), model) for model in MODELS | ROTARY]
 
 
-@pytest.mark.parametrize(("reducer", "model_name"), NOTHING)
-def test_a_reduction_of_nothing_changes_nothing(reducer, model_name):
+@pytest.mark.parametrize(("reducer", "model_name"), NO_MERGES)
+def test_method_that_merges_nothing_does_not_change_the_logits(reducer, model_name):
     model = build(model_name)
     plain, got = logits(model, images_for(model)), logits(dhtm.patch(model, reducer), images_for(model))
-    if isinstance(reducer, (KMedoids, DPCKNN)):  # which compute one average for each token
+    if isinstance(reducer, (KMedoids, DPCKNN)):  # they compute the average of each token alone
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(got, plain)
@@ -105,10 +105,10 @@ def test_a_reduction_of_nothing_changes_nothing(reducer, model_name):
     + [("DHTM", model, torch.bfloat16) for model in ("dinov3", "rope, mixed axes for each head", "naflex, axial")]
     + [("DHTM", "112", torch.float16)],
 )
-def test_half_precision(name, model_name, dtype):
+def test_half_precision_gives_similar_logits(name, model_name, dtype):
     model = build(model_name)
     images = images_for(model)
-    full = logits(shaken(dhtm.patch(model, make(name))), images)
+    full = logits(randomise_reducer(dhtm.patch(model, make(name))), images)
     with torch.autocast("cpu", dtype=dtype):
         autocast = logits(model, images)
     half = logits(model.to(dtype), images.to(dtype))
@@ -117,8 +117,8 @@ def test_half_precision(name, model_name, dtype):
         assert torch.nn.functional.cosine_similarity(result.float(), full).min() > 0.95
 
 
-def on_its_own(name, grid):
-    """A reducer and its arguments without a model: (reducer, (tokens [2, N, 6], regions, attention))."""
+def standalone(name, grid):
+    """Return a reducer without a model, and its arguments: (reducer, (tokens [2, N, 6], regions, attention))."""
     n, rng = grid[0] * grid[1], torch.Generator().manual_seed(0)
     reducer = make(name, layers=(1,))
     reducer.attach(6, 1, grid, (1,))
@@ -130,7 +130,7 @@ def on_its_own(name, grid):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("PatchMerger", "Sinkhorn", "SiT")])
 @torch.no_grad()
 def test_autocast_does_not_change_which_tokens_merge(name):
-    reducer, arguments = on_its_own(name, (14, 14))
+    reducer, arguments = standalone(name, (14, 14))
     expected = reducer(*arguments)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(reducer(*arguments)[1].assignment, expected.assignment)
@@ -138,8 +138,8 @@ def test_autocast_does_not_change_which_tokens_merge(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_the_tokens(name):
-    """Each token that a new one is made of, which for K-Medoids are the medoids alone."""
-    reducer, (tokens, *others) = on_its_own(name, (6, 8))
+    """All tokens contribute to a new one, except that K-Medoids keeps only the medoids."""
+    reducer, (tokens, *others) = standalone(name, (6, 8))
     new, regions = reducer(tokens, *others)
     new.square().sum().backward()
     n_reached = (tokens.grad.abs().amax(dim=2) > 0).sum(1)
@@ -148,7 +148,7 @@ def test_gradients_reach_the_tokens(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_has_the_same_gradient_with_checkpointing(name):
-    model = shaken(dhtm.patch(build("112", drop_path_rate=0.2), make(name))).train()
+    model = randomise_reducer(dhtm.patch(build("112", drop_path_rate=0.2), make(name))).train()
     images = images_for(model).requires_grad_()
     gradients = []
     for checkpointing in (False, True):
@@ -161,16 +161,16 @@ def test_every_parameter_has_the_same_gradient_with_checkpointing(name):
     noise = 1e-9 * max(gradient.abs().max().item() for gradient in gradients[0].values())
     for key, gradient in gradients[0].items():
         assert gradient.isfinite().all(), key
-        assert gradient.any() or (key.startswith("reducer.scores") and key.endswith("bias")), key  # that one cancels
+        assert gradient.any() or (key.startswith("reducer.scores") and key.endswith("bias")), key  # this bias cancels
         atol = noise + 1e-5 * gradient.abs().max().item()
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameters_go_along_with_the_model_or_to_another_of_the_same_shape(name):
+def test_parameters_transfer_to_a_model_of_the_same_shape_only(name):
     model = build("112")
     plain, images = set(model.state_dict()), images_for(model)
-    state = shaken(dhtm.patch(model, make(name))).state_dict()
+    state = randomise_reducer(dhtm.patch(model, make(name))).state_dict()
     expected = logits(model, images)
     assert set(state) - plain == {f"reducer.{key}" for key in NETWORKS[name]}
     loaded = dhtm.patch(build("112"), make(name))
@@ -186,7 +186,7 @@ def test_parameters_go_along_with_the_model_or_to_another_of_the_same_shape(name
 @pytest.mark.parametrize(
     ("method", "bare", "learned"), [(DPCKNN, {}, {"weighted": True}), (TokenMergence, {"scales": ()}, {})]
 )
-def test_what_is_learned_off_the_shelf_starts_from_no_effect(method, bare, learned):
+def test_learned_parts_have_no_effect_before_training(method, bare, learned):
     model, results = build("112"), []
     for options in (bare, learned):
         results.append(logits(dhtm.patch(model, method(0.5, layers=(2, 4), **options)), images_for(model)))
@@ -195,27 +195,27 @@ def test_what_is_learned_off_the_shelf_starts_from_no_effect(method, bare, learn
 
 
 @pytest.mark.parametrize(
-    ("method", "papers"), [(dhtm.DHTM, False), (dhtm.DHTMPlus, True), (ToMe, True), (ATC, True), (PiToMe, False)]
+    ("method", "default"), [(dhtm.DHTM, False), (dhtm.DHTMPlus, True), (ToMe, True), (ATC, True), (PiToMe, False)]
 )
-def test_attention_is_proportional_as_in_the_paper_or_as_asked_for(method, papers):
-    assert method(1).proportional_attention is papers
-    assert method(1, proportional_attention=not papers).proportional_attention is not papers
+def test_proportional_attention_is_by_default_as_in_the_paper(method, default):
+    assert method(1).proportional_attention is default
+    assert method(1, proportional_attention=not default).proportional_attention is not default
 
 
 @pytest.mark.parametrize(("keep_rate", "left"), [(0.29, [29, 8]), (0.7, [70, 49])])
-def test_keep_rates_are_exact_where_floating_point_is_not(keep_rate, left):
+def test_keep_rates_are_exact_despite_floating_point(keep_rate, left):
     reducer = KMedoids(keep_rate, layers=(2, 4))
     assert [reducer.tokens_after(100, layer, (10, 10)) for layer in (2, 4)] == left
 
 
 @pytest.mark.parametrize("method", [KMedoids, TokenMergence, ATC])
-def test_clusters_follow_the_image_size(method):
+def test_number_of_clusters_follows_the_image_size(method):
     model = dhtm.patch(build("dynamic size"), method(0.5, layers=(2, 4)))
     logits(model, torch.randn(1, 3, 160, 96))
     assert [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == [60, 30, 30, 15, 15]
 
 
-def test_learned_clusters_are_as_many_at_every_image_size():
+def test_number_of_learned_clusters_is_the_same_at_every_image_size():
     model = dhtm.patch(build("dynamic size"), PatchMerger(0.5, layers=(2, 4)))
     logits(model, torch.randn(1, 3, 256, 192))
     assert [dhtm.regions(model, layer).n_tokens for layer in range(1, 6)] == [192, 98, 98, 49, 49]
@@ -224,8 +224,8 @@ def test_learned_clusters_are_as_many_at_every_image_size():
 
 
 @pytest.mark.parametrize(("name", "n_tokens", "needed_for_sizes"), [("PatchMerger", 4, 2), ("ToMe", 15, 0)])
-def test_lazy_regions_are_computed_once_when_asked_for(monkeypatch, name, n_tokens, needed_for_sizes):
-    """They serve nothing but their reader, and a forward pass computes none of them."""
+def test_lazy_regions_are_computed_once_on_first_access(monkeypatch, name, n_tokens, needed_for_sizes):
+    """The forward pass does not need the regions and computes none."""
     calls = []
     merge = Regions.merge
     monkeypatch.setattr(Regions, "merge", lambda *arguments: calls.append(1) or merge(*arguments))
@@ -239,12 +239,12 @@ def test_lazy_regions_are_computed_once_when_asked_for(monkeypatch, name, n_toke
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-4)])
-def test_squared_distances(dtype, accuracy):
-    """Also of tokens that share a large part, whose squares take up the digits of the difference."""
+def test_squared_distances_are_accurate(dtype, accuracy):
+    """Check also tokens with a large common offset, whose squares would leave few digits for the difference."""
     rng = torch.Generator().manual_seed(0)
     for offset in (0, 100):
         tokens = (torch.randn(2, 40, 33, generator=rng, dtype=torch.float64) + offset).to(dtype)
-        tokens[:, 20:] = tokens[:, :20]  # duplicates, which rounding could bring below 0
+        tokens[:, 20:] = tokens[:, :20]  # duplicates, whose distance rounding could make negative
         distances = squared_distances(tokens)
         assert distances.dtype == torch.promote_types(dtype, torch.float32)
         assert (distances >= 0).all() and not distances.diagonal(dim1=1, dim2=2).any()
@@ -310,7 +310,7 @@ def test_squared_distances(dtype, accuracy):
         (TokenMergence, {"keep_rate": 0.5, "scales": (2, 1)}, r"scales=\[2, 1\]"),
     ],
 )
-def test_impossible_options_are_named(method, options, message):
+def test_error_names_the_impossible_option(method, options, message):
     model = build("deit_tiny")
     with pytest.raises(ValueError, match=message):
         dhtm.patch(model, method(**options))

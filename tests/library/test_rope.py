@@ -11,10 +11,10 @@ from dhtm.vit import patch_grid
 
 
 def embedded(model, images):
-    """Return the tokens before the first block, and the table of rotations, or one for each block."""
+    """Return the tokens before the first block, and the table of rotations or, with mixed axes, one table per block."""
     if isinstance(model, timm.models.NaFlexVit):
-        found = model._forward_embeds(images, None, None, None)
-        return found["patches"], found["rope_embeds"]
+        embeddings = model._forward_embeds(images, None, None, None)
+        return embeddings["patches"], embeddings["rope_embeds"]
     x, tables = model._pos_embed(model.patch_embed(images))
     return model.norm_pre(x), tables
 
@@ -34,7 +34,7 @@ def rotation(table, patches, rope):
 @pytest.mark.parametrize(
     ("name", "rope"), [*((name, "unit") for name in ROTARY), ("rope, mixed axes for each head", "mean")]
 )
-def test_the_forward_written_out_token_by_token(name, rope):
+def test_merged_tokens_are_rotated_by_the_mean_over_their_patches(name, rope):
     model = build(name)
     images = images_for(model, batch=1)
     got = logits(dhtm.patch(model, dhtm.DHTM(k=15, layers=(1, 3)), rope=rope), images)
@@ -60,7 +60,7 @@ def test_the_forward_written_out_token_by_token(name, rope):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_read_or_is_unknown_is_refused():
+def test_reading_rotated_attention_or_unknown_rope_raises():
     model = build("dinov3")
     with pytest.raises(TypeError, match="model rotates afterwards"):
         dhtm.patch(model, baselines.KMedoids(0.7, layers=(2, 3)))

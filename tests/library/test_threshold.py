@@ -1,4 +1,4 @@
-"""DHTM with a threshold in models: the padding that nobody may notice, FLOPs, and thresholds found on images."""
+"""DHTM with a threshold in models: padding that must not change results, FLOPs, and thresholds found on images."""
 
 import copy
 
@@ -19,7 +19,7 @@ import dhtm
         ("rope, mixed axes for each head", {"layers": (1, 3)}),
     ],
 )
-def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
+def test_result_does_not_depend_on_the_other_images_of_the_batch(name, options):
     model = build(name)
     images = torch.cat([images_for(model, 3), torch.zeros_like(images_for(model, 1)), images_for(model, 1, seed=2) / 4])
     counted = {key: value for key, value in options.items() if key != "max_merges"}
@@ -29,7 +29,7 @@ def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
     counts = dhtm.regions(model).n_tokens_of_images
     assert len(counts.unique()) > 1 and dhtm.regions(model).n_tokens == counts.max()
     masked = copy.deepcopy(model)
-    masked.reducer.train()  # then one attention with a mask serves all images, as in compiled models
+    masked.reducer.train()  # one masked attention then computes all images, as in compiled models
     torch.testing.assert_close(logits(masked, images), together, rtol=1e-4, atol=1e-4)
     assert torch.equal(dhtm.regions(masked).assignment, assignment)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -39,7 +39,7 @@ def test_an_image_does_not_notice_the_others_of_its_batch(name, options):
         assert torch.equal(dhtm.regions(model).assignment[0], assignment[image])
 
 
-def test_the_pooling_may_change_after_patching_and_a_batch_may_be_empty():
+def test_pooling_may_change_after_patching_and_a_batch_may_be_empty():
     before, after = build("112"), build("112")
     images = images_for(before, 3)
     before.reset_classifier(7, "avg")
@@ -53,7 +53,7 @@ def test_the_pooling_may_change_after_patching_and_a_batch_may_be_empty():
 
 
 @pytest.mark.parametrize("connectivity", [8, "all"])
-def test_an_image_costs_what_it_costs_with_as_many_merges(connectivity):
+def test_flops_of_an_image_equal_those_with_a_fixed_number_of_merges(connectivity):
     model, options, expected = build("deit_tiny_distilled"), {"layers": (2, 3, 5), "connectivity": connectivity}, []
     for k in (0, 30):
         count = dhtm.count_flops(dhtm.patch(model, dhtm.DHTM(k=k, **options)))
@@ -61,7 +61,7 @@ def test_an_image_costs_what_it_costs_with_as_many_merges(connectivity):
         dhtm.unpatch(model)
     dhtm.patch(model, dhtm.DHTM(threshold=0.5, **options))
     tokens = torch.tensor([[196] * 5, [196, 166, 136, 136, 106]])
-    for dtype in (torch.float32, torch.bfloat16):  # a run counts them on the model that predicted
+    for dtype in (torch.float32, torch.bfloat16):  # a run counts with the model that predicted, in its dtype
         total, merging = dhtm.count_flops_of_images(model.to(dtype), tokens)
         assert list(zip(total.tolist(), merging.tolist(), strict=True)) == expected
     with pytest.raises(ValueError, match="depend on the image"):
@@ -69,30 +69,30 @@ def test_an_image_costs_what_it_costs_with_as_many_merges(connectivity):
 
 
 @pytest.mark.parametrize("reducer", [dhtm.DHTM(k=25, layers=(1, 3)), dhtm.DHTMPlus(90)])
-def test_thresholds_make_as_many_merges_as_are_wanted_on_average(reducer):
+def test_found_thresholds_make_the_requested_merges_on_average(reducer):
     model = build("deit_tiny")
     images = images_for(model, 16)
     before = logits(model, images)
     thresholds, tokens = dhtm.find_thresholds(model, reducer, images)
-    assert torch.equal(logits(model, images), before), "the model is as it was"
-    same = {"proportional_attention": reducer.proportional_attention, **reducer.options}
-    dhtm.patch(model, dhtm.DHTM(threshold=thresholds, layers=reducer.layers, **same))
+    assert torch.equal(logits(model, images), before), "the model is not changed"
+    options = {"proportional_attention": reducer.proportional_attention, **reducer.options}
+    dhtm.patch(model, dhtm.DHTM(threshold=thresholds, layers=reducer.layers, **options))
     logits(model, images)
-    found = torch.stack([dhtm.regions(model, layer).n_tokens_of_images for layer in range(1, 6)], dim=1)
-    assert torch.equal(found, tokens)
-    made = -found.float().mean(dim=0).diff(prepend=torch.tensor([196.0]))
+    n_tokens = torch.stack([dhtm.regions(model, layer).n_tokens_of_images for layer in range(1, 6)], dim=1)
+    assert torch.equal(n_tokens, tokens)
+    merges = -n_tokens.float().mean(dim=0).diff(prepend=torch.tensor([196.0]))
     for layer in range(1, 6):
-        wanted = reducer.merges_in(layer) if layer in reducer.schedule else 0
-        assert made[layer - 1] == pytest.approx(wanted, abs=1)
-        assert wanted or layer not in reducer.schedule or thresholds[reducer.schedule.index(layer)] > 1
+        expected = reducer.merges_in(layer) if layer in reducer.schedule else 0
+        assert merges[layer - 1] == pytest.approx(expected, abs=1)
+        assert expected or layer not in reducer.schedule or thresholds[reducer.schedule.index(layer)] > 1
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.9}, {"k": 5, "similarity": "euclidean"}, {"k": 5, "mass": "size"}])
-def test_thresholds_are_found_for_merges_by_cosine_alone(options):
+def test_finding_thresholds_needs_counted_merges_by_plain_cosine(options):
     with pytest.raises(ValueError, match="with k or total, similarity='cosine' and mass=None"):
         dhtm.find_thresholds(build("deit_tiny"), dhtm.DHTM(**options), torch.zeros(1, 3, 64, 64))
 
 
-def test_a_model_that_pools_by_attention_is_refused():
+def test_model_with_attention_pooling_raises():
     with pytest.raises(ValueError, match="global_pool='map'"):
         dhtm.patch(build("siglip (attention pooling)"), dhtm.DHTM(threshold=0.9, layers=(1, 2)))

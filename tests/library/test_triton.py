@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against other backends, on a GPU if available and otherwise in Triton's interpreter."""
 
 import os
 import subprocess
@@ -9,29 +9,29 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from test_atc import clusterings
-from test_merge import THRESHOLDS, WHERE, check_backend, merges, smooth
+from test_merge import DEVICE_OF, THRESHOLDS, check_backend, merge_cases, smooth
 from test_random_merge import check_draws, draws
 
 from dhtm import kernels
 
-DEVICE = WHERE["triton"]
+DEVICE = DEVICE_OF["triton"]
 
 
 @settings(max_examples=16, deadline=None)
-@given(merges())
-def test_any_tokens(case):
+@given(merge_cases())
+def test_merge_equals_the_reference(case):
     check_backend(case, "triton", DEVICE)
 
 
 @settings(max_examples=12, deadline=None)
 @given(draws())
-def test_random_draws(case):
+def test_random_merge_draws_as_defined(case):
     check_draws(case, "triton", DEVICE)
 
 
 @settings(max_examples=20, deadline=None)
 @given(clusterings())
-def test_agglomeration(case):
+def test_agglomerate_equals_the_torch_backend(case):
     features, k, linkage = case
     features = torch.from_numpy(features)
     expected = kernels.agglomerate(features, k, linkage, "torch")
@@ -46,12 +46,12 @@ def test_agglomeration(case):
         *(((3, 4), 6, name, "all") for name in THRESHOLDS),
     ],
 )
-def test_more_channels_than_a_block_has(grid, k, similarity, connectivity):
+def test_tokens_may_have_more_channels_than_a_block(grid, k, similarity, connectivity):
     options = {"similarity": similarity, "connectivity": connectivity, "masses": None, "threshold": None}
     check_backend((smooth(1, grid, 192, seed=1), grid, k, options), "triton", DEVICE)
 
 
-AHEAD = """
+COMPILE_ONLY = """
 import types
 import torch
 from triton.backends.compiler import GPUTarget
@@ -60,8 +60,8 @@ from triton.runtime.jit import JITFunction
 from dhtm import Regions
 from dhtm.kernels import ALL_PAIRS, gpu
 
-absent = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
-driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), **absent))
+no_gpu = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), **no_gpu))
 run, compiled = JITFunction.run, {}
 
 def compile_only(self, *arguments, **options):
@@ -79,25 +79,25 @@ def call(n, k):
     gpu.draw(regions, torch.arange(2), k, 8, k)
 
 call(196, 40)
-call(176, 1)  # other numbers of tokens and merges need no other code
+call(176, 1)  # other numbers of tokens and merges compile nothing new
 for name, kernels in compiled.items():
     print(name, len(kernels), *(len(kernel.asm["cubin"]) > 1000 for kernel in kernels.values()))
-    if name in ("merge_image", "cluster_image"):  # products and sums are rounded one by one; KL's exp has its own code
+    if name in ("merge_image", "cluster_image"):  # products and sums are rounded one by one; exp, for KL, is not
         assert all("mul.rn.f64" in kernel.asm["ptx"] and "fma" not in kernel.asm["ptx"] for kernel in kernels.values())
 """
 
 
-def test_the_kernels_compile_for_a_gpu_without_one(tmp_path):
-    """Down to the machine code of an H100, as they are launched: the interpreter takes more than the compiler does.
+def test_kernels_compile_for_an_h100_without_a_gpu(tmp_path):
+    """Compile the kernels to machine code, as they are launched: the compiler accepts less than the interpreter.
 
-    KL has all of the code, and the number of tokens or merges changes none of it.
+    KL uses all of the code. Other numbers of tokens or merges must not compile it again.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", AHEAD], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
+        [sys.executable, "-c", COMPILE_ONLY], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    twice = "describe_all"  # for each similarity
+    twice = "describe_all"  # for KL and for cosine
     once = "_edge_scores", "_merge_image", "merge_image", "cluster_image", "_draw_image"
     assert sorted(result.stdout.splitlines()) == sorted([f"{twice} 2 True True", *(f"{name} 1 True" for name in once)])

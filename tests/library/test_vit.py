@@ -1,4 +1,4 @@
-"""dhtm.patch on the models it promises to work for."""
+"""dhtm.patch on supported and unsupported models."""
 
 import copy
 import functools
@@ -26,9 +26,9 @@ from dhtm.vit import image_shape, tokens_by_layer
         ("siglip (attention pooling)", {"proportional_attention": True}),
     ],
 )
-def test_a_patched_model_is_the_plain_one_with_tokens_merged_between_its_branches(name, options):
+def test_patched_model_merges_between_attention_and_mlp(name, options):
     model = build(name)
-    image, prefix, found = images_for(model, batch=1), model.num_prefix_tokens, []
+    image, prefix, all_regions = images_for(model, batch=1), model.num_prefix_tokens, []
     reducer = dhtm.DHTM(k=30, layers=(2, 4), **options)
     got = logits(dhtm.patch(model, reducer), image)
     dhtm.unpatch(model)
@@ -37,17 +37,17 @@ def test_a_patched_model_is_the_plain_one_with_tokens_merged_between_its_branche
         if layer not in (2, 4):
             return x, sizes
         features = {"keys": keys.transpose(0, 1).flatten(1), "attention_output": output}.get(reducer.features, x)
-        regions, grid = (found[-1], None) if found else (None, model.patch_embed.grid_size)
+        regions, grid = (all_regions[-1], None) if all_regions else (None, model.patch_embed.grid_size)
         options = reducer.options | {"features": features[None, prefix:], "backend": "reference"}
         tokens, regions = dhtm.hierarchical_merge(x[None, prefix:], 30, regions, grid, **options)
-        found.append(regions)
+        all_regions.append(regions)
         return torch.cat([x[:prefix], tokens[0]]), torch.cat([torch.ones(prefix), regions.sizes[0]])
 
     expected = forward(model, image, merge, reducer.proportional_attention)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dynamic_image_size_follows_the_input():
+def test_number_of_tokens_follows_a_dynamic_image_size():
     model = dhtm.patch(build("dynamic size"), dhtm.DHTM(k=5, layers=(2,)))
     logits(model, torch.randn(1, 3, 160, 96))
     assert dhtm.regions(model).grid == (10, 6) and dhtm.regions(model).n_tokens == 55
@@ -55,7 +55,7 @@ def test_dynamic_image_size_follows_the_input():
         model(torch.randn(1, 3, 32, 32))
 
 
-def test_copies_and_state_dicts_are_independent():
+def test_copy_of_a_patched_model_is_independent():
     model = dhtm.patch(build("deit_tiny"), dhtm.DHTM(k=5, layers=(2,)))
     images = images_for(model)
     expected = logits(model, images)
@@ -77,12 +77,12 @@ def test_copies_and_state_dicts_are_independent():
         (lambda: torch.compile(build("deit_tiny")), "before wrapping or compiling"),
     ],
 )
-def test_other_models_are_refused(make, message):
+def test_unsupported_models_raise(make, message):
     with pytest.raises(TypeError, match=message):
         dhtm.patch(make(), dhtm.DHTM(k=4, layers=(1,)))
 
 
-def test_wrong_use_is_explained():
+def test_wrong_use_raises():
     model = build("deit_tiny")
     with pytest.raises(ValueError, match="not patched"):
         dhtm.regions(model)
@@ -101,14 +101,14 @@ def test_wrong_use_is_explained():
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_threads_that_share_a_model_are_refused(gradients):
-    """A forward pass in another thread, in the middle of one, would change the regions under its feet."""
+def test_concurrent_threads_on_one_model_raise(gradients):
+    """A forward pass in another thread would change the regions of one that is running."""
     model = dhtm.patch(build("112"), dhtm.DHTM(k=15, layers=(2, 4)))
     mine, other = images_for(model, seed=1), images_for(model, seed=2)
     run = (lambda images: model(images).detach()) if gradients else functools.partial(logits, model)
     expected = [run(images) for images in (mine, other)]
     with ThreadPoolExecutor(1) as thread:
-        assert torch.equal(thread.submit(run, mine).result(), expected[0]), "one after the other is fine"
+        assert torch.equal(thread.submit(run, mine).result(), expected[0]), "threads may run one after the other"
         results = []
 
         def interrupt(*_):
@@ -122,7 +122,7 @@ def test_threads_that_share_a_model_are_refused(gradients):
     assert torch.equal(run(mine), expected[0])
 
 
-def test_a_backward_pass_may_run_checkpointed_layers_again_in_another_thread():
+def test_backward_may_rerun_checkpointed_layers_in_another_thread():
     model = dhtm.patch(build("112").train(), dhtm.DHTM(k=15, layers=(2, 4)))
     model.set_grad_checkpointing()
     with ThreadPoolExecutor(1) as thread:
@@ -130,8 +130,8 @@ def test_a_backward_pass_may_run_checkpointed_layers_again_in_another_thread():
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
 
 
-def test_models_of_unlike_layers_cannot_share_a_reducer():
-    """The reducer counts the layers of the model that it was last patched into."""
+def test_models_of_different_depths_cannot_share_a_reducer():
+    """With layers="all", a reducer has the layers of the model that it was last patched into."""
     reducer, deep = dhtm.DHTMPlus(30), build("112")
     for model in (deep, build("112", depth=4)):
         assert logits(dhtm.patch(model, reducer), images_for(model)).shape == (2, 1000)
@@ -139,7 +139,7 @@ def test_models_of_unlike_layers_cannot_share_a_reducer():
         logits(deep, images_for(deep))
 
 
-def test_patch_dropout_is_refused_while_training():
+def test_patch_dropout_raises_in_training_mode():
     model = dhtm.patch(build("deit_tiny", patch_drop_rate=0.5), dhtm.DHTM(k=4, layers=(2,)))
     logits(model, images_for(model))
     with pytest.raises(RuntimeError, match="patch_drop_rate=0"):
@@ -147,7 +147,7 @@ def test_patch_dropout_is_refused_while_training():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "siglip (attention pooling)"])
-def test_feature_interfaces_give_full_grids(name):
+def test_feature_interfaces_return_full_grids(name):
     model = build(name)
     images = images_for(model)
     options = [{}, {"indices": [1, 4], "norm": True, "return_prefix_tokens": True}, {"output_fmt": "NLC", "indices": 2}]
@@ -172,7 +172,7 @@ def test_feature_interfaces_give_full_grids(name):
     assert model.forward_intermediates.__func__ is type(model).forward_intermediates
 
 
-def test_features_of_an_eva_model_without_prefix_tokens():
+def test_feature_interface_of_eva_works_without_prefix_tokens():
     model = build("perception encoder", class_token=False)
     images = images_for(model)
     final, (grid,) = model.forward_intermediates(images, [1])
@@ -184,8 +184,8 @@ def test_features_of_an_eva_model_without_prefix_tokens():
     "reducer",
     [dhtm.DHTM(threshold=0.5, max_merges=40, layers=(2, 4)), baselines.ToMe(8), baselines.KMedoids(0.7, layers=(2, 4))],
 )
-def test_naflex_on_images_of_one_size_is_the_classic_model(reducer):
-    """With the same weights, and so is a patched one."""
+def test_patched_naflex_gives_the_logits_of_the_patched_vit(reducer):
+    """Compare also regions and FLOPs; both models have the same weights."""
     classic = build("deit_tiny", init_values=0.1)
     classic.pos_embed.data[:, 0] = 0  # NaFlexVit gives the CLS token no position
     options = {"class_token": True, "global_pool": "token", "fc_norm": False, "reg_tokens": 0, "num_classes": 1000}
@@ -198,11 +198,11 @@ def test_naflex_on_images_of_one_size_is_the_classic_model(reducer):
     dhtm.unpatch(classic)
     torch.testing.assert_close(logits(dhtm.patch(naflex, reducer), images), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(dhtm.regions(naflex).assignment, regions.assignment)
-    # A linear layer embeds the patches, whose FLOPs are those of the convolution.
+    # NaFlexVit embeds patches by a linear layer, which has as many FLOPs as the convolution.
     assert flops is None or dhtm.count_flops(naflex) == flops
 
 
-def test_naflex_on_images_of_unlike_sizes_is_refused():
+def test_naflex_on_a_dict_of_patches_raises():
     naflex = dhtm.patch(build("naflex"), dhtm.DHTM(k=3, layers=(2,)))
     coordinates = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
     patches = {"patches": torch.zeros(1, 16, 768), "patch_coord": coordinates}
@@ -210,7 +210,7 @@ def test_naflex_on_images_of_unlike_sizes_is_refused():
         naflex(patches | {"patch_valid": torch.ones(1, 16, dtype=bool)})
 
 
-def test_naflex_without_a_grid_of_positions_or_without_a_pretrained_config():
+def test_naflex_may_lack_a_position_grid_or_a_pretrained_config():
     rotary = build("naflex, axial", pos_embed="none", num_classes=7)
     rotary.embeds.pos_embed_grid_size = None
     assert logits(dhtm.patch(rotary, dhtm.DHTM(k=3, layers=(2,))), torch.zeros(1, 3, 64, 64)).shape == (1, 7)
