@@ -12,7 +12,7 @@ def build(folder):
 
 
 def test_documentation_builds_without_a_warning_and_has_the_api(tmp_path, capfd):
-    """In a forked process, which need not import anything again; Sphinx changes the defaults of what it documents."""
+    """Sphinx changes defaults of functions that it documents, so it runs in its own process, forked to save the imports."""
     process = multiprocessing.get_context("fork").Process(target=build, args=[tmp_path])
     process.start()
     process.join(300)

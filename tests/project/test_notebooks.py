@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
-    """IPython in this process, in the project's folder: a kernel would import everything again."""
+    """Return IPython in this process, in the project's folder: a kernel would import everything again."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend("")  # as in a kernel, modules of the current folder are found
@@ -25,7 +25,7 @@ def test_notebook_runs(path, shell):
     nbformat.validate(notebook)
     assert path.stat().st_size < 500_000
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert any(cell.outputs for cell in code), "commit it with its outputs"
+    assert any(cell.outputs for cell in code), "the notebook must be committed with its outputs"
     for cell in code:
         fewer_images = cell.source.replace("Digits(limit=200)", "Digits(limit=20)")
         shell.run_cell(fewer_images).raise_error()
