@@ -1,4 +1,4 @@
-"""Write a few images in every form that ImageNet is kept in."""
+"""Write a few images in each form in which ImageNet is stored, and open them."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from torchvision.transforms import PILToTensor
 from dhtm.harness.data.photographs import Photographs
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
-# The hub distinguishes the two classes that are called crane.
+# Class names have to be unique, and two synsets are called "crane".
 WORDS = [f"{ImageNetInfo('imagenet-1k').index_to_description(i)}, {synset}" for i, synset in enumerate(SYNSETS)]
 CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of Imagenette
 
@@ -35,7 +35,7 @@ def flat(root, images):
 
 
 def devkit(root, images):
-    """Write a devkit whose ids have an order of their own, as in the real one, which lists 1,000 leaves and their ancestors."""
+    """Write a devkit. As in the real one, ids are not in the order of the synsets, and some belong to ancestors of classes."""
     folder = root / "ILSVRC2012_devkit_t12" / "data"
     folder.mkdir(parents=True)
     order = [*SYNSETS[500:], *SYNSETS[:500], "n00000001"]
@@ -43,8 +43,8 @@ def devkit(root, images):
     for i, synset in enumerate(order):
         entries[i, 0] = (np.array([[i + 1]]), synset, "words")
     scipy.io.savemat(folder / "meta.mat", {"synsets": entries})
-    truth = "".join(f"{order.index(synset) + 1}\n" for _, synset in images.values())
-    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    ground_truth = "".join(f"{order.index(synset) + 1}\n" for _, synset in images.values())
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(ground_truth)
     return folder.parent
 
 
@@ -55,11 +55,11 @@ def flat_with_devkit(root, images):
 
 def flat_with_packed_devkit(root, images):
     flat(root, images)
-    packed = root / "kit" / "ILSVRC2012_devkit_t12.tar.gz"
-    packed.parent.mkdir()
-    with tarfile.open(packed, "w:gz") as tar:
-        tar.add(devkit(packed.parent, images), "ILSVRC2012_devkit_t12")
-    return {"labels": str(packed)}
+    archive = root / "kit" / "ILSVRC2012_devkit_t12.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(devkit(archive.parent, images), "ILSVRC2012_devkit_t12")
+    return {"labels": str(archive)}
 
 
 def flat_with_kaggles_csv(root, images):
@@ -119,7 +119,7 @@ def table(images, names=WORDS):
 
 
 def parquet(root, images):
-    """Write two files of one split beside one of another, as on the hub."""
+    """Write the validation split in two files and a train split in one, named as on the Hugging Face Hub."""
     (root / "data").mkdir()
     for i in range(2):
         table(images).shard(2, i, contiguous=True).to_parquet(root / "data" / f"validation-0000{i}-of-00002.parquet")
@@ -149,5 +149,5 @@ def opened(root, transform=None, **options):
 
 
 def opened_as(form, root, images, **options):
-    """Write images in a form, and open them as ImageNet's."""
+    """Write images in a form, and open them with ImageNet-1K's class numbers."""
     return opened(**({"root": root, "class_map": "synsets"} | (form(root, images) or {}) | options))

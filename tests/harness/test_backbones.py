@@ -1,4 +1,4 @@
-"""Backbones and the files that their weights may come from."""
+"""Tests of backbones and of loading their weights from checkpoints."""
 
 import os
 
@@ -25,7 +25,7 @@ def test_checkpoints_load(tmp_path):
 
 
 class Evil:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -34,7 +34,7 @@ class Evil:
         return (open, (str(self.file), "w"))
 
 
-def test_files_that_are_not_its_weights_are_refused_in_one_line(tmp_path):
+def test_invalid_checkpoint_raises_one_line_error(tmp_path):
     save_file(timm.create_model(ARCHITECTURE, num_classes=3).state_dict(), tmp_path / "cut.safetensors")
     os.truncate(tmp_path / "cut.safetensors", 20_000)
     contents = {
@@ -44,10 +44,10 @@ def test_files_that_are_not_its_weights_are_refused_in_one_line(tmp_path):
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
-    whys = {"other_head.pth": "size mismatch for head.weight", "nothing.pth": "Missing key"}
+    reasons = {"other_head.pth": "size mismatch for head.weight", "nothing.pth": "Missing key"}
     for name in (*contents, "cut.safetensors"):
-        refused = rf"^backbone.checkpoint={tmp_path / name}: not the weights of test_vit \(.*"
-        with pytest.raises(UserError, match=refused + whys.get(name, "") + r".*\); give .*num_classes .*$") as error:
+        message = rf"^backbone.checkpoint={tmp_path / name}: not the weights of test_vit \(.*"
+        with pytest.raises(UserError, match=message + reasons.get(name, "") + r".*\); give .*num_classes .*$") as error:
             Backbone("own", ARCHITECTURE, 3, tmp_path / name).load()
         assert "\n" not in str(error.value)
-    assert not (tmp_path / "executed").exists(), "a pickle was executed"
+    assert not (tmp_path / "executed").exists(), "unpickling executed code"

@@ -1,4 +1,4 @@
-"""The benchmark writes what it promises; no test judges how fast anything is."""
+"""Tests of the benchmark's tables and figures. None depends on how fast anything is."""
 
 import json
 import re
@@ -22,26 +22,26 @@ METHODS = ["tome", "sit", "dhtm"]
 
 @pytest.fixture(scope="module")
 def result(script, tmp_path_factory):
-    """What scripts/benchmark.py prints, and the folder that it writes. DHTM cannot reach the second target."""
+    """Run scripts/benchmark.py; return its output and its output folder. DHTM cannot reach the second target, 60%."""
     folder = tmp_path_factory.mktemp("benchmark")
-    others = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
-    ran = script(
+    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
+    completed = script(
         "benchmark", "backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=[30,60]",
-        *(f"~methods.{name}" for name in others if name not in METHODS), "scaling.grids=[4,6]", "scaling.ks=[5,2]",
+        *(f"~methods.{name}" for name in names if name not in METHODS), "scaling.grids=[4,6]", "scaling.ks=[5,2]",
         "scaling.batch_sizes=[2,1]", "scaling.channels=16", f"runs={RUNS}", f"output_dir={folder}",
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout, folder
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout, folder
 
 
 @pytest.fixture(scope="module")
 def frame(result):
-    """The rows of the first target, and the unmerged model's, by method."""
-    frame = pd.read_csv(result[1] / "speed.csv").set_index("method")
-    return frame[frame.target != 60]
+    """Return the rows of the unmerged model and of the first target, indexed by method."""
+    rows = pd.read_csv(result[1] / "speed.csv").set_index("method")
+    return rows[rows.target != 60]
 
 
-def test_a_row_for_every_method_at_the_same_cost(frame):
+def test_every_method_has_one_row_at_equal_flops(frame):
     assert frame.index.tolist() == ["unmerged", "tome", "sit", "dhtm"]
     merged = frame.drop("unmerged")
     assert merged.flops_reduction_pct.between(28, 32).all()
@@ -52,21 +52,21 @@ def test_a_row_for_every_method_at_the_same_cost(frame):
     assert merged.trained.to_dict() == {"tome": False, "sit": True, "dhtm": False}
 
 
-def test_peak_memory_is_that_of_the_largest_tensors():
-    """An MLP holds its input and the hidden units before and after the activation; then those and the output."""
+def test_peak_memory_is_that_of_the_tensors_held_at_once():
+    """An MLP's peak is the hidden units before and after the activation. A ViT's peak grows with the batch."""
     model = torch.nn.Sequential(torch.nn.Linear(10, 1000), torch.nn.ReLU(), torch.nn.Linear(1000, 10)).eval()
     assert _peak_memory_mb(model, torch.randn(500, 10)) == pytest.approx(2 * 500 * 1000 * 4 / 1e6, rel=0.05)
     model = Backbone("deit_micro", "deit_micro", 10).bare()
     assert _peak_memory_mb(model, torch.randn(4, 1, 56, 56)) > _peak_memory_mb(model, torch.randn(2, 1, 56, 56)) > 0
 
 
-def test_growth_is_the_exponent():
+def test_growth_is_the_exponent_of_a_power_law():
     n = np.array([196, 256, 576, 1024])
-    grown = pd.DataFrame({"varied": "n_tokens", "n_tokens": n, "merge_ms": 0.3 * n**1.25})
-    assert growth(grown) == pytest.approx(1.25)
+    times = pd.DataFrame({"varied": "n_tokens", "n_tokens": n, "merge_ms": 0.3 * n**1.25})
+    assert growth(times) == pytest.approx(1.25)
 
 
-def test_the_figure_has_each_method_at_its_speed_and_top1(frame):
+def test_figure_shows_top1_and_kl_of_each_method_at_its_speedup(frame):
     committed = pd.read_csv(RUNS)
     dhtm, unmerged, sit = (committed[committed.method == name].iloc[:1] for name in ("dhtm", "unmerged", "sit"))
     dhtm = dhtm.assign(layers="4,7,11")
@@ -75,36 +75,36 @@ def test_the_figure_has_each_method_at_its_speed_and_top1(frame):
     runs = pd.concat([*rows, sit.assign(layers="4,7,10", targets="20,30", trained=True, top1=80.0)])
     runs["ci_low"], runs["ci_high"] = runs.top1 - 1, runs.top1 + 1
     top1, kl = speed_figure(frame.reset_index(), runs, "").axes
-    assert drawn(top1) == {
+    assert points_in(top1) == {
         "unmerged": [[1, 95]],
         "DHTM": [[frame.speedup["dhtm"], 90]],
         "SiT": [[frame.speedup["sit"], 80]],
     }
-    assert drawn(kl) == {"DHTM": [[frame.speedup["dhtm"], dhtm.kl.item()]]}, "trained models are compared with nothing"
+    assert points_in(kl) == {"DHTM": [[frame.speedup["dhtm"], dhtm.kl.item()]]}, "trained models have no KL"
 
 
-def drawn(ax):
+def points_in(ax):
     return {container.get_label(): container[0].get_xydata().tolist() for container in ax.containers}
 
 
-def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(result):
-    """A target out of reach is skipped; the merge by itself is timed for one thing varied at a time."""
-    printed, folder = result
-    frame, grown = (pd.read_csv(folder / f"{name}.csv") for name in ("speed", "merge"))
-    second = frame[frame.target == 60]
-    assert second.method.tolist() == ["tome", "sit"] and second.flops_reduction_pct.tolist() == pytest.approx(
+def test_script_times_all_targets_and_writes_results(result):
+    """A method that cannot reach a target is skipped for it. The merge is timed with N, k or the batch size varied."""
+    output, folder = result
+    speed, merge = (pd.read_csv(folder / f"{name}.csv") for name in ("speed", "merge"))
+    at_60 = speed[speed.target == 60]
+    assert at_60.method.tolist() == ["tome", "sit"] and at_60.flops_reduction_pct.tolist() == pytest.approx(
         [60] * 2, abs=2
     )
-    assert grown[["varied", "n_tokens", "k", "batch_size"]].to_numpy().tolist() == [
+    assert merge[["varied", "n_tokens", "k", "batch_size"]].to_numpy().tolist() == [
         ["n_tokens", 16, 5, 2], ["n_tokens", 36, 5, 2], ["k", 16, 5, 2], ["k", 16, 2, 2],
         ["batch_size", 16, 5, 2], ["batch_size", 16, 5, 1],
     ]  # fmt: skip
-    assert (grown[["merge_ms", "atc_ms", "scipy_ms"]] > 0).all(axis=None)
+    assert (merge[["merge_ms", "atc_ms", "scipy_ms"]] > 0).all(axis=None)
     for name in ("speed", "merge"):
-        assert (folder / f"{name}.md").read_text(encoding="utf-8") in printed
+        assert (folder / f"{name}.md").read_text(encoding="utf-8") in output
         assert Image.open(folder / f"{name}.png").width > 500
-    machine = json.loads((folder / "environment.json").read_text())
-    assert torch.__version__.startswith(machine["versions"]["torch"]) and machine["date"] >= "2026"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["versions"]["torch"]) and environment["date"] >= "2026"
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_the_script_times_all_targets_and_writes_tables_figures_and_the_machine(
         ("rounds=0", "rounds=0: Input should be greater than 0"),
     ],
 )
-def test_bad_options(composed, override, message):
+def test_invalid_option_raises(composed, override, message):
     with pytest.raises(UserError, match=message):
         config.benchmark(composed(override, config_name="benchmark"))
 
 
-def test_methods_that_all_miss_the_target_are_an_error(composed):
-    others = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
+def test_target_that_no_method_reaches_raises(composed):
+    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
     overrides = ["backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=90"]
-    overrides += [f"~methods.{name}" for name in others if name != "dhtm"]
+    overrides += [f"~methods.{name}" for name in names if name != "dhtm"]
     with pytest.raises(UnavailableError, match="none reaches a target"):
         time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))

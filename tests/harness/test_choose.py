@@ -1,4 +1,4 @@
-"""Choosing a setting: where a bound is met, on which images, and what a user gets."""
+"""Tests of choosing a setting: the search for the bound, the images that it uses, and its output."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baselines  # noqa: F401
-import dhtm  # noqa: F401  the printed lines use it
+import dhtm  # noqa: F401  used by the printed lines
 from dhtm.harness import choose as module
 from dhtm.harness import config
 from dhtm.harness.choose import boundary, choose, python_line
@@ -27,42 +27,40 @@ from dhtm.report.runs import load_runs
 
 @settings(deadline=None)
 @given(start=st.integers(1, 80), last=st.integers(5, 70), per_setting=st.floats(0.3, 1.4))
-def test_the_boundary_is_between_two_neighbouring_settings(start, last, per_setting):
-    """A made-up knob k = 1, 2, …, last that saves ``per_setting`` percent each; the condition begins to hold at ``start``."""
-    asked = []
+def test_boundary_finds_two_neighbouring_settings(start, last, per_setting):
+    """The knob takes k = 1, 2, …, last and saves ``per_setting`` percent per step; the condition holds from ``start`` on."""
+    tried = []
 
     def holds(k):
-        asked.append(k)
+        tried.append(k)
         return k >= start
 
     def at(percent):
         return round(percent / per_setting) if percent <= last * per_setting else None
 
     assert boundary(holds, at) == (min(start - 1, last) or None, start if start <= last else None)
-    assert len(set(asked)) <= 10 + math.ceil(math.log2(10 / per_setting + 1)) + 3, (
-        "what is asked twice is evaluated once"
-    )
+    assert len(set(tried)) <= 10 + math.ceil(math.log2(10 / per_setting + 1)) + 3, "too many settings were tried"
 
 
 @pytest.fixture
 def coarse(monkeypatch):
-    """Settings are 30% apart, and those between are not searched."""
+    """Search settings that are 30% of the FLOPs apart, and none between them."""
     monkeypatch.setattr(module, "STEP", 30)
     monkeypatch.setattr(module, "FINEST", 30)
 
 
 @pytest.fixture
 def on_digits(composed, tmp_path):
-    """Return what scripts/choose.py is to do with the embedded model on 24 scenes, for this process."""
+    """Return a function that makes a Choice for the embedded model and 24 scenes from overrides."""
     folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     common = ["backbone=deit_micro", "data=digits", "data.limit=24", "device=cpu", "batch_size=8", "rounds=1", *folders]
     return lambda *overrides: config.choice(composed(*common, *overrides, config_name="choose"))
 
 
-def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_digits, coarse, tmp_path, monkeypatch):
-    """The bound lies between a mean and the upper end of its interval: this setting must not be chosen.
+def test_choice_uses_half_of_the_images_and_the_upper_end_of_the_interval(on_digits, coarse, tmp_path, monkeypatch):
+    """A setting is not chosen if the bound is between its mean and the upper end of its interval.
 
-    A method that misses the bound is named, and the others are chosen all the same.
+    A method that cannot meet the bound is reported, and does not prevent a choice for the others.
     """
     monkeypatch.setattr(module, "STEP", 20)
     frame, *_ = choose(on_digits("max_kl=100"))
@@ -73,19 +71,19 @@ def test_every_second_image_chooses_and_the_far_end_of_the_interval_counts(on_di
         half = predictions(tmp_path / "results" / run_ids[row.value]).iloc[0 if row.part == "choose" else 1 :: 2]
         assert row.kl == pytest.approx(half.kl.mean()) and row.kl_high == faithfulness(half)["kl_ci95"][1]
 
-    before, between = tried.iloc[-2], tried.iloc[-1]
-    assert before.kl_high < between.kl < between.kl_high, "the test needs settings that differ"
-    bounded = on_digits(f"max_kl={(between.kl + between.kl_high) / 2}", "methods=[random,dhtm]")
-    frame, chosen, (missed,) = choose(bounded)
-    assert list(chosen) == ["dhtm"] and chosen["dhtm"].setting == before.value
+    expected, too_high = tried.iloc[-2], tried.iloc[-1]
+    assert expected.kl_high < too_high.kl < too_high.kl_high, "the test needs settings with different KL"
+    choice = on_digits(f"max_kl={(too_high.kl + too_high.kl_high) / 2}", "methods=[random,dhtm]")
+    frame, chosen, (miss,) = choose(choice)
+    assert list(chosen) == ["dhtm"] and chosen["dhtm"].setting == expected.value
     (reported,) = frame[frame.part == "report"].itertuples()
-    assert reported.value == before.value and reported.speedup > 0 and reported.latency_ms > 0
-    assert re.match(r"method=random: no setting meets max_kl=0\.\d+; nearest is kl=0\.\d+ \[.*at k = \d+ \(", missed)
-    assert missed in choice_table(frame, [missed], bounded).markdown()
+    assert reported.value == expected.value and reported.speedup > 0 and reported.latency_ms > 0
+    assert re.match(r"method=random: no setting meets max_kl=0\.\d+; nearest is kl=0\.\d+ \[.*at k = \d+ \(", miss)
+    assert miss in choice_table(frame, [miss], choice).markdown()
 
 
-def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch):
-    """One image takes 100 ms by the unmerged model, and half a millisecond less for each k; later all take twice as long."""
+def test_latency_bound_is_met_with_the_smallest_k(on_digits, monkeypatch):
+    """One image takes 100 − k/2 ms; after the first timing, of the unmerged model, everything takes twice as long."""
     load = itertools.chain([1], itertools.repeat(2))
 
     def time_methods(benchmark, *images):
@@ -99,23 +97,23 @@ def test_a_bound_on_latency_is_met_with_the_least_merging(on_digits, monkeypatch
     assert chosen["dhtm"].setting == 20
 
 
-def test_the_script_compares_methods_on_any_folder_of_images(composed, photos, coarse, caplog, tmp_path):
-    """Of eight photographs; every setting meets the bound."""
+def test_script_chooses_settings_on_a_folder_of_images(composed, photos, coarse, caplog, tmp_path):
+    """Run it on eight photographs, with a bound that every setting meets."""
     caplog.set_level("INFO")
-    places = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
+    folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     photographs = ["backbone=deit_mini", f"data.root={photos}/val"]
     small = ["rounds=1", "batch_size=2", "device=cpu", "methods=[dhtm,lotm]", "max_kl=100"]
     main = runpy.run_path(str(ROOT / "scripts/choose.py"))["main"]
-    main(composed(*photographs, *places, *small, config_name="choose"))
+    main(composed(*photographs, *folders, *small, config_name="choose"))
     frame = pd.read_csv(tmp_path / "output" / "choice.csv")
     tried, reported = (frame[frame.part == part] for part in ("choose", "report"))
-    assert (frame.n_images == 4).all(), "half of the eight choose, the other half reports"
+    assert (frame.n_images == 4).all(), "four of the eight images are used to choose, four to report"
     assert reported.method.tolist() == ["dhtm", "lotm"]
     for row in reported.itertuples():
         (choice,) = tried[(tried.method == row.method) & tried.chosen].itertuples()
         assert choice.value == row.value
         line = rf"dhtm\.patch\(model, \S+\(k={row.value:.0f}.*\)\)"
-        model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
+        model = timm.create_model("deit_mini")  # noqa: F841  patched by the line
         exec(re.search(line, caplog.text).group())
     for ending in ("csv", "md", "tex", "pdf", "png"):
         assert (tmp_path / "output" / f"choice.{ending}").stat().st_size > 500
@@ -131,20 +129,20 @@ def test_the_script_compares_methods_on_any_folder_of_images(composed, photos, c
         (["max_latency_ms=10", "methods=[dhtm_threshold]"], "its time depends on the image"),
     ],
 )
-def test_mistakes_get_one_line(on_digits, overrides, message):
+def test_invalid_choice_raises(on_digits, overrides, message):
     with pytest.raises(UserError, match=message):
         on_digits(*overrides)
 
 
-def test_the_line_of_python_has_the_options_that_are_not_defaults():
+def test_python_line_has_the_options_that_are_not_defaults():
     method = Method("dhtm", "dhtm.DHTM", "k", options={"k": 3, "layers": [2, 5], "linkage": "size"})
     line = python_line(method)
     assert line == "dhtm.patch(model, dhtm.DHTM(k=3, layers=(2, 5), linkage='size'))"
-    model = timm.create_model("deit_mini")  # noqa: F841  the line patches it
+    model = timm.create_model("deit_mini")  # noqa: F841  patched by the line
     exec(line)
 
 
-def test_thresholds_are_chosen_through_the_merges_they_make_on_average(on_digits, coarse):
+def test_one_threshold_per_layer_is_chosen(on_digits, coarse):
     frame, chosen, _ = choose(on_digits("methods=[dhtm_threshold]", "max_kl=100", "data.limit=12"))
     assert len(chosen["dhtm_threshold"].setting) == 12
     tried = frame[frame.part == "choose"]

@@ -1,4 +1,4 @@
-"""Equal cost: the knob found is the best of all there are, by counted FLOPs."""
+"""Tests of solving a method's knob for a target in counted FLOPs."""
 
 import dataclasses
 
@@ -13,35 +13,35 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.cost import Target, solve, solve_thresholds
 
 MICRO = Backbone("deit_micro", "deit_micro", 10)
-PLAIN = dhtm.count_flops(MICRO.bare()).total
+BASELINE_FLOPS = dhtm.count_flops(MICRO.bare()).total
 
 
 @pytest.fixture
 def method(composed):
-    """Make a method from the config of its name and overrides."""
+    """Return a function that makes a method from its name and overrides."""
     return lambda name, *overrides: config.evaluation(composed(f"method={name}", *overrides)).method
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "step"),
-    [("tome", [], 1), ("dpc_knn", ["method.layers=[2]", "method.keep_rate=1"], 0.005)],  # an integer is still a rate
+    [("tome", [], 1), ("dpc_knn", ["method.layers=[2]", "method.keep_rate=1"], 0.005)],  # the integer 1 is a rate too
 )
-def test_no_neighbouring_knob_comes_nearer(method, name, overrides, step):
-    """In timm's smallest ViT."""
+def test_solved_knob_is_nearest_to_the_target(method, name, overrides, step):
+    """Compare it with the two neighbouring settings, in timm's smallest ViT."""
     backbone = Backbone("test_vit", "test_vit", 10)
 
-    def flops(found):
-        return dhtm.count_flops(found.put_into(backbone.bare(), "test_vit") if found else backbone.bare()).total
+    def flops(candidate):
+        return dhtm.count_flops(candidate.put_into(backbone.bare(), "test_vit") if candidate else backbone.bare()).total
 
-    given, plain = method(name, *overrides), flops(None)
+    given, baseline = method(name, *overrides), flops(None)
     solved, target_pct = solve(backbone, given, Target(reduction_pct=30))
     assert target_pct == pytest.approx(30)
     misses = []
     for value in (solved.setting - step, solved.setting, solved.setting + step):
-        near = dataclasses.replace(solved, options=solved.options | {solved.knob: round(value, 3)})
-        misses.append(abs(flops(near) / plain - 0.7))
+        neighbour = dataclasses.replace(solved, options=solved.options | {solved.knob: round(value, 3)})
+        misses.append(abs(flops(neighbour) / baseline - 0.7))
     assert min(misses) == misses[1] < 0.02
-    assert given == method(name, *overrides) != solved, "the method given stays as it is"
+    assert given == method(name, *overrides) != solved, "the given method is unchanged"
 
 
 def test_thresholds_meet_a_target_on_average_over_images(method):
@@ -55,23 +55,23 @@ def test_thresholds_meet_a_target_on_average_over_images(method):
         model(images)
     tokens = torch.stack([dhtm.regions(model, layer).n_tokens_of_images for layer in range(1, 13)], dim=1)
     total, _ = dhtm.count_flops_of_images(model, tokens)
-    assert 100 * (1 - total.double().mean() / PLAIN) == pytest.approx(40, abs=1)
+    assert 100 * (1 - total.double().mean() / BASELINE_FLOPS) == pytest.approx(40, abs=1)
     with pytest.raises(UserError, match="depend on the images"):
         solve(MICRO, found, Target(reduction_pct=40))
 
 
-def test_a_target_in_gflops(method):
-    solved, target_pct = solve(MICRO, method("lotm"), Target(flops_g=0.8 * PLAIN / 1e9))
+def test_target_in_gflops_gives_the_same_knob_as_in_percent(method):
+    solved, target_pct = solve(MICRO, method("lotm"), Target(flops_g=0.8 * BASELINE_FLOPS / 1e9))
     assert target_pct == pytest.approx(20)
     assert solved == solve(MICRO, method("lotm"), Target(reduction_pct=20))[0]
 
 
-def test_without_a_target_or_a_knob_the_method_stays_as_it_is(method):
+def test_method_without_target_or_knob_is_unchanged(method):
     for name, target in (("dhtm", Target()), ("unmerged", Target(reduction_pct=30))):
         assert solve(MICRO, method(name), target) == (method(name), None)
 
 
-def test_a_target_out_of_reach_raises_with_the_range(method):
+def test_target_out_of_reach_raises_with_the_range(method):
     message = r"target.reduction_pct=60: method=lotm in layers \[4, 7, 11\] of .* from 0.0% \(k=0\) to 43.5% \(k=60\)"
     with pytest.raises(UnavailableError, match=message):
         solve(MICRO, method("lotm"), Target(reduction_pct=60))
@@ -87,12 +87,12 @@ def test_a_target_out_of_reach_raises_with_the_range(method):
         (["target.reduction_pct=30", "backbone.architecture=resnet18"], "cannot patch a ResNet"),
     ],
 )
-def test_what_cannot_be_solved_or_built_is_refused(composed, overrides, message):
+def test_invalid_target_or_model_raises(composed, overrides, message):
     with pytest.raises(UserError, match=message):
         config.evaluation(composed(*overrides)).method.reducer()
 
 
-def test_a_run_records_every_target_that_leads_to_it(evaluated):
+def test_run_records_every_target_that_it_was_solved_for(evaluated):
     lotm = ["data.limit=8", "method=lotm"]
     first = evaluated(*lotm, "target.reduction_pct=20")
     assert first["targets_reduction_pct"] == pytest.approx([20])

@@ -1,4 +1,4 @@
-"""The runner: what it writes is right, finished runs are kept, interrupted ones leave nothing, mistakes get one line."""
+"""Tests of runs: their results and files, skipping finished runs, interruptions, and one-line errors."""
 
 import json
 import os
@@ -29,14 +29,14 @@ from dhtm.harness.models.methods import Method
 from dhtm.harness.runs.evaluate import Evaluation, evaluate
 from dhtm.harness.runs.predict import CLASSES
 
-CONTRACT = """run_id experiment backbone method knobs layers data split n_images n_failed top1 top1_ci95 top5 flops_g
+REQUIRED_METRICS = """run_id experiment backbone method knobs layers data split n_images n_failed top1 top1_ci95 top5 flops_g
     flops_baseline_g flops_reduction_pct merge_flops_g params_m tokens_by_layer images_per_s batch_size dtype device seed
     wall_s weights_sha256 versions git_commit"""
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A DeiT-Tiny with random weights for three classes, as a user's own checkpoint."""
+    """Return a checkpoint of a DeiT-Tiny with random weights for three classes."""
     torch.manual_seed(5)
     model = timm.create_model("deit_tiny_patch16_224", num_classes=3)
     torch.nn.init.normal_(model.head.weight)
@@ -53,23 +53,23 @@ def read(metrics, tmp_path):
     return folder, pd.read_parquet(folder / "predictions.parquet")
 
 
-def test_dense_prediction_segments_by_the_features_of_every_patch(evaluated, tmp_path):
+def test_dense_prediction_counts_every_patch_by_class(evaluated, tmp_path):
     metrics = evaluated("method.k=40", "data.limit=60", "dense=true")
     _, predictions = read(metrics, tmp_path)
     confusion = np.stack(predictions.confusion)
-    known = Digits().patch_classes("test", range(60), (14, 14))
-    for number in range(3):
-        assert (confusion[:, 3 * number : 3 * number + 3].sum(axis=1) == (known == number).sum(axis=1)).all()
+    classes = Digits().patch_classes("test", range(60), (14, 14))
+    for label in range(3):
+        assert (confusion[:, 3 * label : 3 * label + 3].sum(axis=1) == (classes == label).sum(axis=1)).all()
     low, high = metrics["miou_ci95"]
     assert 70 < low < metrics["miou"] < high < 95 and metrics["iou"].keys() == {"ground", "digit", "distractor"}
     unmerged = evaluated("method=unmerged", "data.limit=60", "dense=true")
-    assert metrics["miou"] < unmerged["miou"] and unmerged["finished"] <= metrics["finished"], "the same probe"
+    assert metrics["miou"] < unmerged["miou"] and unmerged["finished"] <= metrics["finished"], "unmerged runs first"
     with pytest.raises(UserError, match="only data=digits"):
         evaluated("dense=true", "data=images", f"data.root={tmp_path}", "backbone=deit_mini")
 
 
-def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path, monkeypatch):
-    """It is found on training scenes; on others the mean cost comes near, and every image has its own."""
+def test_threshold_gives_each_image_its_own_number_of_tokens(evaluated, tmp_path, monkeypatch):
+    """The threshold is found on training scenes; on test scenes the mean cost is near the target."""
     run = ("method=dhtm_threshold", "target.reduction_pct=30", "data.limit=32")
     metrics = evaluated(*run)
     _, predictions = read(metrics, tmp_path)
@@ -77,18 +77,18 @@ def test_a_threshold_spends_what_each_image_needs(evaluated, tmp_path, monkeypat
     assert tokens.shape == (32, 12) and (np.diff(tokens) <= 0).all() and len(np.unique(tokens[:, -1])) > 10
     np.testing.assert_allclose(metrics["tokens_by_layer"], tokens.mean(axis=0), atol=0.006)
     assert metrics["targets_reduction_pct"] == [30] and metrics["flops_reduction_pct"] == pytest.approx(30, abs=7)
-    least, *_, most = metrics["flops_g_quartiles"]
-    assert least < metrics["flops_g"] < most < metrics["flops_baseline_g"]
+    low, *_, high = metrics["flops_g_quartiles"]
+    assert low < metrics["flops_g"] < high < metrics["flops_baseline_g"]
     found_on = metrics["thresholds_from"]
     assert (found_on["split"], found_on["n_images"], len(found_on["sha256"])) == ("train", 32, 64)
     assert len(metrics["knobs"]["threshold"]) == 12 and metrics["merge_flops_g"] > 0
-    monkeypatch.setattr(cost, "find_thresholds", lambda *_: pytest.fail("they were found before"))
+    monkeypatch.setattr(cost, "find_thresholds", lambda *_: pytest.fail("the thresholds are stored already"))
     assert evaluated(*run)["finished"] == metrics["finished"]
 
 
-def test_thresholds_are_not_found_on_the_images_that_they_are_tested_on(evaluated, photos, tmp_path):
+def test_thresholds_need_other_images_than_those_evaluated(evaluated, photos, tmp_path):
     save_file(Backbone("mini", "deit_mini", 3).bare().state_dict(), tmp_path / "mini.safetensors")
-    shared = [
+    overrides = [
         "backbone=deit_mini", f"backbone.checkpoint={tmp_path}/mini.safetensors", "backbone.num_classes=3",
         "data=imagefolder", "method=dhtm_threshold", "target.reduction_pct=30",
     ]  # fmt: skip
@@ -100,14 +100,14 @@ def test_thresholds_are_not_found_on_the_images_that_they_are_tested_on(evaluate
         with pytest.raises(
             UnavailableError, match=f"its thresholds are found on images other than data.split=val.*{message}"
         ):
-            evaluated(*shared, f"data.root={root}")
+            evaluated(*overrides, f"data.root={root}")
 
 
-def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
+def test_run_directory_has_all_files_and_metrics(evaluated, tmp_path):
     metrics = evaluated("method.k=48", "data.limit=100")
     folder, predictions = read(metrics, tmp_path)
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert set(CONTRACT.split()) <= set(metrics)
+    assert set(REQUIRED_METRICS.split()) <= set(metrics)
     assert list(predictions.columns) == ["index", "label", *CLASSES, "correct", "kl", "unmerged_class", "group"]
     assert predictions["index"].tolist() == list(range(100))
     assert metrics["n_images"] == 100
@@ -118,8 +118,8 @@ def test_a_run_directory_holds_the_contract(evaluated, tmp_path):
     assert "k: 48" in (folder / "config.yaml").read_text()
 
 
-def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, checkpoint, tmp_path):
-    """Top-1, top-5 and order against a plain loop with DeiT's published preprocessing written out."""
+def test_photographs_are_preprocessed_as_for_deit(evaluated, photos, checkpoint, tmp_path):
+    """Compare with a plain loop that spells out DeiT's published preprocessing."""
     overrides = ["data=imagefolder", f"data.root={photos}", "backbone=deit_tiny", "method.k=20"]
     metrics = evaluated(*overrides, f"backbone.checkpoint={checkpoint}", "backbone.num_classes=3", "batch_size=3")
     _, predictions = read(metrics, tmp_path)
@@ -143,7 +143,7 @@ def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, 
     assert (predictions[CLASSES[3:]] == -1).all(axis=None), "the model has three outputs"
     assert predictions.label.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert metrics["top5"] == 100
-    # Wilson (1927) in closed form.
+    # Wilson's interval (1927) in closed form.
     p, n, z = predictions.correct.mean(), 8, 1.959963984540054
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     expected = [100 * (centre - half) / (1 + z**2 / n), 100 * (centre + half) / (1 + z**2 / n)]
@@ -151,12 +151,12 @@ def test_photographs_are_evaluated_as_timm_preprocesses_them(evaluated, photos, 
     assert metrics["flops_g"] == dhtm.count_flops(model).total / 1e9
 
 
-def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
+def test_finished_run_is_skipped_unless_forced(evaluated, tmp_path):
     first = evaluated("data.limit=8", "batch_size=8")
     file = tmp_path / "runs" / first["run_id"] / "metrics.json"
     written = file.stat().st_mtime_ns
-    # The batch size is no part of what determines the result.
-    (file.parent / ".ipynb_checkpoints").mkdir()  # as somebody leaves who looks at the run in Jupyter
+    # The batch size is not part of the run id.
+    (file.parent / ".ipynb_checkpoints").mkdir()  # as Jupyter creates it
     assert evaluated("data.limit=8", "batch_size=2") == first
     assert file.stat().st_mtime_ns == written
     forced = evaluated("data.limit=8", "force=true")
@@ -164,7 +164,7 @@ def test_a_finished_run_is_skipped_and_force_computes_it(evaluated, tmp_path):
     assert forced["run_id"] == first["run_id"]
 
 
-def test_a_run_id_has_what_determines_the_result_and_nothing_else(composed, tmp_path):
+def test_run_id_depends_only_on_what_determines_the_result(composed, tmp_path):
     changes = [
         "method.k=41", "method.layers=[4,7,10]", "data.limit=5", "dtype=bfloat16", "data.seed=1", "method=random",
         "method=random seed=1", "dense=true",
@@ -182,21 +182,21 @@ def test_a_run_id_has_what_determines_the_result_and_nothing_else(composed, tmp_
     assert ids[0] == ids[1] and len(set(ids)) == 1 + len(changes)
 
 
-def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_path, monkeypatch):
+def test_run_killed_between_any_two_files_is_unfinished(evaluated, tmp_path, monkeypatch):
     metrics = evaluated("data.limit=4")
     folder = tmp_path / "runs" / metrics["run_id"]
-    for survivors in range(5):  # a shard of predictions, and the four files
+    for n_written in range(5):  # one shard of predictions and four files are renamed
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        left = [survivors]
+        remaining = [n_written]
 
-        def replace(path, target, left=left):
-            if not left[0]:
+        def replace(path, target, remaining=remaining):
+            if not remaining[0]:
                 raise KeyboardInterrupt
-            left[0] -= 1
+            remaining[0] -= 1
             os.replace(path, target)  # noqa: PTH105
 
-        with monkeypatch.context() as patched:
-            patched.setattr(type(folder), "replace", replace)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder), "replace", replace)
             with pytest.raises(KeyboardInterrupt):
                 evaluated("data.limit=4", "force=true")
         assert not (folder / "metrics.json").exists()
@@ -230,13 +230,13 @@ def test_a_kill_between_any_two_files_leaves_an_unfinished_run(evaluated, tmp_pa
         (["backbone=deit_small"], r"pretrained weights are not available .*backbone.checkpoint=FILE"),
     ],
 )
-def test_mistakes_get_one_line(evaluated, overrides, message):
+def test_invalid_setting_raises_one_line_error(evaluated, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         evaluated("data.limit=2", *overrides)
     assert "\n" not in str(error.value)
 
 
-def test_data_that_does_not_fit_is_refused(evaluated, photos, tmp_path):
+def test_unsuitable_data_raises(evaluated, photos, tmp_path):
     with pytest.raises(UserError, match="data=imagefolder has 3 classes, the backbone 10: choose a backbone"):
         evaluated("data=imagefolder", f"data.root={photos}")
     torch.save(timm.create_model("deit_micro", num_classes=3).state_dict(), tmp_path / "grey.pth")
@@ -248,7 +248,7 @@ def test_data_that_does_not_fit_is_refused(evaluated, photos, tmp_path):
         evaluated("data=imagefolder", f"data.root={tmp_path}")
 
 
-def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
+def test_run_from_python_equals_the_run_from_hydra(evaluated, tmp_path):
     run = Evaluation(
         backbone=Backbone("deit_micro", "deit_micro", num_classes=10),
         method=Method("dhtm", "dhtm.DHTM", knob="k", options={"k": 40, "layers": (4, 7, 11)}),
@@ -257,16 +257,16 @@ def test_a_run_is_described_and_carried_out_from_python(evaluated, tmp_path):
     )
     metrics = evaluated("method.k=40", "data.limit=4")
     assert {key: evaluate(run)[key] for key in ("run_id", "top1")} == {key: metrics[key] for key in ("run_id", "top1")}
-    settings, by_hydra = (
+    by_python, by_hydra = (
         yaml.safe_load((tmp_path / folder / metrics["run_id"] / "config.yaml").read_text())
         for folder in ("python", "runs")
     )
-    assert settings["method"] == by_hydra["method"] and settings["method"]["layers"] == [4, 7, 11]
-    assert settings["data"]["limit"] == 4
+    assert by_python["method"] == by_hydra["method"] and by_python["method"]["layers"] == [4, 7, 11]
+    assert by_python["data"]["limit"] == 4
 
 
 @pytest.mark.parametrize("warn_only", [False, True])
-def test_exact_arithmetic_ends_with_the_forward_pass(warn_only, monkeypatch):
+def test_exact_restores_the_settings(warn_only, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def settings():
@@ -284,13 +284,13 @@ def test_exact_arithmetic_ends_with_the_forward_pass(warn_only, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_closed_pipe_ends_a_script_quietly():
+def test_closed_pipe_ends_a_script_without_an_error():
     command = f"{sys.executable} scripts/evaluate.py --help | head -0"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not result.stderr
 
 
-def test_damaged_metrics_are_named(evaluated, tmp_path):
+def test_damaged_metrics_raise_unless_forced(evaluated, tmp_path):
     folder = tmp_path / "runs" / evaluated("data.limit=2")["run_id"]
     (folder / "metrics.json").write_text('{"top1": 9')
     with pytest.raises(UserError, match=r"metrics.json: damaged .*force=true"):
@@ -306,13 +306,13 @@ def test_damaged_metrics_are_named(evaluated, tmp_path):
         (["batchsize=3"], r"error: .*batchsize.* \(Key 'batchsize' is not in struct.*\)\n"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(script, overrides, message, tmp_path):
+def test_invalid_command_line_prints_one_line_and_exits_with_1(script, overrides, message, tmp_path):
     result = script("evaluate", *overrides, f"results_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache")
     assert result.returncode == 1
     assert re.fullmatch(message, result.stderr)
 
 
-def test_interrupting_with_ctrl_c(tmp_path):
+def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
     run = ["data.limit=300", "batch_size=1", "store_every_s=0", f"results_dir={tmp_path}/runs"]
     process = start_script("evaluate", *run, stderr=tmp_path / "errors")
     wait_for(lambda: list(tmp_path.glob("runs/*/shards/*")))
