@@ -17,7 +17,7 @@ GROUPS = [(file.parent.name, file.stem) for file in sorted(CONFIGS.glob("*/*.yam
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
-def test_every_choice_composes_and_names_what_exists(composed, group, name):
+def test_every_choice_composes_and_builds(composed, group, name):
     if group == "recipe":
         assert door.training(composed("recipe=" + name, config_name="train")).epochs > 0
         return
@@ -25,7 +25,7 @@ def test_every_choice_composes_and_names_what_exists(composed, group, name):
     run = door.evaluation(config)
     if group == "experiment":
         assert run.experiment == name
-    elif group == "method":  # variants, like dhtm_all, are the same method
+    elif group == "method":  # variants, such as dhtm_all, begin with their method's name
         assert name.startswith(run.method.name)
         assert run.method.reducer()
         assert run.method.checkpoint in (None, "trained")
@@ -44,14 +44,14 @@ def test_help_explains_every_key(composed, script):
         text = config.hydra.help.template
         groups = {"hydra", "experiment", "backbone", "method", "methods", "data", "recipe", "tracker"}
         assert all(key in text for key in set(config) - groups), name
-        assert ("\nrecipe: embedded, " in text) == (name == "train"), "the groups of this script, and no others"
+        assert ("\nrecipe: embedded, " in text) == (name == "train"), "the help lists only the groups of this script"
     result = script("evaluate", "--help")
     assert result.returncode == 0, result.stderr
     assert "dhtm, dhtm_all" in result.stdout and "  batch_size:" in result.stdout
 
 
-def test_the_training_protocol_is_that_of_which_tokens_to_use(composed):
-    """Haurum et al. 2023, as METHODS lists it."""
+def test_training_protocol_is_the_published_one(composed):
+    """Compare it with "Which Tokens to Use?" (Haurum et al., 2023)."""
     config = composed(config_name="train")
     protocol = {
         "init": "pretrained", "epochs": 30, "optimiser": "adamw", "weight_decay": 0.05, "base_lr": 1e-3,
@@ -62,10 +62,10 @@ def test_the_training_protocol_is_that_of_which_tokens_to_use(composed):
     assert composed("recipe=scratch", config_name="train").epochs == 300
 
 
-def test_experiments_have_a_run_for_every_row_and_line():
+def test_experiments_cover_every_row_and_line():
     names = "table1", "figure4", "table2", "figure1"
-    swept = [OmegaConf.load(CONFIGS / f"experiment/{name}.yaml").hydra.sweeper.params for name in names]
-    table1, figure4, table2, figure1 = swept
+    sweeps = [OmegaConf.load(CONFIGS / f"experiment/{name}.yaml").hydra.sweeper.params for name in names]
+    table1, figure4, table2, figure1 = sweeps
     assert table1["method.k"] == figure4["method.k"] == ",".join(map(str, read_published("table1").k.unique()))
     for params, rows in ((table2, SERIES.values()), (figure1, [series for series in SERIES.values() if series.label])):
         methods = set(re.sub("_trained|_all", "", params.method).split(","))

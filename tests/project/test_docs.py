@@ -1,4 +1,4 @@
-"""Every command and Python snippet of README.md and docs/ runs, links lead somewhere, copied tables are the committed ones."""
+"""Check that commands and snippets of README.md and docs/ run, that links are valid, and that numbers match results/."""
 
 import itertools
 import os
@@ -29,23 +29,23 @@ PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md",
 EMBEDDED = ROOT / "results" / "embedded" / "tables"
 needs_make = pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="needs the .venv of `make setup`")
 
-# Which test runs a command: the first of these that it contains.
+# The kind of a command is that of the first key here that it contains; for each kind there is a test.
 KINDS = {
     "checkerboard": "method",
-    "python scripts/report.py": "sweep",  # which makes a report
+    "python scripts/report.py": "sweep",  # a sweep makes a report
     "--from ": "reproduce",  # tests/harness/test_reproduce.py
     "make setup TORCH=": "setup",  # tests/project/test_makefile.py
     "--help": "help",  # tests/project/test_configs.py
     "dashboard.py": "dashboard",
-    "make sweep ": "composed",  # test_make_sweep has overrides too
+    "make sweep ": "composed",  # test_make_sweep runs one with overrides
     "make sweep": "sweep",
     "make status": "sweep",
-    'make bench ARGS="backbone=deit_base': "composed",  # that of deit_mini is run
+    'make bench ARGS="backbone=deit_base': "composed",  # the one of deit_mini is run
     'make bench ARGS="backbone.arch': "composed",
     "make bench ": "script",
     "make bench": "bench",
     "make test": "test",
-    # These differ from a command that is run, here or in the named test, in values alone.
+    # These differ only in values from a command that is run here or in the named test.
     "--cfg ": "script",
     "hydra/launcher=": "composed",  # tests/harness/test_sweep.py
     "premise.py": "composed",  # tests/report/test_premise.py
@@ -69,7 +69,7 @@ def blocks(text, kind):
 
 
 def commands(kind):
-    """The commands of all pages that one test runs, each once."""
+    """Return the commands of one kind on all pages, without repetitions."""
     lines = dict.fromkeys(
         line for text in PAGES.values() for block in blocks(text, "bash") for line in block.splitlines()
     )
@@ -82,7 +82,7 @@ def run(*command, cwd=ROOT, **options):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Checkpoints of random weights: a test cannot download pretrained ones."""
+    """Return a folder of checkpoints with random weights, because tests cannot download pretrained ones."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), folder / "deit_tiny.pth")
     save_file(Backbone("deit_mini", "deit_mini", 10).bare().state_dict(), folder / "deit_mini.safetensors")
@@ -91,7 +91,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imagenette(photos, tmp_path_factory):
-    """The ten classes of Imagenette, each with ten copies of one photograph."""
+    """Return a data root with the ten classes of Imagenette, each with ten copies of one photograph."""
     root, photograph = tmp_path_factory.mktemp("imagenette"), next((photos / "val").glob("*/*"))
     numbers = "01440764 02102040 02979186 03000684 03028079 03394916 03417042 03425413 03445777 03888257"
     for split, number, i in itertools.product(("train", "val"), numbers.split(), range(10)):
@@ -103,8 +103,8 @@ def imagenette(photos, tmp_path_factory):
 
 @pytest.fixture
 def shortened(photos, imagenette, weights, tmp_path):
-    """Shorten a command's arguments: small data, and results in a folder of the test's own."""
-    places = {"/imagenette": imagenette, "/imagenet": photos, "/photos": photos / "val", "/weights": weights}
+    """Return a function that changes a command's arguments to small data and temporary folders."""
+    paths = {"/imagenette": imagenette, "/imagenet": photos, "/photos": photos / "val", "/weights": weights}
     small = {
         "benchmark": [
             "backbone=deit_micro", "scaling.grids=[4]", "scaling.ks=[2]", "scaling.batch_sizes=[1]", "rounds=1", "batch_size=2",
@@ -122,26 +122,26 @@ def shortened(photos, imagenette, weights, tmp_path):
     def shorten(script, *arguments):
         if "--cfg" in arguments:
             return arguments
-        for place, own in places.items():
-            arguments = [one.replace(f"={place}", f"={own}") for one in arguments]
-        more = list(small.get(script, evaluation))
+        for placeholder, path in paths.items():
+            arguments = [arg.replace(f"={placeholder}", f"={path}") for arg in arguments]
+        extra = list(small.get(script, evaluation))
         if "backbone=deit_small" in arguments:
             file = "deit_tiny.pth" if "data=imagenet" in arguments else "deit_mini.safetensors"
-            arguments = [one for one in arguments if not one.startswith("backbone")]
-            more += [f"backbone={Path(file).stem}", f"backbone.checkpoint={weights / file}"]
+            arguments = [arg for arg in arguments if not arg.startswith("backbone")]
+            extra += [f"backbone={Path(file).stem}", f"backbone.checkpoint={weights / file}"]
         if script == "benchmark":
-            arguments = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", one) for one in arguments if one != "backbone=deit_mini"]
+            arguments = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", arg) for arg in arguments if arg != "backbone=deit_mini"]
             methods = re.findall(r"@methods\.(\w+)", (ROOT / "configs" / "benchmark.yaml").read_text())
-            more += [f"~methods.{name}" for name in methods if name != "dhtm"]
+            extra += [f"~methods.{name}" for name in methods if name != "dhtm"]
         if script in ("train", "choose"):
-            arguments = [one.split(",")[0] for one in arguments]  # of several methods
+            arguments = [arg.split(",")[0] for arg in arguments]  # of several methods
         if script == "visualize":
             image = next((photos / "val").glob("*/*"))
-            arguments = [one.replace("output=", f"output={tmp_path}/") for one in arguments]
-            arguments = [f"image={image}" if one.startswith("image=") else one for one in arguments]
+            arguments = [arg.replace("output=", f"output={tmp_path}/") for arg in arguments]
+            arguments = [f"image={image}" if arg.startswith("image=") else arg for arg in arguments]
         if "tracker=wandb" in arguments:
-            more += ["method.k=40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
-        return [*arguments, *more]
+            extra += ["method.k=40", f"tracker.dir={tmp_path}", "tracker.mode=offline"]
+        return [*arguments, *extra]
 
     return shorten
 
@@ -151,20 +151,20 @@ def test_every_command_is_run_by_a_test():
     assert all(map(commands, {*KINDS.values()}))
 
 
-def words_of(command):
-    """The script behind a command, the words before it, and its arguments."""
+def parse_command(command):
+    """Return the script that a command runs, the words before it, and its arguments."""
     words = shlex.split(command)
     if words[0] == "make":
         script = {"sweep": "evaluate", "bench": "benchmark"}[words[1]]
         arguments = shlex.split(words[2].removeprefix("ARGS="))
-        return script, [], [one for one in arguments if not one.startswith("output_dir=")]  # which the report gets
-    at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
-    return Path(words[at]).stem, words[:at], words[at + 1 :]
+        return script, [], [arg for arg in arguments if not arg.startswith("output_dir=")]  # an option of the report
+    position = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    return Path(words[position]).stem, words[:position], words[position + 1 :]
 
 
 @pytest.mark.parametrize("command", commands("script"))
-def test_script(command, shortened, ranks):
-    name, before, arguments = words_of(command)
+def test_script_runs(command, shortened, ranks):
+    name, before, arguments = parse_command(command)
     processes = 1
     if before[:1] == ["torchrun"]:
         processes = int(torchrun_parser().parse_args([*before[1:], name]).nproc_per_node)
@@ -174,26 +174,26 @@ def test_script(command, shortened, ranks):
 
 
 @pytest.mark.parametrize("command", commands("composed"))
-def test_values_are_composed(composed, command, monkeypatch):
-    """Those of the first run, if it is a sweep."""
-    name, _, arguments = words_of(command)
-    monkeypatch.setattr(sys, "argv", [one for one in arguments if one != "-m"])
+def test_arguments_compose(composed, command, monkeypatch):
+    """Check that all choices of groups exist, and that the first run of a sweep gets the values."""
+    name, _, arguments = parse_command(command)
+    monkeypatch.setattr(sys, "argv", [arg for arg in arguments if arg != "-m"])
     if name == "visualize":
         accept_method_lists()
-    given = {}
-    for one in OverridesParser.create().parse_overrides(sys.argv):
-        key, group = one.key_or_group, ROOT / "configs" / one.key_or_group
-        values = list(one.sweep_string_iterator()) if one.is_sweep_override() else [one.value()]
+    expected = {}
+    for override in OverridesParser.create().parse_overrides(sys.argv):
+        key, group = override.key_or_group, ROOT / "configs" / override.key_or_group
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
         assert not group.is_dir() or all((group / f"{value}.yaml").exists() for value in values)
-        given[key] = str(values[0])
-    overrides = [f"{key}={value}" for key, value in given.items()]
+        expected[key] = str(values[0])
+    overrides = [f"{key}={value}" for key, value in expected.items()]
     config = composed(*overrides, config_name=name, return_hydra_config=True)
     choices = config.hydra.runtime.choices
-    assert given == {key: str(choices[key] if key in choices else OmegaConf.select(config, key)) for key in given}
+    assert expected == {key: str(choices[key] if key in choices else OmegaConf.select(config, key)) for key in expected}
 
 
-def test_the_dashboard_requires_a_login(script, monkeypatch):
-    """With a login it is tested in tests/harness/test_tracking.py."""
+def test_dashboard_requires_a_login(script, monkeypatch):
+    """tests/harness/test_tracking.py runs the script with a login."""
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("NETRC", "/nowhere")
     result = script("dashboard")
@@ -203,7 +203,7 @@ def test_the_dashboard_requires_a_login(script, monkeypatch):
 
 @needs_make
 def test_make_sweep(shortened, tmp_path):
-    """One run of one of its experiments, and the report; tests/harness/test_sweep.py looks at their order."""
+    """Sweep over one run of one experiment. tests/harness/test_sweep.py checks the order of the experiments."""
     overrides = shortened("evaluate", "experiment=figure4", "method=dhtm", "method.k=40")
     result = run("make", "sweep", f"ARGS={shlex.join([*overrides, f'output_dir={tmp_path}'])}")
     assert result.returncode == 0, result.stderr
@@ -211,20 +211,20 @@ def test_make_sweep(shortened, tmp_path):
     for file in (*tables, *(f"figures/figure{number}.{ending}" for number in (1, 4) for ending in ("pdf", "png"))):
         assert (tmp_path / file).stat().st_size > 1000
     assert "**DeiT-Tiny on ImageNet-1K" in result.stdout
-    shown = run("make", "--no-print-directory", "status", f"ARGS=results_dir={tmp_path}/runs").stdout
-    assert shown in result.stdout and " done" in shown
+    status = run("make", "--no-print-directory", "status", f"ARGS=results_dir={tmp_path}/runs").stdout
+    assert status in result.stdout and " done" in status
 
 
 @needs_make
 def test_make_bench_and_make_test():
-    """That they call the script, which is run above, and pytest."""
+    """Check that they call scripts/benchmark.py, which is run above, and pytest."""
     bench = run("make", "-n", "--no-print-directory", "bench", "ARGS=rounds=3")
     assert bench.stdout == ".venv/bin/python scripts/benchmark.py rounds=3\n"
     assert "pytest" in run("make", "test", "ARGS=--version").stdout
 
 
-def test_snippets(monkeypatch, tmp_path, capsys):
-    """The snippets of a page, one after the other as in one session; the README's model is that of the library page."""
+def test_snippets_run(monkeypatch, tmp_path, capsys):
+    """Run the snippets of each page one after the other, as in one session."""
     create = timm.create_model
 
     def create_offline(name, pretrained=False, **options):  # the embedded model's weights need no download
@@ -239,7 +239,7 @@ def test_snippets(monkeypatch, tmp_path, capsys):
     }
     for name, model in from_pretrained.items():
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, model=model: model)
-    monkeypatch.chdir(tmp_path)  # docs/library.md leaves a run there that docs/results.md reads
+    monkeypatch.chdir(tmp_path)  # docs/library.md writes a run that docs/results.md reads
     scopes = {}
     for page, text in PAGES.items():
         scope = scopes[page.stem] = {}
@@ -250,14 +250,14 @@ def test_snippets(monkeypatch, tmp_path, capsys):
     assert readme["merged"].shape == (2, 156, 384)
     assert library["program"].module()(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
     assert library["regions"].grid == (14, 14)
-    assert (library["metrics"]["n_images"], len(results["runs"])) == (20, 2), "the unmerged model's too"
+    assert (library["metrics"]["n_images"], len(results["runs"])) == (20, 2), "the second run is the unmerged model's"
     printed = capsys.readouterr().out.split()
     assert [round(float(number), 2) for number in printed[:2]] == [3.34, 3.34]
     assert float(printed[-1]) == pytest.approx(library["metrics"]["top1"] / 100)
 
 
-def test_adding_a_method_takes_what_its_page_says(tmp_path):
-    """In a copy of the project, the two files of the page and its command give the method its row."""
+def test_adding_a_method_works_as_documented(tmp_path):
+    """In a copy of the project, the page's two files and its command give the method a row in Table 2."""
     page = PAGES[ROOT / "docs" / "adding-a-method.md"]
     names = re.findall(r"^`((?:baselines|configs)/[\w/]+\.(?:py|yaml))`:$", page, re.MULTILINE)
     files = blocks(page, "py") + blocks(page, "yaml")
@@ -272,13 +272,13 @@ def test_adding_a_method_takes_what_its_page_says(tmp_path):
     assert result.returncode == 0, result.stderr
     results = tmp_path / "results" / "runs"
     table = table2(load_runs(results), results)
-    (ours,) = table.data.query("data == 'digits' and method == 'checkerboard'").itertuples()
-    assert ours.flops_reduction_pct == pytest.approx(30, abs=1.5)
-    assert 0 <= ours.p <= 1
+    (row,) = table.data.query("data == 'digits' and method == 'checkerboard'").itertuples()
+    assert row.flops_reduction_pct == pytest.approx(30, abs=1.5)
+    assert 0 <= row.p <= 1
     assert "checkerboard" in table.markdown()
 
 
-def test_tables_and_numbers_are_the_committed_ones():
+def test_copied_tables_and_numbers_match_the_results():
     pattern = r"<!-- ([\w ]+): from (\S+) -->\n\n(.*?)\n\n<!-- end of \1 -->"
     copied = [found for text in PAGES.values() for found in re.findall(pattern, text, re.DOTALL)]
     assert [name for name, _, _ in copied] == ["table 2", "table 1", "speed"]
@@ -292,14 +292,14 @@ def test_tables_and_numbers_are_the_committed_ones():
 
 
 def table_below(page, heading):
-    """The cells of the first table below a heading of a page, row by row without the header; bold is dropped."""
+    """Return the cells of the first table below a heading of a page: the header, then the rows, without marks for bold."""
     text = PAGES[ROOT / "docs" / page].partition(f"## {heading}\n")[2]
     lines = re.search(r"^(\|.*\|\n)+", text, re.MULTILINE)[0].replace("**", "").splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
 
 
 def shows(cell, values):
-    """Whether a cell is the one value, rounded, or the range of several; a dash if there is none."""
+    """Return whether a cell shows the one value, rounded, the range of several, or a dash for none."""
     bounds = [min(values), max(values)] if len(values) > 1 else values
     shown = [] if cell == "–" else cell.split(" to ")
     return shown == [f"{value:.{len(text.partition('.')[2])}f}" for value, text in zip(bounds, shown, strict=True)]
@@ -312,8 +312,8 @@ BY_TARGET_AND_METHOD = [
 
 
 @pytest.mark.parametrize(("page", "heading", "file", "column"), BY_TARGET_AND_METHOD)
-def test_values_by_target_and_method_are_the_committed_ones(page, heading, file, column):
-    """Off the shelf; of DHTM only its rows in layers 4, 7 and 11."""
+def test_values_by_target_and_method_match_the_results(page, heading, file, column):
+    """Compare off-the-shelf runs, and of DHTM only those in layers 4, 7 and 11."""
     runs = pd.read_csv(ROOT / "results" / file)
     runs = runs[~runs.trained & (runs.method.ne("dhtm") | runs.layers.eq("4,7,11"))]
     names = {"DHTM+": "dhtm_plus", "DHTM+ threshold": "dhtm_threshold", "K-Medoids": "k_medoids", "DPC-KNN": "dpc_knn"}
@@ -324,7 +324,7 @@ def test_values_by_target_and_method_are_the_committed_ones(page, heading, file,
             assert shows(cell, found[column].tolist()), (target, method)
 
 
-def test_the_ablation_of_the_evidence_is_the_committed_one():
+def test_ablation_of_the_evidence_matches_the_results():
     runs = (
         pd.read_csv(ROOT / "results" / "ablation" / "ablation.csv")
         .fillna({"options": ""})
@@ -342,12 +342,12 @@ def test_the_ablation_of_the_evidence_is_the_committed_one():
             assert shows(cell, found.kl[found.options.isin(options)].tolist()), (label, target)
 
 
-def test_the_thresholds_of_the_page_are_the_committed_ones():
+def test_values_with_thresholds_match_the_results():
     runs = pd.read_csv(ROOT / "results" / "thresholds" / "thresholds.csv")
     data = {"photographs": "imagenette", "embedded task": "digits"}
     _, *rows = table_below("thresholds.md", "What it changes")
     for i, row in enumerate(rows):
-        label = rows[i - i % 2][0]  # each is for two rows
+        label = rows[i - i % 2][0]  # each label is for two rows
         method, where = label.split(", ")
         found = runs[runs.data.eq(data[where]) & runs.target.eq(float(row[1].rstrip("%")))].set_index("label")
         without, thresholds = found.loc[method], found.loc[f"{method}, thresholds"]
@@ -355,7 +355,7 @@ def test_the_thresholds_of_the_page_are_the_committed_ones():
         assert shows(row[4], [thresholds.kl_p]) or (row[4] == "<0.0001" and thresholds.kl_p < 0.0001), (label, row)
 
 
-def test_where_dhtm_is_better_than_lotm_and_tome_is_as_the_evidence_says():
+def test_evidence_has_the_only_significant_difference_from_lotm_and_tome():
     folders = (EMBEDDED, ROOT / "results" / "imagenette" / "tables")
     rows = pd.concat(pd.read_csv(folder / "table2.csv") for folder in folders)
     rows = rows[rows.reference.eq("DHTM") & rows.method.isin(["LoTM", "ToMe OTS"]) & rows.p_holm.lt(0.05)]
@@ -364,14 +364,14 @@ def test_where_dhtm_is_better_than_lotm_and_tome_is_as_the_evidence_says():
     assert f"against {found.top1:.2f}%, {found.difference:+.2f} points" in PAGES[ROOT / "docs" / "evidence.md"]
 
 
-def test_the_configuration_page_names_every_choice():
+def test_configuration_page_names_every_choice():
     page = PAGES[ROOT / "docs" / "configuration.md"]
     for group in ("backbone", "data", "experiment", "method", "tracker"):
         assert all(f"`{file.stem}`" in page for file in (ROOT / "configs" / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_are_short_and_their_links_lead_somewhere(page):
+def test_pages_are_short_and_their_links_are_valid(page):
     assert len(PAGES[page].splitlines()) <= (200 if page.name == "README.md" else 150)
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[page]):
         file = page.parent / target if target else page
