@@ -64,7 +64,7 @@ def test_damaged_outputs_raise_with_the_remedy(evaluated, tmp_path):
     evaluated("method=unmerged", "data.limit=20")
     (file,) = (tmp_path / "runs").glob("*/outputs.parquet")
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(Exception, match=f"{file}: missing or damaged .*method=unmerged force=true"):
+    with pytest.raises(UserError, match=f"{file}: missing or damaged .*method=unmerged force=true"):
         evaluated("method.k=10", "data.limit=20")
     evaluated("method=unmerged", "data.limit=20", "force=true")
     assert evaluated("method.k=10", "data.limit=20")["kl"] > 0
