@@ -13,9 +13,10 @@ from torchvision.transforms import PILToTensor
 
 from dhtm.harness.data.photographs import Photographs
 
-SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+IMAGENET = ImageNetInfo("imagenet-1k")
+SYNSETS = IMAGENET.label_names()
 # Class names have to be unique, and two synsets are called "crane".
-WORDS = [f"{ImageNetInfo('imagenet-1k').index_to_description(i)}, {synset}" for i, synset in enumerate(SYNSETS)]
+WORDS = [f"{IMAGENET.index_to_description(i)}, {synset}" for i, synset in enumerate(SYNSETS)]
 CHOSEN = ["n01440764", "n02102040", "n02979186", "n03000684"]  # four classes of Imagenette
 
 

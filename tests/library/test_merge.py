@@ -77,9 +77,9 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, thresho
 
 
 @st.composite
-def merge_cases(draw):
+def merge_cases(draw, side=6):
     """Draw a batch of tokens, continuous or with many exact ties; their grid; a number of merges; and options."""
-    grid = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 1))
+    grid = draw(st.tuples(st.integers(1, side), st.integers(1, side)).filter(lambda g: g[0] * g[1] > 1))
     n = grid[0] * grid[1]
     batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -1,6 +1,5 @@
 """Every config composes, names things that exist, and explains its keys."""
 
-
 import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
