@@ -79,6 +79,9 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def tokens(i: int) -> tuple[int, ...] | None:
         return _tokens(backbone, at(i))
 
+    def without_own(i: int) -> int:
+        return int(_cost_of_tokens(backbone)(torch.tensor([tokens(i)])))
+
     with _patch_briefly(backbone, at(0)) as unmerged:  # raises an error if the method does not fit the backbone
         n_patches = math.prod(patch_grid(unmerged))
     plain = baseline_flops(backbone)
@@ -87,9 +90,12 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     steps = range((_STEPS if is_rate else n_patches) + 1)
     last = bisect.bisect_left(steps, True, key=lambda i: tokens(i) is None) - 1
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
-    # First guess where the costs cross the wanted one without the method's own FLOPs, because counting those takes a trace.
-    guess = _cost_of_tokens(backbone)
-    below = bisect.bisect_left(range(end + 1), -wanted, key=lambda i: -guess(torch.tensor([tokens(i)])))
+    # Counting a cost takes a trace. So first guess where it falls below the wanted one, from the numbers of tokens: without the
+    # method's own FLOPs, then with its own FLOPs at the first guess.
+    own, below = 0, 0
+    for _ in range(2):
+        below = bisect.bisect_left(range(end + 1), own - wanted, key=lambda i: -without_own(i))
+        own = cost(min(below, end)) - without_own(min(below, end))
     while below > 0 and cost(below - 1) <= wanted:
         below -= 1
     while below <= end and cost(below) > wanted:
