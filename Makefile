@@ -66,7 +66,7 @@ docs: $(STAMP) ## build the documentation with the API, build/docs/index.html
 	@$(BIN)/sphinx-build -q -W --keep-going -j auto docs build/docs
 
 stress: $(STAMP) ## run the tests that take many minutes: hundreds of kills, many ranks
-	@$(BIN)/python -m pytest -m stress $(ARGS)
+	@$(BIN)/python -m pytest -m stress -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
