@@ -82,6 +82,9 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     def without_own(i: int) -> int:
         return int(_cost_of_tokens(backbone)(torch.tensor([tokens(i)])))
 
+    def first_below(limit: float, end: int) -> int:
+        return bisect.bisect_left(range(end + 1), -limit, key=lambda i: -without_own(i))
+
     with _patch_briefly(backbone, at(0)) as unmerged:  # raises an error if the method does not fit the backbone
         n_patches = math.prod(patch_grid(unmerged))
     plain = baseline_flops(backbone)
@@ -92,10 +95,8 @@ def solve(backbone: Backbone, method: Method, target: Target) -> tuple[Method, f
     end = bisect.bisect_left(range(last), True, key=lambda i: tokens(i) == tokens(last))
     # Counting a cost takes a trace. So first guess where it falls below the wanted one, from the numbers of tokens: without the
     # method's own FLOPs, then with its own FLOPs at the first guess.
-    own, below = 0, 0
-    for _ in range(2):
-        below = bisect.bisect_left(range(end + 1), own - wanted, key=lambda i: -without_own(i))
-        own = cost(min(below, end)) - without_own(min(below, end))
+    guess = min(first_below(wanted, end), end)
+    below = first_below(wanted - (cost(guess) - without_own(guess)), end)
     while below > 0 and cost(below - 1) <= wanted:
         below -= 1
     while below <= end and cost(below) > wanted:
