@@ -44,7 +44,7 @@ from dhtm.harness.runs.provenance import VERSION
 from dhtm.harness.sweeps.records import Sweep
 from dhtm.harness.training.trainer import Training
 
-register_resolvers()  # a launcher's processes compose configs before they run anything else of this project
+register_resolvers()  # here, because scripts and a launcher's processes import this module before they compose configs
 
 T = TypeVar("T")
 
@@ -245,7 +245,7 @@ class SweepCallback(Callback):
         overrides = OmegaConf.to_container(hydra.overrides.task)
         typed, runs = " ".join([hydra.job.name, *overrides]), _runs(hydra.sweeper.params or {}, overrides)
         name = config.get("experiment") or hydra.job.name
-        self.sweep.start(Path(self.root).expanduser(), setting, name, typed, runs)
+        self.sweep.start(Path(_expand_home(self.root)), setting, name, typed, runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Record that a run has started."""

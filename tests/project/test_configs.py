@@ -5,7 +5,6 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import register_resolvers
 from dhtm.report.registry import SERIES
 from dhtm.report.runs import read_published
 
@@ -36,7 +35,6 @@ def test_every_choice_composes_and_builds(composed, group, name):
 
 
 def test_help_explains_every_key(composed, script):
-    register_resolvers()
     for name in SCRIPTS:
         config = composed(config_name=name, return_hydra_config=True)
         text = config.hydra.help.template

@@ -69,7 +69,6 @@ def start(main: Callable, config_name: str, resumes: bool = False) -> None:
     # Hydra takes ~ and letters outside of ASCII, as paths may have them, only in quotes.
     path = r"^([^=]+)=(?=~|.*[^\x00-\x7f])([^,'\"\[\](){}$]*)$"
     sys.argv = [re.sub(path, r"\1='\2'", argument) for argument in sys.argv]
-    register_resolvers()
     main = command(resumes)(main)  # a launcher may call this in another process
     command(resumes)(hydra.main("../configs", config_name, version_base="1.3")(main))()
 
