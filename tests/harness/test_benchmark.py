@@ -17,17 +17,21 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.report.speed import growth, speed_figure
 
 RUNS = ROOT / "results/embedded/tables/runs.csv"
-METHODS = ["tome", "sit", "dhtm"]
+
+
+def only(*methods):
+    """Return overrides that remove all other methods from the benchmark."""
+    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
+    return [f"~methods.{name}" for name in names if name not in methods]
 
 
 @pytest.fixture(scope="module")
 def result(script, tmp_path_factory):
     """Run scripts/benchmark.py; return its output and its output folder. DHTM cannot reach the second target, 60%."""
     folder = tmp_path_factory.mktemp("benchmark")
-    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
     completed = script(
         "benchmark", "backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=[30,60]",
-        *(f"~methods.{name}" for name in names if name not in METHODS), "scaling.grids=[4,6]", "scaling.ks=[5,2]",
+        *only("tome", "sit", "dhtm"), "scaling.grids=[4,6]", "scaling.ks=[5,2]",
         "scaling.batch_sizes=[2,1]", "scaling.channels=16", f"runs={RUNS}", f"output_dir={folder}",
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr
@@ -120,8 +124,7 @@ def test_invalid_option_raises(composed, override, message):
 
 
 def test_target_that_no_method_reaches_raises(composed):
-    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
-    overrides = ["backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu", "target.reduction_pct=90"]
-    overrides += [f"~methods.{name}" for name in names if name != "dhtm"]
+    small = ["backbone=deit_micro", "rounds=1", "batch_size=2", "device=cpu"]
+    given = composed(*small, *only("dhtm"), "target.reduction_pct=90", config_name="benchmark")
     with pytest.raises(UnavailableError, match="none reaches a target"):
-        time_methods(config.benchmark(composed(*overrides, config_name="benchmark")))
+        time_methods(config.benchmark(given))
