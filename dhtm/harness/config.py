@@ -41,7 +41,7 @@ from dhtm.harness.models.cost import Target, solve, solve_thresholds
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.evaluate import Evaluation
 from dhtm.harness.runs.provenance import VERSION
-from dhtm.harness.sweeps.records import Sweep
+from dhtm.harness.sweeps.records import SweepRecords
 from dhtm.harness.training.trainer import Training
 
 register_resolvers()  # here, because scripts and a launcher's processes import this module before they compose configs
@@ -231,7 +231,7 @@ class SweepCallback(Callback):
     """
 
     def __init__(self, root: Any):
-        self.root, self.sweep = root, Sweep()
+        self.root, self.records = root, SweepRecords()
 
     @command(resumes=False)  # Hydra would turn an exception into a warning
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -245,23 +245,23 @@ class SweepCallback(Callback):
         overrides = OmegaConf.to_container(hydra.overrides.task)
         typed, runs = " ".join([hydra.job.name, *overrides]), _runs(hydra.sweeper.params or {}, overrides)
         name = config.get("experiment") or hydra.job.name
-        self.sweep.start(Path(_expand_home(self.root)), setting, name, typed, runs)
+        self.records.start(Path(_expand_home(self.root)), setting, name, typed, runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Record that a run has started."""
         if config.hydra.mode == RunMode.MULTIRUN:
-            self.sweep.start_run(config.hydra.job.num, config.get("device"))
+            self.records.start_run(config.hydra.job.num, config.get("device"))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Record how a run ended. If it failed, hide that from Hydra, which would end the sweep."""
         if config.hydra.mode == RunMode.MULTIRUN:
             outcome = job_return._return_value  # the property ``return_value`` raises exceptions
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED
-            self.sweep.end_run(outcome)
+            self.records.end_run(outcome)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Exit with code 1 unless every run is done, or skipped as the config allows."""
-        self.sweep.finish()
+        self.records.finish()
 
 
 def _runs(params: Mapping[str, str], overrides: Sequence[str]) -> list[list[str]]:

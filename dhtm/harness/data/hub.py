@@ -14,7 +14,7 @@ HUB = "hf://datasets/"
 _LABELS = ("label", "labels", "cls", "target")
 
 
-class Table(Source):
+class HubTable(Source):
     """The rows of a ``datasets.Dataset`` with a column of images and one of their classes; ``files`` identify it."""
 
     def __init__(self, root: str, table, files: list):
@@ -45,7 +45,7 @@ class Table(Source):
         return Path(image["path"]).open("rb") if image["bytes"] is None else io.BytesIO(image["bytes"])
 
 
-def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
+def open_table(root: str, split: str, files: Sequence[Path] = ()) -> HubTable:
     """Open the parquet or Arrow files of a split, or what ``Dataset.save_to_disk`` wrote, or a data set of the hub.
 
     Args:
@@ -57,14 +57,14 @@ def open_table(root: str, split: str, files: Sequence[Path] = ()) -> Table:
         import datasets
     with explain(f"data.root={root}: cannot be read"):
         if root.startswith(HUB):
-            return Table(root, *_from_hub(datasets, root, split))
+            return HubTable(root, *_from_hub(datasets, root, split))
         if files:
             named = {split: [str(file) for file in files]}
             table = datasets.load_dataset(files[0].suffix.removeprefix("."), data_files=named, split=split)
         else:
             table = datasets.load_from_disk(root)
             files = [Path(file["filename"]) for file in table.cache_files]
-        return Table(root, table, [[file.name, file.stat().st_size] for file in files])
+        return HubTable(root, table, [[file.name, file.stat().st_size] for file in files])
 
 
 def _from_hub(datasets, root: str, split: str) -> tuple:

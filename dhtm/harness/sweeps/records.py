@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _RECORD = "DHTM_RUN_RECORD"  # the environment variable that names the JSON file of the current run
 
 
-class Sweep:
+class SweepRecords:
     """Records of a sweep: ``root/sweeps/<name>-<hash>`` holds sweep.json, and a JSON, a log and a lock for each run.
 
     The hash is that of the command, so the same command replaces its earlier records. A launcher's processes, on this
