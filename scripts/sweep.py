@@ -1,8 +1,9 @@
 """Run the paper's experiments (Tables 1 and 2, Figures 1 and 4), then the report: `python scripts/sweep.py key=value ...`.
 
 Overrides come from the command line or, for `make sweep`, from the variable ARGS of the environment, quoted as in a shell.
-The evaluations get all overrides, and the report those that it knows. experiment=NAME runs only that experiment. At the end
-the state of every run is printed. The exit code is 1 if any run failed.
+The evaluations get all overrides, which `python scripts/evaluate.py --help` explains, and the report those that it knows,
+such as output_dir. experiment=NAME runs only that experiment. At the end the state of every run is printed. The exit code is
+1 if any run failed.
 """
 
 import os
@@ -57,6 +58,9 @@ def start_times(results: list[str]) -> dict[Path, int]:
 
 def main() -> None:
     overrides = sys.argv[1:] or shlex.split(os.environ.get("ARGS", ""))
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return
     chosen = [override for override in overrides if key(override) == "experiment"]
     experiments = chosen or [f"experiment={name}" for name in ("figure1", "figure4", "table1", "table2")]
     shared = [override for override in overrides if key(override) not in ("experiment", "output_dir")]

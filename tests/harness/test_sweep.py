@@ -155,6 +155,8 @@ def test_make_sweep_continues_after_an_experiment_with_failed_runs(tmp_path):
     for more, outcome in (("", (0, expected)), (fails, (1, expected[:1])), (starts + fails, (1, expected))):
         (tmp_path / "scripts/evaluate.py").write_text(stub + more)
         assert make_sweep() == outcome
+    asked = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "`python scripts/evaluate.py --help` explains" in asked.stdout and "results_dir='runs'" not in asked.stdout
 
     (tmp_path / "scripts/evaluate.py").write_text(stub + "import signal; signal.pause()\n")
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
