@@ -5,7 +5,7 @@ import logging
 from omegaconf import DictConfig
 
 from dhtm.harness import config as door
-from dhtm.harness.core.command import start
+from dhtm.harness.core.command import accept_method_lists, start
 from dhtm.harness.core.files import require_writable
 from dhtm.harness.locality import measure
 from dhtm.report.premise import premise_figure, premise_table
@@ -24,4 +24,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    accept_method_lists()
     start(main, "premise")

@@ -92,7 +92,7 @@ def test_region_statistics_are_those_computed_by_hand():
 
 
 def test_script_writes_a_table_and_a_figure_and_prints_a_summary(script, tmp_path):
-    overrides = ["data.limit=12", "n_images=6", "methods=[dhtm,tome]", "target.reduction_pct=null", "distances=[1,13]"]
+    overrides = ["data.limit=12", "n_images=6", "method=dhtm,tome", "target.reduction_pct=null", "distances=[1,13]"]
     result = script("premise", *overrides, "device=cpu", f"output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     data = pd.read_csv(tmp_path / "premise.csv")
