@@ -154,6 +154,11 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         method, quantity of :func:`region_statistics`, mean; "one_merge": mode, distance, mean KL(unmerged ‖ merged) in nats
         if one such pair is merged. Each has the ends of the 95% interval over images, low and high.
     """
+    for name, method in premise.methods.items():
+        if method.checkpoint is not None:
+            raise UserError(
+                f"method={name}: it needs weights trained with it; choose among the methods that need no training"
+            )
     device = pick_device(premise.device)
     size = premise.batch_size or pick_batch_size(device)
     model = copy.deepcopy(premise.backbone.load()).to(device)

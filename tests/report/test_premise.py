@@ -9,7 +9,7 @@ from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
 from dhtm.harness.locality import OnePair, Premise, SimilarityProbe, grid_distances, measure, region_statistics
 from dhtm.harness.models.backbones import Backbone
-from dhtm.harness.models.methods import UNMERGED
+from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.reducer import Attention
 from dhtm.regions import Regions
 
@@ -60,10 +60,15 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
         ({"distances": [1, 14]}, r"distances=\[1, 14\]: in a grid of 14×14 none is above 13"),
         ({"layer": 13}, "layer=13: deit_micro has layers 1 to 12"),
         ({}, "method=unmerged: it merges nothing"),
+        (
+            {"methods": {"sit": Method("sit", "baselines.SiT", checkpoint="trained")}},
+            "method=sit: it needs weights trained",
+        ),
     ],
 )
 def test_user_errors_name_the_setting(setting, message):
-    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), {"unmerged": UNMERGED}, **setting)
+    setting = {"methods": {"unmerged": UNMERGED}, **setting}
+    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), **setting)
     with pytest.raises(UserError, match=message):
         measure(premise)
 
