@@ -10,9 +10,8 @@ html_show_copyright = False
 myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "none"  # docstrings say what arguments are, with shapes
-autodoc_inherit_docstrings = (
-    False  # else every method repeats the interface, and every module what PyTorch says of forward
-)
+# Else every method repeats the interface, and every module PyTorch's text on forward.
+autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
