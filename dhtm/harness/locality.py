@@ -29,7 +29,7 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.metrics import bootstrap_interval, kl_divergence
 from dhtm.harness.runs.predict import stop
-from dhtm.reducer import Attention, Reducer
+from dhtm.reducer import Attention, Reducer, merge_into
 from dhtm.regions import Regions, grid_pairs
 from dhtm.vit import image_ids, patch, patch_grid, regions, unpatch
 
@@ -94,7 +94,7 @@ class OnePair(Reducer):
         return n_tokens - 1
 
     def forward(self, tokens: Tensor, regions: Regions, attention: Attention) -> tuple[Tensor, Regions]:
-        batch, n, _ = tokens.shape
+        n = tokens.shape[1]
         allowed = (grid_distances(regions.grid) == self.distance).triu()
         if self.mode == "random":
             draws = [
@@ -105,13 +105,7 @@ class OnePair(Reducer):
             unit = normalize(tokens.float(), dim=-1)
             score = unit @ unit.transpose(1, 2)
         best = score.masked_fill(~allowed.to(tokens.device), -torch.inf).flatten(1).argmax(dim=1)
-        i, j = best // n, best % n
-        rows = torch.arange(batch, device=tokens.device)
-        merged = tokens.clone()
-        merged[rows, i] = (tokens[rows, i] + tokens[rows, j]) / 2
-        kept = torch.arange(n, device=tokens.device) != j[:, None]
-        token_map = torch.where(kept, kept.cumsum(dim=1) - 1, i[:, None])
-        return merged[kept].view(batch, n - 1, -1), regions.merge(token_map, n - 1)
+        return merge_into(tokens, regions, merged=best[:, None] % n, into=best[:, None] // n)
 
 
 def grid_distances(grid: tuple[int, int]) -> Tensor:
