@@ -45,16 +45,15 @@ def exact(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS's deterministic kernels
-    matmul, deterministic = torch.backends.cuda.matmul, torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    matmul, mode = torch.backends.cuda.matmul, torch.get_deterministic_debug_mode()
     tf32, matmul.allow_tf32 = matmul.allow_tf32, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         matmul.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 @functools.cache  # once per process, which keeps its GPU for all its runs
