@@ -18,31 +18,31 @@ STATES = ("done", "skipped", "failed", "running", "stopped", "waiting")
 
 
 def states(folder: Path) -> list[dict]:
-    """Return the record of each run of a sweep, in order: its ``state``, one of STATES, and the other keys."""
-    found = []
-    for number in range(len(_read(folder / "sweep.json")["runs"])):
+    """Return the record of each run of a sweep, in order.
+
+    ``state`` is one of STATES, and ``differs`` are its overrides that not all runs of the sweep have.
+    """
+    runs, found = _read(folder / "sweep.json")["runs"], []
+    common = set.intersection(*map(set, runs)) if len(runs) > 1 else set()
+    for number, overrides in enumerate(runs):
         run = _read(run_file(folder, number, "json")) or {"state": "waiting"}
         if run["state"] == "running" and not _is_locked(run_file(folder, number, "lock")):
             run["state"] = "stopped"
-        found.append(run)
+        found.append(run | {"differs": " ".join(override for override in overrides if override not in common)})
     return found
 
 
 def table(folder: Path) -> str:
     """Return a table of a sweep's runs, each named by the overrides that differ, and the number of runs in each state."""
-    sweep, runs = _read(folder / "sweep.json"), states(folder)
-    common = set.intersection(*map(set, sweep["runs"])) if len(runs) > 1 else set()
-    rows = [
-        (" ".join(override for override in overrides if override not in common), run["state"], _remark(folder, i, run))
-        for i, (overrides, run) in enumerate(zip(sweep["runs"], runs, strict=True))
-    ]
+    runs = states(folder)
+    rows = [(run["differs"], run["state"], _remark(folder, i, run)) for i, run in enumerate(runs)]
     counts = collections.Counter(run["state"] for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     if before := sum(run.get("before", False) for run in runs):
         summary = summary.replace(" done", f" done ({before} already finished)")
     if counts["done"] + counts["skipped"] < len(runs) and not (counts["running"] or _is_locked(folder / "lock")):
         summary += "; the same command carries out the rest"
-    return f"{sweep['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{summary}"
+    return f"{_read(folder / 'sweep.json')['command']}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{summary}"
 
 
 def progress(folder: Path, number: int) -> str:

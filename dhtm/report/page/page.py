@@ -87,14 +87,12 @@ def _premise(folder: Path) -> tuple[bytes, list[str]] | None:
 
 def _problems(results_dir: Path) -> pd.DataFrame | None:
     """Return a table of the runs of sweeps that have no result, with the reason; None if there are none."""
-    rows = []
-    for file in sorted(results_dir.glob("sweeps/*/sweep.json")):
-        sweep = json.loads(file.read_text())["runs"]
-        common = set.intersection(*map(set, sweep)) if len(sweep) > 1 else set()
-        for overrides, run in zip(sweep, states(file.parent), strict=True):
-            if run["state"] != "done":
-                wanted = " ".join(override for override in overrides if override not in common)
-                rows.append({"asked for": wanted, "state": run["state"], "reason": run.get("reason", "")})
+    rows = [
+        {"asked for": run["differs"], "state": run["state"], "reason": run.get("reason", "")}
+        for file in sorted(results_dir.glob("sweeps/*/sweep.json"))
+        for run in states(file.parent)
+        if run["state"] != "done"
+    ]
     return pd.DataFrame(rows).drop_duplicates() if rows else None
 
 
