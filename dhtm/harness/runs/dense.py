@@ -79,14 +79,12 @@ def miou_interval(
         groups: [n], images with the same number are drawn together.
         other: the same of another model on the same images; all results are then differences.
     """
-    _, places = np.unique(groups, return_inverse=True)
-    n_groups = places.max() + 1
+    n_groups = len(np.unique(groups))
     weights = np.random.default_rng(0).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=2_000)
     found, resampled = np.zeros(len(PATCH_CLASSES)), np.zeros(len(weights))
     for sign, counts in ((1, confusion), (-1, other)):
         if counts is not None:
-            sums = np.zeros((n_groups, counts.shape[1]), dtype=np.int64)
-            np.add.at(sums, places, counts)
+            sums = pd.DataFrame(counts).groupby(groups).sum().to_numpy()
             found += sign * _iou(sums.sum(axis=0))
             resampled += sign * _iou(weights @ sums).mean(axis=-1)
     low, high = np.percentile(resampled, [2.5, 97.5])
