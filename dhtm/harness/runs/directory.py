@@ -56,7 +56,7 @@ class RunDirectory:
         file = self._shards / f"{predictions['index'].iloc[0]:08d}-{uuid.uuid4().hex[:8]}.parquet"
         with self._explain_failed_write():
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, lambda path: _write(predictions, path))
+            _write(predictions, file)
 
     def predictions_so_far(self) -> pd.DataFrame:
         """Return what :meth:`append` stored, one row per image.
@@ -115,11 +115,10 @@ class RunDirectory:
             if changes := uncommitted_changes():
                 write_text(self.path / "changes.diff", changes)
             if "log_probabilities" in predictions:
-                kept = predictions[["index", "class_1", "log_probabilities"]]
-                write_atomically(self.path / OUTPUTS, lambda path: _write(kept, path))
+                _write(predictions[["index", "class_1", "log_probabilities"]], self.path / OUTPUTS)
                 predictions = predictions.drop(columns="log_probabilities")
             file = self.path / "predictions.parquet"
-            write_atomically(file, lambda path: _write(predictions, path))
+            _write(predictions, file)
             metrics = {**metrics, "predictions_sha256": _sha256(file)}
             write_json(self.path / "metrics.json", metrics)
         return metrics
@@ -155,7 +154,7 @@ def finished_runs(results_dir: Path) -> pd.DataFrame:
 
 
 def _write(predictions: pd.DataFrame, file: Path) -> None:
-    predictions.to_parquet(file, index=False, write_page_checksum=True)
+    write_atomically(file, lambda path: predictions.to_parquet(path, index=False, write_page_checksum=True))
 
 
 def _read(file: Path) -> pd.DataFrame:
