@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dhtm.harness.core.errors import UserError
 
+_DRAWS = 10_000  # resamples of an interval, random flips of a test
+
 # Takes the indices [B], log-probabilities [B, C] and best classes [B] of a batch, returns columns for the predictions.
 Observe = Callable[[np.ndarray, Tensor, np.ndarray], dict[str, Any]]
 
@@ -112,9 +114,7 @@ def real_accuracy(predictions: pd.DataFrame, labels: list[list[int]]) -> dict:
     return {"n_images_real": len(right), "top1_real": 100 * sum(right) / len(right) if right else None}
 
 
-def bootstrap_interval(
-    values: np.ndarray, groups: np.ndarray | None = None, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95% percentile interval of a mean.
 
     Args:
@@ -124,20 +124,20 @@ def bootstrap_interval(
     sums, sizes = _group_sums(values, groups)
     # Groups of the same sum and size are interchangeable, so a resample is a multinomial draw of how often each kind occurs.
     kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     if len(kinds) <= 64:
-        drawn = generator.multinomial(len(sums), counts / len(sums), size=resamples)
+        drawn = generator.multinomial(len(sums), counts / len(sums), size=_DRAWS)
         means = (drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1])
     else:
-        means = np.empty(resamples)
-        for i in range(resamples):
+        means = np.empty(_DRAWS)
+        for i in range(_DRAWS):
             chosen = generator.integers(len(sums), size=len(sums))
             means[i] = sums[chosen].sum() / sizes[chosen].sum()
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int = 10_000, seed: int = 0) -> float:
+def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Return the two-sided p of the sign-flip permutation test that a mean of differences is zero.
 
     Under the null hypothesis the sign of each group's sum is a fair coin. For integers the distribution is computed exactly
@@ -161,11 +161,11 @@ def sign_flip_p(values: np.ndarray, groups: np.ndarray | None = None, draws: int
                 distribution = np.convolve(distribution, step)
         support = np.arange(len(distribution)) - len(distribution) // 2
         return float(min(1.0, distribution[np.abs(support) >= observed].sum()))
-    generator, extreme = np.random.default_rng(seed), 0
-    for _ in range(draws // 1_000):
+    generator, extreme = np.random.default_rng(0), 0
+    for _ in range(_DRAWS // 1_000):
         signs = generator.integers(0, 2, (1_000, len(sums)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ sums) >= observed * (1 - 1e-12)).sum())
-    return (extreme + 1) / (draws + 1)
+    return (extreme + 1) / (_DRAWS + 1)
 
 
 def _group_sums(values: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
