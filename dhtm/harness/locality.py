@@ -28,7 +28,6 @@ from dhtm.harness.data.splits import batches, open_split
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.harness.runs.metrics import bootstrap_interval, kl_divergence
-from dhtm.harness.runs.predict import stop
 from dhtm.reducer import Attention, Reducer, merge_into
 from dhtm.regions import Regions, grid_pairs
 from dhtm.vit import image_ids, patch, patch_grid, regions, unpatch
@@ -176,7 +175,7 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
     def forwards(reducer: Reducer, look: Callable[[VisionTransformer, Tensor], Any], title: str) -> list[Any]:
         """Return the results of ``look`` on the patched model and its outputs, one per batch."""
         patch(model, reducer)
-        loaded, results = batches(split, chosen.tolist(), size, device, premise.num_workers, stop), []
+        loaded, results = batches(split, chosen.tolist(), size, device, premise.num_workers), []
         for ids, images, _ in tqdm(loaded, title, total=-(-len(chosen) // size), leave=False, disable=None):
             with image_ids(model, ids), exact(device):
                 outputs = model(images)

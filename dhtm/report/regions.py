@@ -131,12 +131,10 @@ def draw_side_by_side(models: list[VisionTransformer], split: Split, index: int)
     Raises:
         UserError: the image cannot be read.
     """
-    image = split.dataset[index][0]
-    batch = torch.as_tensor(image)[None]
-    batch = split.normalise(batch) if split.normalise else batch
+    ids, batch, _ = next(batches(split, [index], 1, torch.device("cpu"), 0))
     drawn, counts = [pixels_of(batch, models[0])[0]], []
     for model in models:
-        with image_ids(model, torch.tensor([index])):
+        with image_ids(model, ids):
             model.eval()(batch)
         regions = dhtm.regions(model)
         drawn.append(draw_regions(drawn[0], regions))

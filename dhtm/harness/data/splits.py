@@ -132,18 +132,20 @@ def batches(
     batch_size: int,
     device: torch.device,
     num_workers: int | None,
-    on_unreadable: Callable[[UnreadableError], None],
+    on_unreadable: Callable[[UnreadableError], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield indices, normalised images on the device, and labels, batch by batch, skipping unreadable images.
 
     Args:
         num_workers: as in :func:`load`; not used where images are in memory.
-        on_unreadable: called with the error of every image that cannot be read.
+        on_unreadable: called with the error of every image that cannot be read; None to raise the first.
     """
     chosen = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     n_workers = 0 if split.in_memory else num_workers
     for ids, images, labels, failed in load(split.dataset, chosen, n_workers, pin_memory=device.type == "cuda"):
         for unreadable in failed:
+            if on_unreadable is None:
+                raise unreadable
             on_unreadable(unreadable)
         if images is not None:
             images = images.to(device, non_blocking=True)

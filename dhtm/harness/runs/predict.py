@@ -22,11 +22,6 @@ log = logging.getLogger(__name__)
 CLASSES = [f"class_{place}" for place in range(1, 6)]
 
 
-def stop(unreadable: UnreadableError) -> None:
-    """Raise the error of an image that cannot be read."""
-    raise unreadable
-
-
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -37,7 +32,7 @@ def predict(
     dtype: torch.dtype,
     title: str | None,
     num_workers: int | None = None,
-    on_unreadable: Callable[[UnreadableError], None] = stop,
+    on_unreadable: Callable[[UnreadableError], None] | None = None,
     observers: Sequence[Observe] = (),
 ) -> Iterator[pd.DataFrame]:
     """Predict images of a split, batch after batch.
@@ -47,7 +42,7 @@ def predict(
         indices: of the images.
         title: of the progress bar; None for no bar.
         num_workers: processes that load images; None for one per core where images are on disk.
-        on_unreadable: called with the error of each unreadable image, which gets no prediction.
+        on_unreadable: called with the error of each unreadable image, which gets no prediction; None to raise the first.
         observers: make more columns from the log-probabilities (float32, over the outputs in ``split.among``).
 
     Yields:

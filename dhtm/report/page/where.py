@@ -19,7 +19,6 @@ from dhtm.harness.data.splits import Split, batches, open_split
 from dhtm.harness.models.weights import load_model
 from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import share_interval
-from dhtm.harness.runs.predict import stop
 from dhtm.report.regions import draw_side_by_side
 from dhtm.report.registry import METHODS, label_of, title_of
 from dhtm.report.runs import Pair, at_target
@@ -174,7 +173,7 @@ def object_regions(model: VisionTransformer, split: Split, data: Digits) -> pd.S
     indices = list(range(min(N_SCENES, len(split.dataset))))
     classes = data.patch_classes(data.split, indices, model.patch_embed.grid_size)
     counts = []
-    for ids, images, _ in batches(split, indices, 64, torch.device("cpu"), 0, stop):
+    for ids, images, _ in batches(split, indices, 64, torch.device("cpu"), 0):
         with image_ids(model, ids):
             model(images)
         assignment = regions(model).assignment.numpy()
