@@ -47,14 +47,6 @@ def test_patched_model_merges_between_attention_and_mlp(name, options):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_number_of_tokens_follows_a_dynamic_image_size():
-    model = dhtm.patch(build("dynamic size"), dhtm.DHTM(k=5, layers=(2,)))
-    logits(model, torch.randn(1, 3, 160, 96))
-    assert dhtm.regions(model).grid == (10, 6) and dhtm.regions(model).n_tokens == 55
-    with pytest.raises(ValueError, match="k=5 merges in layer 2, but only N=4 tokens"):
-        model(torch.randn(1, 3, 32, 32))
-
-
 def test_copy_of_a_patched_model_is_independent():
     model = dhtm.patch(build("deit_tiny"), dhtm.DHTM(k=5, layers=(2,)))
     images = images_for(model)
