@@ -79,7 +79,7 @@ def test_series_has_a_solved_k_only_if_the_paper_has_it(tmp_path):
     assert over_k(load_runs(tmp_path), *MICRO, "dhtm").index.tolist() == [10, 40]
 
 
-def test_runs_at_a_target_have_the_same_images_and_weights(tmp_path):
+def test_runs_at_a_target_have_the_same_images_weights_and_library_version(tmp_path):
     write_solved_run(tmp_path, 1, "dhtm")
     write_solved_run(tmp_path, 2, "dhtm", layers="all")
     write_solved_run(tmp_path, 3, "dhtm", 40.0)
@@ -95,6 +95,7 @@ def test_runs_at_a_target_have_the_same_images_and_weights(tmp_path):
     write_solved_run(tmp_path, 13, "k_medoids", data_fingerprint="5" * 64)
     write_solved_run(tmp_path, 14, "k_medoids", weights_sha256="5" * 64)
     write_solved_run(tmp_path, 22, "k_medoids", among=5)  # predicted among five classes only
+    write_solved_run(tmp_path, 23, "dhtm", library_version="6" * 64)
     write_solved_run(tmp_path, 15, "dhtm", weights_sha256="5" * 64)
     write_solved_run(tmp_path, 16, "tome", knobs={"proportional_attention": False})
     write_solved_run(tmp_path, 17, "dhtm", backbone="deit_tiny")

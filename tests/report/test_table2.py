@@ -50,13 +50,6 @@ def test_without_runs_our_columns_have_dashes(tmp_path):
     assert "_" not in latex.replace(r"\_", "") and "%" not in latex.replace(r"\%", "")
 
 
-def test_compared_methods_have_one_version_of_the_library(tmp_path):
-    """A newer run of one method, with another library version, is not compared with older runs of the others."""
-    runs = [(method, RIGHT, {}) for method in ("dhtm", "tome", "lotm")]
-    rows = rows_of(make_table(tmp_path, *runs, ("dhtm", wrong(0, 600), {"library_version": "6" * 64})))
-    assert rows.top1[["DHTM", "ToMe OTS", "LoTM"]].tolist() == [100, 100, 100]
-
-
 def test_methods_are_compared_image_by_image(tmp_path):
     tiny = {"backbone": "deit_tiny", "data": "imagenet"}
     table = make_table(
