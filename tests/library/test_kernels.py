@@ -142,9 +142,7 @@ def test_operators_pass_opcheck(backend):
 
 def test_counted_similarities_are_close_to_those_that_merges_need():
     """merge_flops counts by a convention; merges need every adjacent pair once, then each new token with its neighbours."""
-    generator = torch.Generator().manual_seed(5)
-    field = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5, generator=generator), size=14, mode="bicubic")
-    tokens, regions = field.flatten(2).transpose(1, 2), Regions.identity(1, (14, 14))
+    tokens, regions = smooth(1, (14, 14), 16, seed=5), Regions.identity(1, (14, 14))
     needed = len({tuple(pair) for pair in regions.adjacent_tokens()[0].tolist()})
     for _ in range(40):
         before = regions.sizes
