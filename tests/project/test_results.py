@@ -21,12 +21,8 @@ def committed():
     return pd.read_csv(EMBEDDED / "tables" / "runs.csv", keep_default_na=False, na_values=[""])
 
 
-@pytest.fixture(scope="module")
-def over_k(committed):
-    return committed[(committed.layers == "4,7,11") & committed.k.isin(KS)].set_index(["method", "k"])
-
-
-def test_reference_runs_are_complete_and_use_the_shipped_weights(committed, over_k):
+def test_reference_runs_are_complete_and_use_the_shipped_weights(committed):
+    over_k = committed[(committed.layers == "4,7,11") & committed.k.isin(KS)].set_index(["method", "k"])
     assert {(method, k) for method in ("dhtm", "random") for k in KS} <= set(over_k.index)
     shipped = weights_sha256(Backbone("deit_micro", "deit_micro", num_classes=10).load())
     assert set(committed.weights_sha256[~committed.trained]) == {shipped}
