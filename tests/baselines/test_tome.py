@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import build, check_model, check_step, unequal_regions
+from networks import SMALL, average, build, check_step, forward, images_for, logits, unequal_regions
 
 import dhtm
 from baselines import ToMe
@@ -48,7 +49,19 @@ def test_layer_matches_the_plain_implementation(n, n_prefix, r, seed):
 
 
 def test_model_matches_a_forward_pass_written_out():
-    check_model(ToMe(13), lambda layer, keys: soft_matching(keys, 2, 13), depth=12)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | {"depth": 12}).eval()
+    for block in model.blocks:  # sharp attention, so that keys and sizes matter
+        torch.nn.init.normal_(block.attn.qkv.weight, std=2 * model.embed_dim**-0.5)
+        torch.nn.init.normal_(block.attn.proj.weight, std=model.embed_dim**-0.5)
+    image = images_for(model, batch=1, seed=2)  # a seed with which similarities that decide a merge differ by over 1e-5
+    plain, merged = logits(model, image), logits(dhtm.patch(model, ToMe(13)), image)
+    dhtm.unpatch(model)
+
+    def merge(layer, x, sizes, keys, output):
+        return average(x, sizes, soft_matching(keys.mean(0).double().numpy(), 2, 13))
+
+    torch.testing.assert_close(merged, forward(model, image, merge, proportional=True), rtol=0, atol=1e-4)
+    assert (merged - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -133,28 +133,6 @@ def check_step(reducer, tokens, regions, attention, groups_of_image):
         assert new_regions.assignment[image].tolist() == [place[token] for token in regions.assignment[image].tolist()]
 
 
-def check_model(reducer, groups_of, **options):
-    """Check that a small DeiT with the reducer gives the logits of :func:`forward`, not those of the unpatched model.
-
-    Args:
-        groups_of: called with (layer, float64 keys [S, d], averaged over heads), returns groups of positions.
-    """
-    torch.manual_seed(0)
-    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL | options).eval()
-    for block in model.blocks:  # sharp attention, so that keys and sizes matter
-        torch.nn.init.normal_(block.attn.qkv.weight, std=2 * model.embed_dim**-0.5)
-        torch.nn.init.normal_(block.attn.proj.weight, std=model.embed_dim**-0.5)
-    image = images_for(model, batch=1, seed=2)  # a seed with which similarities that decide a merge differ by over 1e-5
-    plain, merged = logits(model, image), logits(dhtm.patch(model, reducer), image)
-    dhtm.unpatch(model)
-
-    def merge(layer, x, sizes, keys, output):
-        return average(x, sizes, groups_of(layer, keys.mean(0).double().numpy()))
-
-    torch.testing.assert_close(merged, forward(model, image, merge, reducer.proportional_attention), rtol=0, atol=1e-4)
-    assert (merged - plain).abs().max() > 1e-3
-
-
 def unequal_regions(n, seed):
     """Return the regions of two images in a grid of one row: n tokens, each of one or more patches."""
     rng = torch.Generator().manual_seed(seed)
