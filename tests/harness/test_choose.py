@@ -99,7 +99,6 @@ def test_latency_bound_is_met_with_the_smallest_k(on_digits, monkeypatch):
 
 def test_script_chooses_settings_on_a_folder_of_images(composed, photos, coarse, caplog, tmp_path):
     """Run it on eight photographs, with a bound that every setting meets."""
-    caplog.set_level("INFO")
     folders = [f"{name}_dir={tmp_path}/{name}" for name in ("results", "cache", "output")]
     photographs = ["backbone=deit_mini", f"data.root={photos}/val"]
     small = ["rounds=1", "batch_size=2", "device=cpu", "methods=[dhtm,lotm]", "max_kl=100"]

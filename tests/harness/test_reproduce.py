@@ -31,7 +31,6 @@ def reproduce(folder, *overrides):
 
 
 def test_repeated_run_has_the_same_predictions_bit_for_bit(copy, script, caplog):
-    caplog.set_level("INFO")
     before = (copy / "predictions.parquet").read_bytes()
     result = script("evaluate", "--from", copy, "device=cpu", "batch_size=7")
     assert result.returncode == 0, result.stderr
@@ -43,7 +42,6 @@ def test_repeated_run_has_the_same_predictions_bit_for_bit(copy, script, caplog)
 
 
 def test_differences_are_counted(copy, caplog):
-    caplog.set_level("INFO")
     n_different = reproduce(copy, "dtype=bfloat16")
     (repeated,) = [file.parent for file in (copy / "again").glob("*/metrics.json") if '"dhtm"' in file.read_text()]
     first, second = (pd.read_parquet(folder / "predictions.parquet") for folder in (copy, repeated))

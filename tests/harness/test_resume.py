@@ -131,7 +131,6 @@ def interrupt_next_run(monkeypatch):
 
 
 def test_interrupted_run_resumes_after_a_damaged_shard_is_removed(run, expected, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
     requested = interrupt_next_run(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run()

@@ -226,7 +226,6 @@ def test_nonfinite_loss_stops_training_and_damaged_checkpoint_is_named(run, tmp_
 
 
 def test_training_that_runs_out_of_memory_resumes_with_accumulate(run, monkeypatch, caplog):
-    caplog.set_level("INFO")
     cross_entropy, calls = trainer.cross_entropy, iter(range(100))
 
     def full(logits, *arguments, **options):
