@@ -12,12 +12,8 @@ from scipy.special import log_softmax
 import dhtm
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
+from dhtm.harness.runs.directory import predictions
 from dhtm.harness.runs.metrics import compare_with, faithfulness, keep
-
-
-@pytest.fixture
-def predictions_of(tmp_path):
-    return lambda metrics: pd.read_parquet(tmp_path / "runs" / metrics["run_id"] / "predictions.parquet")
 
 
 @torch.inference_mode()
@@ -31,14 +27,14 @@ def outputs_of(n_images, dtype=torch.float32, **options):
     return log_softmax(np.concatenate(logits), axis=1)
 
 
-def test_kl_and_agreement_match_a_plain_loop(evaluated, predictions_of):
+def test_kl_and_agreement_match_a_plain_loop(evaluated, tmp_path):
     metrics = evaluated("method.k=56", "data.limit=40", "batch_size=7")
     unmerged, merged = outputs_of(40), outputs_of(40, k=56, layers=(4, 7, 11))
     kl = (np.exp(unmerged) * (unmerged - merged)).sum(axis=1)
-    predictions = predictions_of(metrics)
-    assert predictions.kl.to_numpy() == pytest.approx(kl, rel=1e-3, abs=1e-6)
-    assert (predictions.unmerged_class == unmerged.argmax(axis=1)).all()
-    assert metrics["kl"] == pytest.approx(predictions.kl.mean())
+    rows = predictions(tmp_path / "runs" / metrics["run_id"])
+    assert rows.kl.to_numpy() == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    assert (rows.unmerged_class == unmerged.argmax(axis=1)).all()
+    assert metrics["kl"] == pytest.approx(rows.kl.mean())
     assert metrics["kl_ci95"][0] < metrics["kl"] < metrics["kl_ci95"][1]
     assert metrics["agreement"] == 100 * (unmerged.argmax(axis=1) == merged.argmax(axis=1)).mean()
 
@@ -70,11 +66,11 @@ def test_damaged_outputs_raise_with_the_remedy(evaluated, tmp_path):
     assert evaluated("method.k=10", "data.limit=20")["kl"] > 0
 
 
-def test_weights_trained_with_a_method_have_no_kl(evaluated, predictions_of):
+def test_weights_trained_with_a_method_have_no_kl(evaluated, tmp_path):
     metrics = evaluated("method=tome_trained", "target.reduction_pct=30", "data.limit=20")
     assert metrics["trained"] and not metrics["untrained"]
     assert metrics["kl"] is metrics["kl_ci95"] is metrics["agreement"] is None
-    assert "kl" not in predictions_of(metrics)
+    assert "kl" not in predictions(tmp_path / "runs" / metrics["run_id"])
 
 
 def test_images_without_labels_have_kl_and_agreement(evaluated, photos):
