@@ -17,7 +17,6 @@ ENCODERS = {
 @pytest.mark.parametrize(("name", "size"), [*((name, None) for name in ENCODERS), ("dinov2", 168), ("siglip", 64)])
 @torch.inference_mode()
 def test_copied_encoder_gives_the_same_features(name, size):
-    torch.manual_seed(0)
     encoder = ENCODERS[name]().eval()
     for parameter in encoder.parameters():  # the initial biases and layer scales would hide one that is not copied
         torch.nn.init.normal_(parameter, std=0.2)
