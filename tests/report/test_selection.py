@@ -51,7 +51,7 @@ def test_series_over_k_has_the_papers_options_one_model_and_one_code_version(tmp
         write_run(tmp_path, 20 + number, k=k, top1=91.0, code_version="3" * 64)
     changes = [
         {"k": 25, "n_images": 10}, {"knobs": {"linkage": "size"}}, {"layers": [4, 7, 10]}, {"n_images": 100},
-        {"dtype": "bfloat16"}, {"weights_sha256": "4" * 64},
+        {"dtype": "bfloat16"}, {"weights_sha256": "4" * 64}, {"among": 7}, {"among": 7, "n_images": 5000},
     ]  # fmt: skip
     for number, changed in enumerate(changes, start=50):
         write_run(tmp_path, number, **{"k": 40, "top1": 1.0} | changed)
@@ -124,9 +124,3 @@ def test_charts_separate_runs_on_different_images(tmp_path):
     data = chart_data(load_runs(tmp_path), pd.Series(dtype=float)).data.tolist()
     assert data[:2] == ["digits test, 2,000 images", "digits holdout, 500 images, bfloat16"]
     assert data[2] == "digits test, 2,000 images, among 7 classes"
-
-
-def test_top1_among_all_classes_is_preferred(tmp_path):
-    write_run(tmp_path, 1)
-    write_run(tmp_path, 2, among=7)  # newer
-    assert over_k(load_runs(tmp_path), *MICRO, "dhtm").run_id.tolist() == [f"{1:016x}"]
