@@ -57,12 +57,6 @@ def state(folder):
     return load_file(folder / "last.safetensors")
 
 
-def assert_close(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(value, other[key], **tolerance)
-
-
 def test_killed_training_resumes_bit_for_bit(tmp_path, script):
     """The training uses random crops, erasing, mixup and drop path, whose random generators depend on the epoch."""
     training = [
@@ -78,7 +72,7 @@ def test_killed_training_resumes_bit_for_bit(tmp_path, script):
     assert len(pd.read_csv(killed / "history.csv")) < 3, "must be killed before its end"
     result = script(*training, f"output={killed}")
     assert result.returncode == 0 and "resuming after epoch" in result.stdout
-    assert_close(state(whole), state(killed), rtol=0, atol=0)
+    torch.testing.assert_close(state(whole), state(killed), rtol=0, atol=0)
     columns = ["epoch", "lr", "loss", "top1"]
     assert pd.read_csv(whole / "history.csv")[columns].equals(pd.read_csv(killed / "history.csv")[columns])
 
@@ -157,12 +151,12 @@ def test_accumulation_and_ranks_train_as_the_whole_batch_does(run, ranks, tmp_pa
     whole = run(*exact, folder="whole")
     parts = run(*exact, "accumulate=4", folder="parts")
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
-    assert_close(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state(tmp_path / "whole"), state(tmp_path / "parts"), rtol=1e-3, atol=1e-4)
     sweep = [*SHORT, *exact, "method.keep_rate=0.5,0.6", f"checkpoints_dir={tmp_path}"]
     for result in ranks(2, "train", "-m", *sweep):
         assert result.returncode == 0, result.stderr
     shared = tmp_path / "deit_micro/sit_keep_rate_0.5"
-    assert_close(state(tmp_path / "whole"), state(shared), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state(tmp_path / "whole"), state(shared), rtol=1e-3, atol=1e-4)
     (row,) = pd.read_csv(shared / "history.csv").to_dict("records")
     assert row["loss"] == pytest.approx(whole["loss"], rel=1e-4), "must be the mean over ranks"
     assert abs(row["top1"] - whole["top1"]) <= 100 / 48, "must count each image once"
