@@ -85,14 +85,12 @@ def start_fork(run, slow, carry_out=evaluate):
     return process, lambda: marks.stat().st_size if marks.exists() else 0
 
 
-def kill_and_resume(composed, results, n_kills):
-    """Kill runs at random moments, from the first batch to after the last, and resume them; let the last one finish.
-
-    Returns:
-        The number of shards after each kill.
-    """
+@pytest.mark.parametrize("n_kills", [4, pytest.param(200, marks=pytest.mark.stress)])
+def test_killed_run_loses_no_image_and_counts_none_twice(expected, composed, tmp_path, n_kills):
+    """Kill runs at random moments, from the first batch to after the last, and resume them; let the last one finish."""
+    results = tmp_path / "killed"
     rng, run = random.Random(0), door.evaluation(composed(*RUN, f"results_dir={results}"))
-    n_shards = []
+    n_shards = []  # after each kill
     while len(n_shards) < n_kills:
         process, n_batches = start_fork(run, slow=0.02)
         wait_for(lambda process=process, n=n_batches: n() or process.exitcode is not None)
@@ -105,20 +103,14 @@ def kill_and_resume(composed, results, n_kills):
             results.rename(results.with_name(f"{results.name}.{len(n_shards)}"))
         n_shards.append(len(list(results.glob("*/shards/[0-9]*.parquet"))))
     evaluate(run)
-    return n_shards
-
-
-@pytest.mark.parametrize("n_kills", [4, pytest.param(200, marks=pytest.mark.stress)])
-def test_killed_run_loses_no_image_and_counts_none_twice(expected, composed, tmp_path, n_kills):
-    n_shards = kill_and_resume(composed, tmp_path / "killed", n_kills)
     assert max(n_shards) > 0, "some must be killed half-way"
     for results in tmp_path.glob("killed*"):
         pd.testing.assert_frame_equal(read(results), expected)
 
 
-def interrupt_next_run(monkeypatch):
-    """Interrupt the next run after five batches; return a list, to which each run adds the list of images it predicts."""
-    predict, requested = evaluation.predict, []
+def test_interrupted_run_resumes_after_a_damaged_shard_is_removed(run, expected, tmp_path, monkeypatch, caplog):
+    """The first run is interrupted after five batches."""
+    predict, requested = evaluation.predict, []  # the images that each run predicts
 
     def interrupted(model, split, indices, *arguments):
         requested.append(list(indices))
@@ -127,11 +119,6 @@ def interrupt_next_run(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "predict", interrupted)
-    return requested
-
-
-def test_interrupted_run_resumes_after_a_damaged_shard_is_removed(run, expected, tmp_path, monkeypatch, caplog):
-    requested = interrupt_next_run(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run()
     shards = sorted(tmp_path.glob("runs/*/shards/*"))
