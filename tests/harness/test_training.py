@@ -271,6 +271,8 @@ def test_training_the_embedded_model_writes_loadable_weights(composed, tmp_path)
     config.call(train_embedded, settings)
     model = Backbone("deit_micro", "deit_micro", 10, file).load()
     assert all(value.isfinite().all() for value in model.state_dict().values())
+    (other := tmp_path / "other").touch()
+    assert file.stat().st_mode == other.stat().st_mode, "others may read it as they may read any new file"
     first = file.read_bytes()
     config.call(train_embedded, settings)
     assert file.read_bytes() == first, "the seed must determine the training"

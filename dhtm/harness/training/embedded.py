@@ -15,7 +15,7 @@ import timm
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import resolve_data_config
 from timm.layers import build_sincos2d_pos_embed
 from timm.optim import create_optimizer_v2
@@ -104,7 +104,8 @@ def train_embedded(
 
     model.patch_drop = nn.Identity()
     weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(output, lambda path: save_file(weights, path))
+    # safetensors' save_file would make a file that only its owner may read.
+    write_atomically(output, lambda path: path.write_bytes(save(weights)))
     log.info("weights: %s", output)
 
 
