@@ -1,5 +1,6 @@
 """Reports from run directories, and Table 1 with the published numbers beside ours."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +76,13 @@ def test_missing_unwritable_or_damaged_files_raise(tmp_path):
     (tmp_path / "0123").mkdir()
     (tmp_path / "0123" / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"0123/metrics.json: damaged"):
+        report(tmp_path, tmp_path / "out")
+
+
+def test_copied_runs_raise(tmp_path):
+    write_run(tmp_path, 1)
+    shutil.copytree(tmp_path / f"{1:016x}", tmp_path / "backup")
+    with pytest.raises(UserError, match=r"/backup: it holds the run 0{15}1; name it so, or move it out of "):
         report(tmp_path, tmp_path / "out")
 
 

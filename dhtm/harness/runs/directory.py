@@ -149,8 +149,18 @@ def outputs(folder: Path) -> pd.DataFrame:
 
 
 def finished_runs(results_dir: Path) -> pd.DataFrame:
-    """Return the metrics of all finished runs, one row each, with knobs and layers as configured."""
-    return pd.DataFrame([_read_metrics(file) for file in sorted(results_dir.glob("*/metrics.json"))])
+    """Return the metrics of all finished runs, one row each, with knobs and layers as configured.
+
+    Raises:
+        UserError: a run is damaged, or its directory was copied or renamed.
+    """
+    runs = {file.parent: _read_metrics(file) for file in sorted(results_dir.glob("*/metrics.json"))}
+    for folder, metrics in runs.items():
+        if folder.name != metrics["run_id"]:
+            raise UserError(
+                f"{folder}: it holds the run {metrics['run_id']}; name it so, or move it out of {results_dir}"
+            )
+    return pd.DataFrame(list(runs.values()))
 
 
 def _write(predictions: pd.DataFrame, file: Path) -> None:
