@@ -64,3 +64,14 @@ def test_images_without_labels_have_no_class():
     predictions = pd.DataFrame({"kl": [0.5], "label": -1, "unmerged_class": 1, "class_1": 2})
     (row,) = where.most_changed({"DHTM": predictions}).to_dict("records")
     assert list(row.values()) == ["DHTM", "0", "0.5000", "–", "1", "2"]
+
+
+def test_no_pictures_of_images_that_have_changed(evaluated, tmp_path):
+    run_id = evaluated("target.reduction_pct=30", "data.limit=2")["run_id"]
+    results = tmp_path / "runs"
+    shown = where.where_it_goes(load_runs(results), ("deit_micro", "digits"), results)
+    assert shown["pictures"] and not shown["reason"]
+    config = results / run_id / "config.yaml"
+    config.write_text(config.read_text().replace("  split: test", "  split: train"))
+    shown = where.where_it_goes(load_runs(results), ("deit_micro", "digits"), results)
+    assert shown["reason"] == "the images of data=digits have changed since the runs" and not shown["pictures"]

@@ -72,7 +72,10 @@ def _load(merged: pd.DataFrame, results_dir: Path) -> tuple[list[VisionTransform
     runs = [evaluation_of_run(results_dir / run_id, ["device=cpu"]) for run_id in merged.run_id]
     models = [load_model(run.backbone, run.method, run.checkpoints_dir, seed=run.seed)[0] for run in runs]
     data = runs[0].data
-    return models, open_split(data, data.split, resolve_data_config(model=models[0]), models[0].num_classes), data
+    split = open_split(data, data.split, resolve_data_config(model=models[0]), models[0].num_classes)
+    if split.fingerprint != merged.data_fingerprint.iloc[0]:
+        raise UserError(f"the images of data={data.name} have changed since the runs")
+    return models, split, data
 
 
 @torch.inference_mode()
