@@ -144,6 +144,7 @@ class Reduction:
             attention: a function of tokens, bias and rotary embeddings; the last two may be None.
             table: the rotary embeddings of every patch, see :meth:`rotations`; None if there are none.
         """
+        self._require_own_thread()
         bias, uneven = self.attention_bias(x.dtype, layer), self._last(layer, self.batches)
         rope = None if table is None else self.rotations(table, layer)
         if uneven is None or layer in self.read_layers:

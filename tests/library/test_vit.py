@@ -92,10 +92,10 @@ def test_wrong_use_raises():
         model(images_for(model), attn_mask=torch.zeros(197, 197))
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_concurrent_threads_on_one_model_raise(gradients):
-    """A forward pass in another thread would change the regions of one that is running."""
-    model = dhtm.patch(build("112"), dhtm.DHTM(k=15, layers=(2, 4)))
+@pytest.mark.parametrize(("gradients", "layer"), [(False, 3), (True, 3), (False, 4)])
+def test_concurrent_threads_on_one_model_raise(gradients, layer):
+    """A forward pass in another thread would change the regions, or the bias after the last merge, of one that is running."""
+    model = dhtm.patch(build("112"), dhtm.DHTM(k=15, layers=(2, 4), proportional_attention=True))
     mine, other = images_for(model, seed=1), images_for(model, seed=2)
     run = (lambda images: model(images).detach()) if gradients else functools.partial(logits, model)
     expected = [run(images) for images in (mine, other)]
@@ -107,7 +107,7 @@ def test_concurrent_threads_on_one_model_raise(gradients):
             handle.remove()
             results.append(thread.submit(run, other).result())
 
-        handle = model.blocks[2].register_forward_hook(interrupt)
+        handle = model.blocks[layer - 1].register_forward_hook(interrupt)
         with pytest.raises(RuntimeError, match=r"two threads use one patched model .* copy.deepcopy\(model\)"):
             run(mine)
     assert torch.equal(results[0], expected[1])
