@@ -220,7 +220,7 @@ class Reduction:
         sines, cosines = (sums.scatter_add(2, index, of_patches) / sizes.clamp(min=1)).chunk(2, dim=-1)
         cosines = torch.where(sizes > 0, cosines, 1)  # a token without a patch is not rotated
         if self.rope == "unit":
-            # Opposite rotations cancel: there is no direction to scale to, and they stay near zero.
+            # Where opposite rotations cancel there is no direction to scale to; what rounding leaves of them stays below 1.
             length = (sines.square() + cosines.square()).sqrt().clamp_min(1e-6)
             sines, cosines = sines / length, cosines / length
         return torch.cat([sines, cosines], dim=-1)
