@@ -21,7 +21,7 @@ RUNS = ROOT / "results/embedded/tables/runs.csv"
 
 def only(*methods):
     """Return overrides that remove all other methods from the benchmark."""
-    names = re.findall(r"@methods\.(\w+)", (ROOT / "configs/benchmark.yaml").read_text())
+    names = re.findall(r"@methods\.(\w+):", (ROOT / "configs/benchmark.yaml").read_text())
     return [f"~methods.{name}" for name in names if name not in methods]
 
 
