@@ -40,15 +40,11 @@ def nx_similarity(a, b, name):
 
 def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, threshold):
     """Contract the most similar edge of a networkx graph k times, or until its similarity is below a threshold."""
-    height, width = grid
-    graph = nx.grid_2d_graph(height, width)
+    # The strong product of two paths is a grid with diagonals.
+    graph = nx.strong_product(*map(nx.path_graph, grid)) if connectivity == 8 else nx.grid_2d_graph(*grid)
     if connectivity == "all":
         graph = nx.complete_graph(graph.nodes)
-    if connectivity == 8:
-        for row in range(height - 1):
-            graph.add_edges_from(((row, c), (row + 1, c + 1)) for c in range(width - 1))
-            graph.add_edges_from(((row, c + 1), (row + 1, c)) for c in range(width - 1))
-    order = [(row, column) for row in range(height) for column in range(width)]  # merged nodes take the lower place
+    order = sorted(graph)  # row by row; merged nodes take the lower place
     value = {node: tokens[i] for i, node in enumerate(order)}
     patches = {node: [i] for i, node in enumerate(order)}
     for _ in range(k):
@@ -70,7 +66,7 @@ def nx_merge(tokens, grid, k, connectivity, similarity, linkage, masses, thresho
         value[u], patches[u] = mean.astype(np.float32), patches[u] + patches[v]
         graph = nx.contracted_nodes(graph, u, v, self_loops=False)
         order.remove(v)
-    assignment = np.empty(height * width, dtype=np.int64)
+    assignment = np.empty(len(tokens), dtype=np.int64)
     for token, node in enumerate(order):
         assignment[patches[node]] = token
     return np.stack([value[node] for node in order]), assignment
