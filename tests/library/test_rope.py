@@ -21,13 +21,9 @@ def embedded(model, images):
 
 def rotation(table, patches, rope):
     """Average the rotations of some patches, number by number: table [heads, P, 2F] to [heads, 2F]."""
-    mean = sum(table[:, patch] for patch in patches) / len(patches)
-    half = mean.shape[-1] // 2
-    if rope == "unit":
-        for frequency in range(half):
-            sine, cosine = mean[:, frequency].clone(), mean[:, half + frequency].clone()
-            length = torch.sqrt(sine**2 + cosine**2).clamp(min=1e-6)  # opposite rotations cancel
-            mean[:, frequency], mean[:, half + frequency] = sine / length, cosine / length
+    mean = table[:, patches].mean(dim=1)
+    if rope == "unit":  # each pair of a sine and a cosine gets length 1; opposite rotations cancel
+        mean = torch.nn.functional.normalize(mean.unflatten(1, (2, -1)), dim=1, eps=1e-6).flatten(1)
     return mean
 
 
