@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import average, build, check_step, images_for, logits, unequal_regions
+from networks import average, build, check_step, images_for, logits, unequal_tokens
 from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
@@ -90,10 +90,7 @@ def test_ties_go_to_the_first_pair(case, backend):
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 12), share=st.floats(0.1, 1), linkage=st.sampled_from(LINKAGES), seed=st.integers(0, 2**32 - 1))
 def test_layer_matches_the_plain_implementation(n, share, linkage, seed):
-    rng = torch.Generator().manual_seed(seed)
-    keys = torch.randn(2, 3, n, 4, generator=rng)
-    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    regions = unequal_regions(n, seed)
+    tokens, regions, keys = unequal_tokens(n, seed)
     m = min(n, max(1, int((n + 6) * share)))
     atc = ATC((m + 0.5) / (n + 6), layers=(1,), linkage=linkage)
     atc.attach(5, 1, (1, n + 6), (1,))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import check_step, unequal_regions
+from networks import check_step, unequal_tokens
 
 from baselines import PiToMe
 from dhtm import Regions
@@ -47,10 +47,8 @@ def pitome(keys, ratio, layer, depth, margin=0.75, alpha=1.0, schedule="deit"):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_layer_matches_the_plain_implementation(n, ratio, layer, schedule, margin, alpha, seed):
-    rng = torch.Generator().manual_seed(seed)
-    keys = torch.randn(2, 3, n, 4, generator=rng) + 0.5
-    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    regions = unequal_regions(n, seed)
+    tokens, regions, keys = unequal_tokens(n, seed)
+    keys += 0.5
     options = {"margin": margin, "alpha": alpha, "schedule": schedule}
     reducer = PiToMe(ratio, layers=(2, 3, 5, 6, 9), **options)  # layer and depth are counted within these
     attention = Attention(reducer.schedule[layer - 1], keys=keys)

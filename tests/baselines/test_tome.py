@@ -6,7 +6,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SMALL, average, build, check_step, forward, images_for, logits, unequal_regions
+from networks import SMALL, average, build, check_step, forward, images_for, logits, unequal_tokens
 
 import dhtm
 from baselines import ToMe
@@ -37,10 +37,7 @@ def soft_matching(keys, n_prefix, r):
     n=st.integers(1, 15), n_prefix=st.sampled_from([0, 1, 2, 5]), r=st.integers(0, 9), seed=st.integers(0, 2**32 - 1)
 )
 def test_layer_matches_the_plain_implementation(n, n_prefix, r, seed):
-    rng = torch.Generator().manual_seed(seed)
-    keys = torch.randn(2, 3, n_prefix + n, 4, generator=rng)
-    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
-    regions = unequal_regions(n, seed)
+    tokens, regions, keys = unequal_tokens(n, seed, n_prefix)
     tome = ToMe(r, layers=(1,))
     tome.attach(5, n_prefix, (1, n + 6), (1,))
     groups = [soft_matching(image.double().mean(0).numpy(), n_prefix, r)[n_prefix:] for image in keys]

@@ -133,9 +133,12 @@ def check_step(reducer, tokens, regions, attention, groups_of_image):
         assert new_regions.assignment[image].tolist() == [place[token] for token in regions.assignment[image].tolist()]
 
 
-def unequal_regions(n, seed):
-    """Return the regions of two images in a grid of one row: n tokens, each of one or more patches."""
+def unequal_tokens(n, seed, n_prefix=0):
+    """Return n tokens of one or more patches in each of two images, their regions in a grid of one row, and the keys of all."""
     rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
+    keys = torch.randn(2, 3, n_prefix + n, 4, generator=rng)
     patches = torch.cat([torch.arange(n), torch.randint(n, (6,), generator=rng)])
     assignment = torch.stack([patches, patches.flip(0)])
-    return dhtm.Regions(assignment, torch.stack([image.bincount(minlength=n) for image in assignment]), (1, n + 6))
+    sizes = torch.stack([image.bincount(minlength=n) for image in assignment])
+    return tokens, dhtm.Regions(assignment, sizes, (1, n + 6)), keys
