@@ -1,19 +1,22 @@
-"""The premise: similarity by distance and the merge of one pair against plain loops, and statistics of regions."""
+"""The premise: similarity over SciPy's distances on the grid, the merge of one pair, and statistics of regions."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 
 from dhtm.harness.core.errors import UserError
 from dhtm.harness.data.scenes import Digits
-from dhtm.harness.locality import OnePair, Premise, SimilarityProbe, grid_distances, measure, region_statistics
+from dhtm.harness.locality import OnePair, Premise, SimilarityProbe, measure, region_statistics
 from dhtm.harness.models.backbones import Backbone
 from dhtm.harness.models.methods import UNMERGED, Method
 from dhtm.reducer import Attention
 from dhtm.regions import Regions
 
 GRID = (14, 14)
+PATCHES = np.argwhere(np.ones(GRID))  # rows and columns
+DISTANCES = cdist(PATCHES, PATCHES, "chebyshev")
 
 
 def reduce(reducer, tokens, ids=None):
@@ -22,17 +25,12 @@ def reduce(reducer, tokens, ids=None):
     return reducer(tokens, Regions.identity(len(tokens), GRID), Attention(layer=2))
 
 
-def chebyshev(p, q):
-    return max(abs(p // 14 - q // 14), abs(p % 14 - q % 14))
-
-
 def test_similarity_is_the_mean_over_all_pairs_at_a_distance():
     tokens, probe = torch.randn(2, 196, 8), SimilarityProbe()
     assert reduce(probe, tokens)[0] is tokens
     unit = (tokens / tokens.norm(dim=-1, keepdim=True)).double().numpy()
     for distance in (1, 6, 13):
-        pairs = [(p, q) for p in range(196) for q in range(196) if chebyshev(p, q) == distance]
-        expected = [np.mean([image[p] @ image[q] for p, q in pairs]) for image in unit]
+        expected = [(image @ image.T)[distance == DISTANCES].mean() for image in unit]
         assert probe.similarity[2][:, distance - 1].tolist() == pytest.approx(expected, abs=1e-5)
 
 
@@ -43,10 +41,10 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
     for image, new, assignment in zip(tokens, new_tokens, regions.assignment, strict=True):
         (token,) = torch.nonzero(assignment.bincount() == 2).flatten().tolist()
         p, q = torch.nonzero(assignment == token).flatten().tolist()
-        assert chebyshev(p, q) == 5
+        assert DISTANCES[p, q] == 5
         if mode == "most similar":
             unit = torch.nn.functional.normalize(image, dim=-1)
-            similarity = (unit @ unit.T).masked_fill(grid_distances(GRID) != 5, -2)
+            similarity = (unit @ unit.T).masked_fill(torch.tensor(DISTANCES != 5), -2)
             assert similarity[p, q] == pytest.approx(similarity.max().item(), abs=1e-6)
         expected = image.clone()
         expected[[p, q]] = (image[p] + image[q]) / 2
