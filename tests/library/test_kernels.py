@@ -1,5 +1,6 @@
 """The kernels: memory layouts, threads, dtypes, the choice of a backend, and the operators."""
 
+import functools
 import multiprocessing
 import os
 import re
@@ -41,21 +42,15 @@ def test_tokens_may_have_any_strides_and_dtype(view, backend):
 
 
 def test_numba_gives_the_same_with_any_number_of_threads_and_in_a_forked_process():
-    tokens = smooth(9, (6, 6), 16, seed=8)
+    merge = functools.partial(hierarchical_merge, smooth(9, (6, 6), 16, seed=8), 12, grid=(6, 6), backend="numba")
     threads = torch.get_num_threads()
     try:
         results = []
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
-            results.append(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0])
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        child = context.Process(
-            target=lambda: queue.put(hierarchical_merge(tokens, 12, grid=(6, 6), backend="numba")[0].numpy())
-        )
-        child.start()
-        results.append(torch.from_numpy(queue.get()))
-        child.join()
+            results.append(merge()[0])
+        with multiprocessing.get_context("fork").Pool(1) as forked:
+            results.append(forked.apply(merge)[0])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
