@@ -74,9 +74,8 @@ def table1(runs: pd.DataFrame) -> Table:
         else:
             continue
         frames.append(frame.reset_index().assign(backbone=backbone, data=data))
-    data = pd.concat(frames, ignore_index=True)
-    keys = ["backbone", "data", "k"]
-    return Table(data[keys + [column for column in data if column not in keys]], parts, NOTES)
+    data = pd.concat(frames).set_index(["backbone", "data", "k"]).reset_index()
+    return Table(data, parts, NOTES)
 
 
 def _beside_published(backbone: str, ours: pd.DataFrame) -> pd.DataFrame:
