@@ -75,9 +75,7 @@ def test_images_without_a_finite_kl_are_ignored():
     first, second = (predictions_frame([True] * 12, groups=range(12)).assign(kl=kl) for kl in (3 + noise, 3.0))
     expected = compare(first[1:], second[1:])
     first.loc[0, "kl"] = np.inf
-    assert {key: value for key, value in compare(first, second).items() if key.startswith("kl_")} == {
-        key: value for key, value in expected.items() if key.startswith("kl_")
-    }
+    assert compare(first, second) == expected, "all are right, so nothing else depends on the number of images"
 
 
 def test_comparing_different_images_raises():
