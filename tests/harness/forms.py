@@ -105,6 +105,7 @@ def shards_with_json(root, images):
 
 
 def write_shards(root, images, label):
+    root.mkdir(exist_ok=True)
     with webdataset.ShardWriter(f"{root}/imagenet-val-%03d.tar", maxcount=5, verbose=0) as writer:
         for name, (content, synset) in images.items():
             writer.write({"__key__": Path(name).stem, "JPEG": content, **label(synset)})
@@ -121,7 +122,7 @@ def table(images, names=WORDS):
 
 def parquet(root, images):
     """Write the validation split in two files and a train split in one, named as on the Hugging Face Hub."""
-    (root / "data").mkdir()
+    (root / "data").mkdir(parents=True)
     for i in range(2):
         table(images).shard(2, i, contiguous=True).to_parquet(root / "data" / f"validation-0000{i}-of-00002.parquet")
     table(dict(list(images.items())[:1])).to_parquet(root / "data" / "train-00000-of-00001.parquet")

@@ -68,9 +68,8 @@ def test_fingerprint_changes_with_content_and_classes(form, images, tmp_path):
     third = "ILSVRC2012_val_00000003.JPEG"
     content, synset = images[third]
     changed = [{third: (content + b"more", synset)}, {third: (content, forms.CHOSEN[3])}]
-    folders = [new_folder(tmp_path / str(i)) for i in range(4)]
     versions = [images, images, *(images | change for change in changed)]
-    splits = [forms.opened_as(form, folder, version) for folder, version in zip(folders, versions, strict=True)]
+    splits = [forms.opened_as(form, tmp_path / str(i), version) for i, version in enumerate(versions)]
     assert len({split.fingerprint for split in splits}) == 3
 
 
@@ -94,23 +93,18 @@ def run(evaluated, tmp_path):
 
 
 def test_predictions_do_not_depend_on_form_cache_or_workers(run, images, tmp_path):
-    forms.flat_with_devkit(new_folder(tmp_path / "flat"), images)
+    forms.flat_with_devkit(tmp_path / "flat", images)
     _, uncached = run(tmp_path / "flat", "cache_dir=null", "num_workers=0")
     for form, option in ((forms.shards, "num_workers=0"), (forms.parquet, "num_workers=2")):
-        root = new_folder(tmp_path / form.__name__)
+        root = tmp_path / form.__name__
         settings = form(root, images) or {}
         pd.testing.assert_frame_equal(run(settings.get("root", root), option)[1], uncached)
     assert len(list((tmp_path / "cache").glob("*/00000.npy"))) == 2
 
 
-def new_folder(folder):
-    folder.mkdir()
-    return folder
-
-
 def test_unreadable_images_are_reported_or_skipped(run, images, tmp_path, caplog):
     unmerged = ("method=unmerged", "method.k=0", "method.layers=all")  # every other run would evaluate it first
-    forms.flat_with_devkit(new_folder(tmp_path / "root"), images)
+    forms.flat_with_devkit(tmp_path / "root", images)
     files = sorted((tmp_path / "root" / "val").iterdir())
     broken = [files[1], files[8]]
     for file in broken:
@@ -144,7 +138,7 @@ def test_unreadable_images_are_reported_or_skipped(run, images, tmp_path, caplog
 
 @pytest.mark.parametrize(("kind", "split"), [(Images, "all"), (Photographs, "val")])
 def test_links_are_followed_and_broken_links_are_unreadable(kind, split, photos, tmp_path):
-    folder = new_folder(tmp_path / "fish")
+    (folder := tmp_path / "fish").mkdir()
     (folder / "linked").symlink_to(photos / "val" / "n01440764")
     (folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
     dataset = kind("links", str(tmp_path)).open(split, PILToTensor()).dataset
@@ -154,12 +148,12 @@ def test_links_are_followed_and_broken_links_are_unreadable(kind, split, photos,
 
 
 def test_disk_that_disappears_ends_loading_at_once(images, tmp_path):
-    forms.flat_with_devkit(new_folder(tmp_path / "mounted"), images)
+    forms.flat_with_devkit(tmp_path / "mounted", images)
     split = forms.opened(tmp_path / "mounted", class_map="synsets")
     batches = load(split.dataset, [[index] for index in range(12)], num_workers=2)
     next(batches)
     (tmp_path / "mounted/val").rename(tmp_path / "elsewhere")
-    new_folder(tmp_path / "mounted/val")  # as the empty mount point of an unmounted disk
+    (tmp_path / "mounted/val").mkdir()  # as the empty mount point of an unmounted disk
     with pytest.raises(UserError, match=r"data\.root=.*/mounted/val: it disappeared, or is empty now"):
         list(batches)
 
@@ -209,10 +203,9 @@ def test_class_map_numbers_the_classes_of_a_subset(images, tmp_path):
 )
 def test_error_for_unreadable_data_is_one_line(options, message, images, tmp_path):
     forms.in_class_folders(tmp_path, images)
-    (tmp_path / "val" / "zebra").mkdir()
-    (tmp_path / "val" / "zebra" / "a.JPEG").write_bytes(b"")
+    forms.write(tmp_path / "val/zebra/a.JPEG", b"")
     (tmp_path / "broken.json").write_text("{")
-    new_folder(tmp_path / "nothing")
+    (tmp_path / "nothing").mkdir()
     forms.write(tmp_path / "flat/val/1.JPEG", b"")
     forms.write_tar(tmp_path / "empty.tar", {"a.txt": b""})
     unknown = {"image": [{"bytes": b"", "path": "1.JPEG"}], "label": [-1]}
@@ -232,9 +225,10 @@ def test_error_for_unreadable_data_is_one_line(options, message, images, tmp_pat
 def test_tables_with_reordered_or_missing_classes_are_refused(images, tmp_path):
     """Otherwise, correct predictions would count as wrong."""
     for name, names in {"sorted": sorted(forms.WORDS), "few": forms.WORDS[:999]}.items():
-        forms.table(images, names).to_parquet(new_folder(tmp_path / name) / "validation.parquet")
+        (root := tmp_path / name).mkdir()
+        forms.table(images, names).to_parquet(root / "validation.parquet")
         with pytest.raises(UserError, match=r"the class \w+.* is not one of class_map=synsets"):
-            forms.opened(tmp_path / name, class_map="synsets")
+            forms.opened(root, class_map="synsets")
 
 
 def test_tables_may_list_synsets_in_any_order(images, tmp_path):
@@ -275,7 +269,7 @@ def test_hub_dataset_opens_the_requested_split(images, tmp_path, monkeypatch):
 
 def test_accuracy_among_present_classes_and_by_reassessed_labels(run, images, tmp_path):
     """Check ``data.among=present`` and ``data.real_labels=true`` against plain arithmetic on the model's logits."""
-    forms.in_class_folders(new_folder(tmp_path / "data"), images)
+    forms.in_class_folders(tmp_path / "data", images)
     metrics, rows = run(tmp_path / "data", "data.among=present", "data.real_labels=true", "method.k=0", "num_workers=0")
     model = timm.create_model(SMALLEST, checkpoint_path=str(tmp_path / "weights.safetensors")).eval()
     present = [forms.SYNSETS.index(synset) for synset in forms.CHOSEN]
