@@ -166,12 +166,14 @@ def test_all_pairs_need_no_grid():
     assert regions.assignment.tolist() == [[0, 0, *range(1, 7), 0]] and regions.grid == (3, 3)
 
 
-def test_merges_do_not_depend_on_the_batch():
-    tokens = torch.randn(64, 196, 96, generator=torch.Generator().manual_seed(0))
+def test_merges_and_gradients_do_not_depend_on_the_batch():
+    tokens = torch.randn(64, 196, 96, generator=torch.Generator().manual_seed(0), requires_grad=True)
     merged, regions = hierarchical_merge(tokens, 56, grid=(14, 14))
+    (gradient,) = torch.autograd.grad(merged.square().sum(), tokens)
     for i in range(0, 64, 7):
         alone, alone_regions = hierarchical_merge(tokens[i : i + 1], 56, grid=(14, 14))
         assert torch.equal(alone[0], merged[i]) and torch.equal(alone_regions.assignment[0], regions.assignment[i])
+        assert torch.equal(torch.autograd.grad(alone.square().sum(), tokens)[0][i], gradient[i])
 
 
 def smooth(batch, grid, channels, seed):
