@@ -9,12 +9,13 @@ from dhtm.regions import grid_pairs
 
 def merge(tokens, features, masses, regions, k, connectivity, similarity, linkage, threshold):
     """Make k merges in each image of a batch; arguments and results are those of every backend, see :mod:`dhtm.kernels`."""
-    batch, n, _ = tokens.shape
+    batch, n, channels = tokens.shape
     adjacent = None
     if connectivity != ALL_PAIRS:
         adjacent = {tuple(pair) for pair in grid_pairs(regions.grid, connectivity).tolist()}
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    merged, token_map, weights = [], torch.empty(batch, n, dtype=torch.int64), torch.empty(batch, n)
+    merged = torch.zeros(batch, n - k if threshold is None else n, channels, dtype=wide)
+    token_map, weights = torch.empty(batch, n, dtype=torch.int64), torch.empty(batch, n)
     for image in range(batch):
         patches = [set() for _ in range(n)]
         for patch, token in enumerate(regions.assignment[image].tolist()):
@@ -24,9 +25,8 @@ def merge(tokens, features, masses, regions, k, connectivity, similarity, linkag
             list(tokens[image].cpu().to(wide)), patches, k, adjacent, similarity, linkage, measured,
             None if masses is None else masses[image].tolist(), threshold,
         )  # fmt: skip
-        n_rows = n - k if threshold is None else n
-        merged.append(torch.stack(new + [torch.zeros_like(new[0])] * (n_rows - len(new))))
+        merged[image, : len(new)] = torch.stack(new)
         for place, averaged in enumerate(members):
             for token, weight in averaged.items():
                 token_map[image, token], weights[image, token] = place, weight
-    return torch.stack(merged).to(tokens), token_map.to(tokens.device), weights.to(tokens.device)
+    return merged.to(tokens), token_map.to(tokens.device), weights.to(tokens.device)

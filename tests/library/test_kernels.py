@@ -17,7 +17,7 @@ from dhtm.kernels import compiled, merge_flops
 from dhtm.regions import grid_pairs
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
 @pytest.mark.parametrize(
     "view",
     [
