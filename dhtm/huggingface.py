@@ -70,7 +70,8 @@ def to_timm(encoder: nn.Module, image_size: int | None = None) -> VisionTransfor
         )
         copied = {name: state[name] for name in model.state_dict()}
     except (AttributeError, KeyError) as error:
-        raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it has no {error}") from error
+        missing = error.name if isinstance(error, AttributeError) else error.args[0]
+        raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it has no {missing!r}") from error
     other = [name for name in state.keys() - model.state_dict().keys() if not name.startswith(_NOT_COPIED)]
     if other:
         raise TypeError(f"cannot copy a {type(encoder).__name__} into a timm model: it also has {min(other)!r}")

@@ -46,6 +46,11 @@ def test_unsupported_encoders_raise():
     giant = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True))
     with pytest.raises(TypeError, match=r"cannot copy a Dinov2Model into a timm model: it has no 'blocks\.0\.mlp"):
         dhtm.to_timm(giant)
+    siglip = transformers.SiglipModel(
+        transformers.SiglipConfig(text_config={"num_hidden_layers": 1}, vision_config=SMALL)
+    )
+    with pytest.raises(TypeError, match=r"cannot copy a SiglipModel into a timm model: it has no 'image_size'$"):
+        dhtm.to_timm(siglip)
     encoders = {
         "register_tokens": transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SMALL)),
         "distillation_token": transformers.DeiTModel(transformers.DeiTConfig(**SMALL)),
