@@ -163,6 +163,28 @@ def test_accumulation_and_ranks_train_as_the_whole_batch_does(run, ranks, tmp_pa
     assert (tmp_path / "deit_micro/sit_keep_rate_0.6/last.pt").exists(), "the same processes must run the next training"
 
 
+def test_ranks_validate_the_same_weights(ranks, photos, tmp_path):
+    """After an update, the running statistics of deit_mini's batch normalisation differ between ranks."""
+    (tmp_path / "print_weights.py").write_text(
+        "import runpy\n"
+        "from dhtm.harness.models.backbones import weights_sha256\n"
+        "from dhtm.harness.training import trainer\n"
+        "trainer.predict = lambda model, *_: print('weights', weights_sha256(model)) or []\n"
+        "runpy.run_path('scripts/train.py', run_name='__main__')\n"
+    )
+    options = [
+        "backbone=deit_mini",
+        "backbone.num_classes=3",
+        "init=scratch",
+        "data=imagefolder",
+        f"data.root={photos}",
+    ]
+    options += ["method=tome", "augment=false", "epochs=1", "warmup_epochs=0", "batch_size=8", f"output={tmp_path}/out"]
+    first, second = ranks(2, tmp_path / "print_weights", *options, "num_workers=0", "device=cpu")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout.split()[:2] == second.stdout.split()[:2]
+
+
 def test_whole_protocol_trains_on_photographs(described, on_photographs, photos, tmp_path):
     """Start from a checkpoint, with ToMe, mixup, cutmix, RandAugment and erasing, in bfloat16."""
     model, options = on_photographs

@@ -20,7 +20,7 @@ from timm.data import Mixup, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import random_seed
+from timm.utils import distribute_bn, random_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -287,6 +287,8 @@ class _Trainer:
     def top1(self) -> float:
         """Return top-1 on the validation split in percent, predicted as in evaluations; the ranks share the images."""
         ranks, n_images = self.ranks, len(self.validation.dataset)
+        if ranks.world > 1:  # each has running statistics of its own, and the first's are saved
+            distribute_bn(self.model, ranks.world)
         predictions = predict(
             self.model, self.validation, range(ranks.rank, n_images, ranks.world),
             min(self.micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
