@@ -48,6 +48,12 @@ def records(results):
     return [json.loads(file.read_text()) for file in sorted(results.glob("sweeps/*/[0-9]*.json"))]
 
 
+@pytest.mark.parametrize("name", ["benchmark", "train_micro"])
+def test_scripts_without_a_results_directory_record_sweeps_in_the_default_one(composed, name):
+    config = composed("hydra.job.name=any", config_name=name, return_hydra_config=True)
+    assert config.hydra.callbacks.sweep.root == "results/runs"
+
+
 def test_sweep_prints_the_state_of_each_run_and_the_same_command_repeats_the_failed_ones(swept, tmp_path):
     weights = tmp_path / "weights.safetensors"
     overrides = [
