@@ -298,3 +298,6 @@ def test_training_the_embedded_model_writes_loadable_weights(composed, tmp_path)
     first = file.read_bytes()
     config.call(train_embedded, settings)
     assert file.read_bytes() == first, "the seed must determine the training"
+    settings.output = str(tmp_path)
+    with pytest.raises(UserError, match=r"output=.*: give a file that ends with \.safetensors"):
+        config.call(train_embedded, settings)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dhtm.harness.core.devices import pick_device
+from dhtm.harness.core.errors import UserError
 from dhtm.harness.core.files import require_writable, write_atomically
 from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
@@ -63,6 +64,8 @@ def train_embedded(
         UserError: something that the settings name is not available.
     """
     device = pick_device(device)
+    if output.suffix != ".safetensors":
+        raise UserError(f"output={output}: give a file that ends with .safetensors, or timm cannot read it")
     require_writable(output.parent, f"output={output}")
     torch.manual_seed(seed)
     model = timm.create_model(backbone.architecture, num_classes=backbone.num_classes)
