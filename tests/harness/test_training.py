@@ -262,6 +262,7 @@ REFUSED = {
     "batch_size=9 augment=true mixup=0.2": "times 1 ranks, an even one for mixup",
     "amp=int8": "Input should be 'bfloat16' or 'float16'",
     "method.keep_rate=1.5": "it must be above 0 and at most 1",
+    "method.checkpoint=x.safetensors": "training starts from weights of the backbone",
     "warmup_epochs=4": "more than epochs=3",
     "optimiser=x": "timm makes no such optimiser",
     "auto_augment=foo augment=true": "timm does not support this augmentation",

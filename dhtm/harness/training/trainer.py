@@ -89,6 +89,11 @@ class Training:
     def __post_init__(self):
         if self.warmup_epochs > self.epochs:
             raise UserError(f"warmup_epochs={self.warmup_epochs}: more than epochs={self.epochs}; set fewer")
+        if self.method.checkpoint not in (None, "trained"):
+            raise UserError(
+                f"method.checkpoint={self.method.checkpoint}: training starts from weights of the backbone; give a file of "
+                "those, backbone.checkpoint=FILE"
+            )
 
     @property
     def mixes(self) -> bool:
