@@ -72,10 +72,16 @@ def save_weights(
         dtype: of the parameters in the file.
         history: how they were trained: epoch (how many are finished), epochs (how many are planned), init, data.
     """
+    write_parameters(
+        model, dtype, file, _identity(backbone, method) | {key: str(value) for key, value in history.items()}
+    )
+
+
+def write_parameters(model: nn.Module, dtype: torch.dtype, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a model's parameters and buffers in safetensors' format, atomically."""
     state = {key: value.to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    about = _identity(backbone, method) | {key: str(value) for key, value in history.items()}
     # safetensors' save_file would make a file that only its owner may read.
-    write_atomically(file, lambda path: path.write_bytes(save(state, about)))
+    write_atomically(file, lambda path: path.write_bytes(save(state, metadata)))
 
 
 def _identity(backbone: Backbone, method: Method) -> dict[str, str]:

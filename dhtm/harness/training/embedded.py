@@ -15,7 +15,6 @@ import timm
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
-from safetensors.torch import save
 from timm.data import resolve_data_config
 from timm.layers import build_sincos2d_pos_embed
 from timm.optim import create_optimizer_v2
@@ -26,9 +25,10 @@ from tqdm import tqdm
 
 from dhtm.harness.core.devices import pick_device
 from dhtm.harness.core.errors import UserError
-from dhtm.harness.core.files import require_writable, write_atomically
+from dhtm.harness.core.files import require_writable
 from dhtm.harness.data.scenes import scenes
 from dhtm.harness.models.backbones import Backbone
+from dhtm.harness.models.weights import write_parameters
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +106,7 @@ def train_embedded(
             log.info("stage %d: loss %.3f after %.0f s", number, np.mean(losses[-100:]), time.perf_counter() - start)
 
     model.patch_drop = nn.Identity()
-    weights = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
-    # safetensors' save_file would make a file that only its owner may read.
-    write_atomically(output, lambda path: path.write_bytes(save(weights)))
+    write_parameters(model, torch.float16, output)
     log.info("weights: %s", output)
 
 
