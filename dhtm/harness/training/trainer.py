@@ -269,6 +269,8 @@ class _Trainer:
                     self._update(number)
                     bar.update()
                     bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+        if self.ranks.world > 1:  # each has running statistics of its own, and the first's are saved
+            distribute_bn(self.model, self.ranks.world)
         return float(np.mean(self.ranks.gather(float(np.mean(losses)))))
 
     def _load(self, epoch: int) -> Iterator[Batch]:
@@ -292,8 +294,6 @@ class _Trainer:
     def top1(self) -> float:
         """Return top-1 on the validation split in percent, predicted as in evaluations; the ranks share the images."""
         ranks, n_images = self.ranks, len(self.validation.dataset)
-        if ranks.world > 1:  # each has running statistics of its own, and the first's are saved
-            distribute_bn(self.model, ranks.world)
         predictions = predict(
             self.model, self.validation, range(ranks.rank, n_images, ranks.world),
             min(self.micro_batch, pick_batch_size(ranks.device)), ranks.device, torch.float32,
