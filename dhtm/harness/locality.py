@@ -57,6 +57,13 @@ class Premise:
     seed: NonNegativeInt = 0
     output_dir: Path = Path("results/premise")
 
+    def __post_init__(self):
+        for name, method in self.methods.items():
+            if method.checkpoint is not None:
+                raise UserError(
+                    f"method={name}: it needs weights trained with it; choose among the methods that need no training"
+                )
+
 
 class SimilarityProbe(Reducer):
     """Merges nothing; ``similarity`` holds for each layer the mean cosine similarity of tokens by distance, [B, distances]."""
@@ -147,11 +154,6 @@ def measure(premise: Premise) -> dict[str, pd.DataFrame]:
         method, quantity of :func:`region_statistics`, mean; "one_merge": mode, distance, mean KL(unmerged ‖ merged) in nats
         if one such pair is merged. Each has the ends of the 95% interval over images, low and high.
     """
-    for name, method in premise.methods.items():
-        if method.checkpoint is not None:
-            raise UserError(
-                f"method={name}: it needs weights trained with it; choose among the methods that need no training"
-            )
     device = pick_device(premise.device)
     size = premise.batch_size or pick_batch_size(device)
     model = copy.deepcopy(premise.backbone.load()).to(device)

@@ -66,9 +66,8 @@ def test_one_pair_at_the_distance_is_merged_into_its_average(mode):
 )
 def test_user_errors_name_the_setting(setting, message):
     setting = {"methods": {"unmerged": UNMERGED}, **setting}
-    premise = Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), **setting)
     with pytest.raises(UserError, match=message):
-        measure(premise)
+        measure(Premise(Backbone("deit_micro", "deit_micro", 10), Digits(limit=2), **setting))
 
 
 def test_random_pairs_depend_only_on_the_image_and_the_seed():
