@@ -154,13 +154,12 @@ def finished_runs(results_dir: Path) -> pd.DataFrame:
     Raises:
         UserError: a run is damaged, or its directory was copied or renamed.
     """
-    runs = {file.parent: _read_metrics(file) for file in sorted(results_dir.glob("*/metrics.json"))}
-    for folder, metrics in runs.items():
-        if folder.name != metrics["run_id"]:
-            raise UserError(
-                f"{folder}: it holds the run {metrics['run_id']}; name it so, or move it out of {results_dir}"
-            )
-    return pd.DataFrame(list(runs.values()))
+    runs = []
+    for file in sorted(results_dir.glob("*/metrics.json")):
+        runs.append(_read_metrics(file))
+        if (run_id := runs[-1]["run_id"]) != file.parent.name:
+            raise UserError(f"{file.parent}: it holds the run {run_id}; name it so, or move it out of {results_dir}")
+    return pd.DataFrame(runs)
 
 
 def _write(predictions: pd.DataFrame, file: Path) -> None:
