@@ -238,7 +238,8 @@ class SweepCallback(Callback):
         """Record the runs of the sweep; raise at once for settings that every run would fail with."""
         hydra = config.hydra
         _require_launcher(hydra.runtime.choices["hydra/launcher"], hydra.launcher["_target_"])
-        setting = "results_dir" if "results_dir" in config else "checkpoints_dir"
+        keys = ("results_dir", "checkpoints_dir")
+        setting = next((key for key in keys if key in config), "hydra.callbacks.sweep.root")
         if not isinstance(self.root, str):
             raise UserError(f"{setting}={self.root}: it must be a path")
         # With interpolations as typed, because their values may differ from run to run.
