@@ -1,6 +1,7 @@
 """Fixtures for all tests: composed configs, evaluations, scripts, and a small set of photographs."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,12 @@ if not torch.cuda.is_available():  # then Triton must use its interpreter, which
 # Tests use neither the network nor earlier downloads, as on a new machine that is offline.
 _EMPTY = tempfile.mkdtemp(prefix="dhtm-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _EMPTY, "TORCH_HOME": _EMPTY, "WANDB_SILENT": "true"}
+
+
+def only(*methods):
+    """Return overrides that remove all other methods from the benchmark."""
+    names = re.findall(r"@methods\.(\w+):", (ROOT / "configs/benchmark.yaml").read_text())
+    return [f"~methods.{name}" for name in names if name not in methods]
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """Tests of the benchmark's tables and figures. None depends on how fast anything is."""
 
 import json
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import only
 from PIL import Image
 from processes import ROOT
 
@@ -17,12 +17,6 @@ from dhtm.harness.models.backbones import Backbone
 from dhtm.report.speed import growth, speed_figure
 
 RUNS = ROOT / "results/embedded/tables/runs.csv"
-
-
-def only(*methods):
-    """Return overrides that remove all other methods from the benchmark."""
-    names = re.findall(r"@methods\.(\w+):", (ROOT / "configs/benchmark.yaml").read_text())
-    return [f"~methods.{name}" for name in names if name not in methods]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, only
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -131,8 +131,7 @@ def shortened(photos, imagenette, weights, tmp_path):
             extra += [f"backbone={Path(file).stem}", f"backbone.checkpoint={weights / file}"]
         if script == "benchmark":
             arguments = [re.sub(r"=\[(\d+),.*\]", r"=[\1]", arg) for arg in arguments if arg != "backbone=deit_mini"]
-            methods = re.findall(r"@methods\.(\w+):", (ROOT / "configs" / "benchmark.yaml").read_text())
-            extra += [f"~methods.{name}" for name in methods if name != "dhtm"]
+            extra += only("dhtm")
         if script in ("train", "choose"):
             arguments = [arg.split(",")[0] for arg in arguments]  # of several methods
         if script == "visualize":
